@@ -1,0 +1,136 @@
+"""The option surface: plain dataclasses, one field per option. Hydra composes YAML groups over them; `conf.load` turns the
+result into these types, resolved and checked. Nothing here imports hydra or torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+MISSING: Any = "???"
+
+
+@dataclass(slots=True)
+class ModelConfig:
+    """`source`: directory, hub id, or modelscope:<id>. `config`: the published config.json of a named shape, used by weights=random
+    (and checked against the checkpoint's own otherwise)."""
+
+    name: str = MISSING
+    source: str | None = None
+    revision: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    chat_template: str | None = None
+
+
+@dataclass(slots=True)
+class QuantConfig:
+    """`scheme`: none | int8 | int4 (weight-only, symmetric groups of `group_size` along the input). `head`: also the LM head and tied
+    embedding."""
+
+    scheme: str = "none"
+    group_size: int = 32
+    head: bool = True
+
+
+@dataclass(slots=True)
+class ParallelConfig:
+    tp: int = 1
+
+
+@dataclass(slots=True)
+class KvConfig:
+    """`dtype`: auto | float32 | bfloat16. `page_size` in tokens."""
+
+    dtype: str = "auto"
+    page_size: int = 16
+
+
+@dataclass(slots=True)
+class TargetConfig:
+    """`kind`: auto | cpu | cuda."""
+
+    name: str = MISSING
+    kind: str = MISSING
+    arch: str | None = None
+
+
+@dataclass(slots=True)
+class ShapeConfig:
+    """Served shapes. `context`: longest sequence (null: the model's, at most 8192 unless given); `max_seqs`: sequences in a step;
+    `max_tokens`: tokens in a step (chunked-prefill size)."""
+
+    context: int | None = None
+    max_seqs: int = 64
+    max_tokens: int = 512
+
+
+@dataclass(slots=True)
+class AccuracyConfig:
+    """`max_delta`: refuse a quantization whose relative logit error exceeds it (null: only record)."""
+
+    max_delta: float | None = None
+
+
+@dataclass(slots=True)
+class CompileConfig:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    kv: KvConfig = field(default_factory=KvConfig)
+    target: TargetConfig = field(default_factory=TargetConfig)
+    shape: ShapeConfig = field(default_factory=ShapeConfig)
+    accuracy: AccuracyConfig = field(default_factory=AccuracyConfig)
+    dtype: str = "auto"  # auto | float32 | bfloat16
+    weights: str = "checkpoint"  # checkpoint | random
+    seed: int = 0
+    name: str | None = None
+    out: str = "artifacts"
+    cache: str = "~/.cache/headstart"
+
+
+@dataclass(slots=True)
+class LimitsConfig:
+    """Defaults of docs/limits.md; null switches a limit off and prints a warning."""
+
+    waiting_requests: int | None = None  # null here: 4 x running slots
+    waiting_tokens: int | None = None  # null here: 4 x KV pool
+    queue_wait_s: float = 60.0
+    request_s: float = 600.0
+    send_stall_s: float = 30.0
+    header_s: float = 10.0
+    body_idle_s: float = 30.0
+    connections: int = 2048
+    connections_per_address: int = 256
+    n: int = 128
+    prompts_per_request: int = 1024
+    stop_strings: int = 32
+    stop_bytes: int = 512
+    stop_token_ids: int = 128
+    logit_bias: int = 1024
+    messages: int = 4096
+
+
+@dataclass(slots=True)
+class ServeConfig:
+    """`threads`: kernel threads (null: physical cores). `kv_tokens`: KV pool size in tokens (null: from free memory, bounded).
+    `policy`: lpm | fcfs. `device`: auto | null (no kernels: deterministic tokens on a fake clock, for load tests)."""
+
+    artifact: str = MISSING
+    host: str = "127.0.0.1"
+    port: int = 30000
+    served_model_name: str | None = None
+    api_key: str | None = None
+    admin_api_key: str | None = None
+    device: str = "auto"
+    threads: int | None = None
+    kv_tokens: int | None = None
+    max_running: int | None = None
+    max_step_tokens: int | None = None
+    policy: str = "lpm"
+    overlap: bool = True
+    prefix_cache: bool = True
+    stream_interval: int = 1
+    incremental_stream: bool = False
+    drain_s: float = 30.0
+    trust_artifact: str | None = None
+    log_level: str = "info"
+    limits: LimitsConfig = field(default_factory=LimitsConfig)

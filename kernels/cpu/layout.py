@@ -1,0 +1,121 @@
+"""Final weight layouts of the CPU kernels, packed with numpy.
+
+In: logical weights [N,K] as float32, bf16 bits (uint16) or (int8 values, float32 group scales). Out: named field arrays,
+byte for byte what kernels/cpu/linear.h describes. Called by the compiler's weight stage and by the kernel tests.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+TILE = 16  # outputs per tile
+BF16_STEP = 32  # K of a bf16 tile row block is padded to this (one AMX step)
+GROUPS = (32, 64, 128)
+FORMAT_CODES: Mapping[str, int] = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}  # enum Format in linear.h
+
+Array = NDArray[np.generic]
+
+
+def parse_format(name: str) -> tuple[str, int]:
+    """`("int8", 32)` for `int8g32`; group 0 for float formats."""
+    match = re.fullmatch(r"(float32|bfloat16)|(int8|int4)g(\d+)", name)
+    if match is None:
+        raise ValueError(
+            f"storage format {name!r} is unknown: valid are float32, bfloat16, int8g<G>, int4g<G> with G in {GROUPS}"
+        )
+    if match[1]:
+        return match[1], 0
+    group = int(match[3])
+    if group not in GROUPS:
+        raise ValueError(f"storage format {name!r} has group {group}: valid groups are {GROUPS}")
+    return match[2], group
+
+
+def _padded_rows(n: int, swiglu: bool) -> int:
+    if swiglu and n % 2:
+        raise ValueError(f"a swiglu weight holds gate and up rows: N={n} is odd, pass cat(gate, up)")
+    half = -(-(n // 2) // TILE) * TILE
+    return 2 * half if swiglu else -(-n // TILE) * TILE
+
+
+def fields(format: str, n: int, k: int, swiglu: bool = False) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """dtype and shape of every stored field of a packed [n,k] weight, without data."""
+    kind, group = parse_format(format)
+    tiles = _padded_rows(n, swiglu) // TILE
+    if group and k % group:
+        raise ValueError(f"K={k} is not a multiple of the quantization group {group}: choose a smaller group")
+    if kind == "float32":
+        return {"data": ("float32", (tiles, k, TILE))}
+    if kind == "bfloat16":
+        return {"data": ("uint16", (tiles, -(-k // BF16_STEP) * BF16_STEP // 2, TILE, 2))}
+    step = 4 if kind == "int8" else 8
+    return {
+        "data": ("uint8", (tiles, k // step, TILE, 4)),
+        "scale": ("float16", (tiles, k // group, TILE)),
+    }
+
+
+def _arrange(rows: Array, swiglu: bool) -> Array:
+    """[N,K] -> [tiles, 16, K]: pad the outputs with zeros, interleave the tiles of gate and up."""
+    n, k = rows.shape
+    padded = _padded_rows(n, swiglu)
+    parts = np.split(rows, 2) if swiglu else [rows]
+    out = np.zeros((len(parts), padded // len(parts), k), rows.dtype)
+    for i, part in enumerate(parts):
+        out[i, : len(part)] = part
+    return out.reshape(len(parts), -1, TILE, k).swapaxes(0, 1).reshape(-1, TILE, k)
+
+
+def pack_linear(
+    format: str, weight: Array | tuple[Array, Array], swiglu: bool = False
+) -> dict[str, Array]:
+    """Pack float32 [N,K], bf16 bits uint16 [N,K], or (int8 q [N,K], float32 scale [N,K/G])."""
+    kind, group = parse_format(format)
+    values = weight[0] if isinstance(weight, tuple) else weight
+    n, k = values.shape
+    layout = fields(format, n, k, swiglu)
+    wanted = {"float32": "float32", "bfloat16": "uint16"}.get(kind, "int8")
+    if values.dtype != wanted or isinstance(weight, tuple) != bool(group):
+        raise ValueError(
+            f"{format} is packed from {wanted}{' values with scales' if group else ''}, got {values.dtype}"
+            f"{' with scales' if isinstance(weight, tuple) else ''}"
+        )
+    tiles = _arrange(values, swiglu)
+    if kind == "float32":
+        return {"data": np.ascontiguousarray(tiles.swapaxes(1, 2))}
+    if kind == "bfloat16":
+        padding = (-k) % BF16_STEP
+        pairs = np.pad(tiles, ((0, 0), (0, 0), (0, padding))).reshape(len(tiles), TILE, -1, 2)
+        return {"data": np.ascontiguousarray(pairs.swapaxes(1, 2))}
+    assert isinstance(weight, tuple)
+    quads = np.ascontiguousarray(tiles.reshape(len(tiles), TILE, -1, 4).swapaxes(1, 2))
+    if kind == "int8":
+        data = quads.view(np.uint8) ^ np.uint8(128)
+    else:
+        if values.min() < -8 or values.max() > 7:
+            raise ValueError(f"int4 values must lie in -8..7, got {values.min()}..{values.max()}")
+        nibbles = (quads + np.int8(8)).view(np.uint8)
+        data = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+    return {"data": data, "scale": _pack_scale(weight[1], (n, k // group), layout, swiglu)}
+
+
+def _pack_scale(
+    scale: Array, shape: tuple[int, int], layout: Mapping[str, tuple[str, tuple[int, ...]]], swiglu: bool
+) -> Array:
+    if scale.shape != shape or scale.dtype != np.float32:
+        raise ValueError(f"scales must be float32 {shape}, got {scale.dtype} {scale.shape}")
+    largest = float(np.abs(scale).max(initial=0.0))
+    if not largest <= float(np.finfo(np.float16).max):
+        raise ValueError(f"scale {largest} does not fit float16 (max 65504): this weight cannot be stored as int8/int4")
+    packed = _arrange(scale, swiglu).swapaxes(1, 2).astype(np.float16)
+    assert packed.shape == layout["scale"][1]
+    return np.ascontiguousarray(packed)
+
+
+def pack_bias(bias: Array, swiglu: bool = False) -> Array:
+    """float32 [N] in the order of the packed tiles, padded with zeros."""
+    return np.ascontiguousarray(_arrange(bias.astype(np.float32)[:, None], swiglu)[:, :, 0]).reshape(-1)

@@ -1,0 +1,160 @@
+// Vectors of the build's native width, written with GCC/clang vector extensions so that one source builds at every ISA
+// level: 16 lanes with AVX-512, 8 with AVX2, 4 on the portable level (SSE2, NEON). Included by every CPU kernel.
+//
+// Batch invariance rests on two habits kept here: a reduction has one fixed order per level, and no helper depends on
+// how many rows a kernel works on.
+#pragma once
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
+#define HS_AVX512 1
+#endif
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#define HS_INLINE static inline __attribute__((always_inline))
+#if defined(__clang__)
+#define HS_UNROLL _Pragma("unroll")
+#else
+#define HS_UNROLL _Pragma("GCC unroll 32")
+#endif
+
+namespace hs {
+
+#if defined(HS_AVX512)
+constexpr int VL = 16;
+#elif defined(__AVX2__)
+constexpr int VL = 8;
+#else
+constexpr int VL = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(VL * 4)));
+typedef int32_t vi __attribute__((vector_size(VL * 4)));
+typedef uint32_t vu __attribute__((vector_size(VL * 4)));
+typedef uint16_t vh __attribute__((vector_size(VL * 2)));  // 16-bit storage: bf16 or fp16 bits
+typedef int8_t vb __attribute__((vector_size(VL)));
+
+template <class V>
+HS_INLINE V load(const void* p) {
+    V v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+template <class V>
+HS_INLINE void store(void* p, V v) {
+    memcpy(p, &v, sizeof v);
+}
+HS_INLINE vf loadf(const float* p) { return load<vf>(p); }
+HS_INLINE vf splat(float x) { return x - vf{}; }
+HS_INLINE vi splati(int32_t x) { return x - vi{}; }
+HS_INLINE vf as_f(vi v) { return (vf)v; }
+HS_INLINE vf as_f(vu v) { return (vf)v; }
+
+// One rounding where the level has FMA (GCC contracts a*b+c by itself; the name says what is meant).
+HS_INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }
+HS_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+HS_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
+HS_INLINE vf vabs(vf a) { return (vf)((vi)a & 0x7fffffff); }
+HS_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
+
+// The first n lanes (n < VL), the others zero.
+HS_INLINE vf load_part(const float* p, int n) {
+    vf v{};
+    for (int i = 0; i < n; i++) v[i] = p[i];
+    return v;
+}
+HS_INLINE void store_part(float* p, vf v, int n) {
+    for (int i = 0; i < n; i++) p[i] = v[i];
+}
+
+HS_INLINE float hsum(vf v) {  // pairwise: lane i with lane i + VL/2, and so on
+    float a[VL];
+    store(a, v);
+    for (int n = VL / 2; n; n /= 2)
+        for (int i = 0; i < n; i++) a[i] += a[i + n];
+    return a[0];
+}
+HS_INLINE float hmax(vf v) {
+    float a[VL];
+    store(a, v);
+    for (int n = VL / 2; n; n /= 2)
+        for (int i = 0; i < n; i++) a[i] = a[i] > a[i + n] ? a[i] : a[i + n];
+    return a[0];
+}
+
+HS_INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
+HS_INLINE vi round_even(vf v) {  // |v| < 2^22
+#if defined(HS_AVX512)
+    return (vi)_mm512_cvtps_epi32((__m512)v);
+#elif defined(__AVX2__)
+    return (vi)_mm256_cvtps_epi32((__m256)v);
+#elif defined(__SSE2__)
+    return (vi)_mm_cvtps_epi32((__m128)v);
+#endif
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves the integer in the low mantissa bits
+    return (vi)(v + magic) - 0x4b400000;
+}
+HS_INLINE vf bf16_to_float(vh v) { return as_f(__builtin_convertvector(v, vu) << 16); }
+HS_INLINE vh float_to_bf16(vf v) {  // nearest even; NaN stays NaN
+    vu u = (vu)v;
+    vu r = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    vu nan = (u >> 16) | 0x40;
+    vu is_nan = (vu)((u & 0x7fffffff) > 0x7f800000);
+    return __builtin_convertvector((is_nan & nan) | (~is_nan & r), vh);
+}
+HS_INLINE float bf16_to_float(uint16_t h) {
+    uint32_t u = (uint32_t)h << 16;
+    float f;
+    memcpy(&f, &u, 4);
+    return f;
+}
+HS_INLINE vf fp16_to_float(vh v) {  // finite values, subnormals included
+#if defined(HS_AVX512)
+    return (vf)_mm512_cvtph_ps((__m256i)v);
+#elif defined(__AVX2__) && defined(__F16C__)
+    return (vf)_mm256_cvtph_ps((__m128i)v);
+#else
+    vu u = __builtin_convertvector(v, vu);
+    vf magnitude = as_f((u & 0x7fff) << 13) * 0x1p112f;
+    return as_f((vu)magnitude | ((u & 0x8000) << 16));
+#endif
+}
+HS_INLINE float fp16_to_float(uint16_t h) {
+    uint32_t u = (uint32_t)(h & 0x7fff) << 13, sign = (uint32_t)(h & 0x8000) << 16;
+    float f;
+    memcpy(&f, &u, 4);
+    f *= 0x1p112f;
+    memcpy(&u, &f, 4);
+    u |= sign;
+    memcpy(&f, &u, 4);
+    return f;
+}
+
+// e^x within 2 ulp; below -87.3 it gives 0, above 88.3 infinity, NaN stays NaN.
+HS_INLINE vf vexp(vf x) {
+    vf n = to_float(round_even(vmax(vmin(x, splat(90.0f)), splat(-90.0f)) * 1.44269504f));
+    vf r = fma(n, splat(-0.693359375f), x);
+    r = fma(n, splat(2.12194440e-4f), r);
+    vf p = splat(1.9875691500e-4f);
+    p = fma(p, r, splat(1.3981999507e-3f));
+    p = fma(p, r, splat(8.3334519073e-3f));
+    p = fma(p, r, splat(4.1665795894e-2f));
+    p = fma(p, r, splat(1.6666665459e-1f));
+    p = fma(p, r, splat(5.0000001201e-1f));
+    p = fma(p, r * r, r + 1.0f);
+    vf e = p * as_f((__builtin_convertvector(n, vi) + 127) << 23);
+    e = select(x < -87.3f, vf{}, e);
+    e = select(x > 88.3f, splat(INFINITY), e);
+    return select(x != x, x, e);
+}
+
+HS_INLINE vf silu(vf x) { return x / (1.0f + vexp(-x)); }
+
+HS_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+}  // namespace hs

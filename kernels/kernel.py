@@ -1,0 +1,53 @@
+"""A kernel: one implementation of one op for one target.
+
+The compiler asks every kernel of the target whether it `accepts` a call, takes the best one, and records a plan node with the
+kernel's entry and parameters. Registered in `KERNELS` by the files of `kernels/cpu` and `kernels/cuda`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallShape:
+    """What a kernel sees of a call: argument shapes at the bucket's sizes (dims already numbers), dtypes, attributes and, for
+    weights, the storage format (`float32`, `bfloat16`, `int8g32`, `int4g64`, …). Absent optional arguments are not listed."""
+
+    op: str
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, str]
+    formats: Mapping[str, str]
+    attrs: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel:
+    """`params` is the ordered parameter layout of `entry`; each slot is eight bytes on CPU:
+
+    - `"ptr:<arg>"`            address of an argument (0 when an optional argument is absent)
+    - `"ptr:<arg>.<field>"`    address of one stored field of a weight argument (e.g. `w.data`, `w.scale`)
+    - `"ptr:workspace"`        scratch of `workspace(call)` bytes, shared by all threads, free after the node
+    - `"i64:<name>"`, `"f64:<name>"`  value from `scalars(call)[name]`
+    """
+
+    name: str
+    op: str
+    target: str
+    entry: str
+    params: tuple[str, ...]
+    accepts: Callable[[CallShape], str | None]
+    scalars: Callable[[CallShape], dict[str, int | float]] = field(default=lambda call: {})
+    workspace: Callable[[CallShape], int] = field(default=lambda call: 0)
+
+
+KERNELS: dict[str, list[Kernel]] = {"cpu": [], "cuda": []}
+
+
+def register(kernel: Kernel) -> Kernel:
+    if any(k.name == kernel.name for k in KERNELS[kernel.target]):
+        raise ValueError(f"kernel {kernel.name!r} is registered twice for {kernel.target}")
+    KERNELS[kernel.target].append(kernel)
+    return kernel

@@ -1,0 +1,103 @@
+"""One rank of one artifact on one device, as the engine loop sees it.
+
+A step is submitted as plain arrays and collected later; a session may hold two steps in flight (the loop submits step n
+before it collects n-1), in which tokens sampled by step n-1 feed step n on the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+I32 = npt.NDArray[np.int32]
+I64 = npt.NDArray[np.int64]
+F32 = npt.NDArray[np.float32]
+
+TOP = 20  # columns of the top-logprob outputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capacity:
+    """Sizes the scheduler must respect. Tokens unless named otherwise."""
+
+    context: int  # longest sequence, prompt + output
+    vocab: int
+    page_size: int
+    pages: int
+    max_seqs: int  # sequences (and logit rows) in a step; also token-state slots are `slots`
+    max_tokens: int  # tokens in a step
+    slots: int  # token-state slots: sequences that may be alive on the device
+    edits: int  # state edits in a step
+
+
+@dataclass(slots=True, kw_only=True)
+class StepInput:
+    """The live part of every io input, unpadded. n tokens, s sequences, r logit rows, e edits.
+
+    tokens[n]      token id, or -1-slot: the token last sampled for that slot (still on the device)
+    positions[n]   position of the token in its sequence
+    kv_slots[n]    where its key and value go: page * page_size + offset
+    seq_start[s+1] first token of each sequence in the flat batch
+    seq_len[s]     keys visible to the last token of the sequence in this step (its length after the step)
+    pages          one int32 array per sequence: its page table
+    row_token[r]   flat index of the token whose logits are wanted
+    row_slot[r]    token-state slot (last token, counts, bias)
+    row_target[r]  -1: sample; otherwise only report this token's logprob (prompt scoring)
+    row_flags[r]   1: penalties or bias apply; 2: logprob wanted
+    row_top[r]     number of top logprobs wanted, 0..20
+    temperature, top_p, min_p, frequency, presence, repetition [r] float32; top_k[r] int32 (0 = all); temperature 0 = greedy
+    seed[r]        int64; the draw is a function of (seed, position of the row's token)
+    edits[e, 4]    (slot, token, kind, value) applied before sampling, in order:
+                   kind 0 clear the slot's counts and bias; 1 mark token as seen in the prompt; 2 add value to its output count;
+                   3 set its bias to the float32 whose bits are value
+    """
+
+    tokens: I32
+    positions: I32
+    kv_slots: I32
+    seq_start: I32
+    seq_len: I32
+    pages: list[I32]
+    row_token: I32
+    row_slot: I32
+    row_target: I32
+    row_flags: I32
+    row_top: I32
+    temperature: F32
+    top_k: I32
+    top_p: F32
+    min_p: F32
+    frequency: F32
+    presence: F32
+    repetition: F32
+    seed: I64
+    edits: I32
+
+
+@dataclass(slots=True, kw_only=True)
+class StepOutput:
+    """Per logit row: token[r] (sampled, or row_target echoed), logprob[r] of it under the model's own distribution (before
+    temperature, penalties and bias; NaN unless wanted), top_ids/top_logprobs[r, 20], status[r] (0 ok, 1 non-finite logits)."""
+
+    token: I32
+    logprob: F32
+    top_ids: I32
+    top_logprobs: F32
+    status: I32
+    seconds: float  # device time of the step
+
+
+Ticket = int
+
+
+class Session(Protocol):
+    capacity: Capacity
+
+    def submit(self, step: StepInput) -> Ticket: ...
+
+    def collect(self, ticket: Ticket) -> StepOutput: ...
+
+    def close(self) -> None: ...
