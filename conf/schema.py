@@ -9,13 +9,24 @@ from typing import Any
 MISSING: Any = "???"
 
 
+def option(
+    default: Any,
+    *,
+    choices: tuple[str, ...] = (),
+    low: float | None = None,
+    high: float | None = None,
+) -> Any:
+    """A field whose value `conf.load` checks: one of `choices`, or (each element of a list) within `low` and `high`."""
+    return field(default=default, metadata={"choices": choices, "low": low, "high": high})
+
+
 @dataclass(slots=True)
 class ModelConfig:
     """`source`: directory, hub id, or modelscope:<id>. `config`: the published config.json of a named shape, used by weights=random
     (and checked against the checkpoint's own otherwise)."""
 
     name: str = MISSING
-    source: str | None = None
+    source: str = MISSING
     revision: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
     chat_template: str | None = None
@@ -26,22 +37,22 @@ class QuantConfig:
     """`scheme`: none | int8 | int4 (weight-only, symmetric groups of `group_size` along the input). `head`: also the LM head and tied
     embedding."""
 
-    scheme: str = "none"
-    group_size: int = 32
+    scheme: str = option("none", choices=("none", "int8", "int4", "fp8"))
+    group_size: int = option(32, low=16, high=256)
     head: bool = True
 
 
 @dataclass(slots=True)
 class ParallelConfig:
-    tp: int = 1
+    tp: int = option(1, low=1)
 
 
 @dataclass(slots=True)
 class KvConfig:
     """`dtype`: auto | float32 | bfloat16. `page_size` in tokens."""
 
-    dtype: str = "auto"
-    page_size: int = 16
+    dtype: str = option("auto", choices=("auto", "float32", "bfloat16"))
+    page_size: int = option(16, low=1, high=256)
 
 
 @dataclass(slots=True)
@@ -49,7 +60,7 @@ class TargetConfig:
     """`kind`: auto | cpu | cuda."""
 
     name: str = MISSING
-    kind: str = MISSING
+    kind: str = option(MISSING, choices=("auto", "cpu", "cuda"))
     arch: str | None = None
 
 
@@ -58,16 +69,16 @@ class ShapeConfig:
     """Served shapes. `context`: longest sequence (null: the model's, at most 8192 unless given); `max_seqs`: sequences in a step;
     `max_tokens`: tokens in a step (chunked-prefill size)."""
 
-    context: int | None = None
-    max_seqs: int = 64
-    max_tokens: int = 512
+    context: int | None = option(None, low=16)
+    max_seqs: int = option(64, low=1, high=4096)
+    max_tokens: int = option(512, low=1, high=65536)
 
 
 @dataclass(slots=True)
 class AccuracyConfig:
     """`max_delta`: refuse a quantization whose relative logit error exceeds it (null: only record)."""
 
-    max_delta: float | None = None
+    max_delta: float | None = option(None, low=0)
 
 
 @dataclass(slots=True)
@@ -79,9 +90,9 @@ class CompileConfig:
     target: TargetConfig = field(default_factory=TargetConfig)
     shape: ShapeConfig = field(default_factory=ShapeConfig)
     accuracy: AccuracyConfig = field(default_factory=AccuracyConfig)
-    dtype: str = "auto"  # auto | float32 | bfloat16
-    weights: str = "checkpoint"  # checkpoint | random
-    seed: int = 0
+    dtype: str = option("auto", choices=("auto", "float32", "bfloat16"))
+    weights: str = option("checkpoint", choices=("checkpoint", "random"))
+    seed: int = option(0, low=0, high=2**63 - 1)
     name: str | None = None
     out: str = "artifacts"
     cache: str = "~/.cache/headstart"
@@ -116,21 +127,21 @@ class ServeConfig:
 
     artifact: str = MISSING
     host: str = "127.0.0.1"
-    port: int = 30000
+    port: int = option(30000, low=0, high=65535)
     served_model_name: str | None = None
     api_key: str | None = None
     admin_api_key: str | None = None
-    device: str = "auto"
-    threads: int | None = None
-    kv_tokens: int | None = None
-    max_running: int | None = None
-    max_step_tokens: int | None = None
-    policy: str = "lpm"
+    device: str = option("auto", choices=("auto", "null"))
+    threads: int | None = option(None, low=1)
+    kv_tokens: int | None = option(None, low=1)
+    max_running: int | None = option(None, low=1)
+    max_step_tokens: int | None = option(None, low=1)
+    policy: str = option("lpm", choices=("lpm", "fcfs"))
     overlap: bool = True
     prefix_cache: bool = True
-    stream_interval: int = 1
+    stream_interval: int = option(1, low=1)
     incremental_stream: bool = False
-    drain_s: float = 30.0
+    drain_s: float = option(30.0, low=0)
     trust_artifact: str | None = None
     log_level: str = "info"
     limits: LimitsConfig = field(default_factory=LimitsConfig)

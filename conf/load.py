@@ -1,0 +1,332 @@
+"""Command line and YAML groups in, a checked schema object out. The only file that imports hydra or omegaconf.
+
+Every program ends in `sys.exit(run(Schema, "name", main))`; `load` is the same without the command line. Hydra composes and
+expands sweeps (`-m`); it does not own the process: no run directory, no log file, no traceback for a typo.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar, get_args, get_type_hints
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from conf.errors import ConfigError
+
+CONF = Path(__file__).resolve().parent
+T = TypeVar("T")
+
+
+class Loaded(Generic[T]):
+    """`config` is the schema object; `sources` says for every option where its value came from: `default`, a YAML file or
+    `override`."""
+
+    __slots__ = ("config", "sources")
+
+    def __init__(self, config: T, sources: dict[str, str]) -> None:
+        self.config = config
+        self.sources = sources
+
+
+def run(
+    schema: type[T],
+    config_name: str,
+    main: Callable[[T, Mapping[str, str]], int | None],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Run `main(config, sources)` for the command line, once or (`-m`) for every point of the sweep. Returns the exit code: the
+    first one that is not 0. An error with an `exit_code` is one line on stderr; any other is a bug and keeps its traceback."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if "-h" in args or "--help" in args:
+        print(_help(schema, config_name))
+        return 0
+    sweep = any(a in ("-m", "--multirun") for a in args)
+    show = "--cfg" in args
+    overrides = [a for a in args if a not in ("-m", "--multirun", "--cfg")]
+    code = 0
+    try:
+        for job in _jobs(schema, overrides, sweep):
+            if sweep:
+                print(f"# {' '.join(job)}", file=sys.stderr)
+            code = code or _run_one(schema, config_name, main, job, show)
+    except ConfigError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return ConfigError.exit_code
+    return code
+
+
+def _run_one(
+    schema: type[T],
+    config_name: str,
+    main: Callable[[T, Mapping[str, str]], int | None],
+    overrides: list[str],
+    show: bool,
+) -> int:
+    try:
+        loaded = load(schema, config_name, overrides)
+        if show:
+            print(OmegaConf.to_yaml(OmegaConf.structured(loaded.config)), end="")
+            return 0
+        return main(loaded.config, loaded.sources) or 0
+    except Exception as e:
+        exit_code = getattr(e, "exit_code", None)
+        if exit_code is None:
+            raise
+        print(f"error: {e}", file=sys.stderr)
+        return int(exit_code)
+
+
+def load(schema: type[T], config_name: str, overrides: Sequence[str] = ()) -> Loaded[T]:
+    """Compose `config_name`.yaml over `schema` with `overrides` (`key=value`) and check every value."""
+    parsed = [_checked(schema, o) for o in _parse(overrides)]
+    ConfigStore.instance().store(name=config_name.rsplit("/", 1)[-1] + "_schema", node=schema)
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = compose(config_name, [text for text, _ in parsed], return_hydra_config=True)
+        choices = OmegaConf.to_container(composed.hydra.runtime.choices)
+        OmegaConf.set_struct(composed, False)
+        del composed["hydra"]
+        missing = sorted(OmegaConf.missing_keys(composed))
+        if missing:
+            raise ConfigError(f"missing value: {missing[0]}=… is needed{_hint(schema, missing[0])}")
+        config = OmegaConf.to_object(composed)
+    except (HydraException, OmegaConfBaseException) as e:
+        raise ConfigError(_explain(schema, e, [o for _, o in parsed])) from None
+    assert isinstance(config, schema)
+    _check_values(config)
+    assert isinstance(choices, dict)
+    keys = {o.key_or_group for _, o in parsed}
+    return Loaded(config, _sources(config, config_name, {str(k): v for k, v in choices.items()}, keys))
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def _parse(overrides: Sequence[str]) -> list[Override]:
+    parser = OverridesParser.create()
+    parsed: list[Override] = []
+    for text in overrides:
+        if text.startswith("-"):
+            raise ConfigError(f"unknown flag {text}: options are key=value; flags are -m, --cfg and -h")
+        if "=" not in text and not text.startswith("~"):
+            raise ConfigError(f"{text!r} is not key=value")
+        try:
+            parsed.append(parser.parse_override(text))
+        except HydraException as e:
+            first = " ".join(str(e).split())
+            raise ConfigError(f"{text!r} cannot be read ({first}): quote the value") from None
+    return parsed
+
+
+def _jobs(schema: type[Any], overrides: Sequence[str], sweep: bool) -> list[list[str]]:
+    parsed = _parse(overrides)
+    if sweep:
+        from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+        for o in parsed:
+            if o.is_sweep_override() and not o.is_discrete_sweep():
+                raise ConfigError(f"{o.input_line!r}: a sweep needs a list of values or range(…)")
+        return BasicSweeper.split_arguments(parsed, None)[0]
+    for o in parsed:
+        if o.is_sweep_override():
+            raise ConfigError(f"{o.input_line!r} has several values: add -m to run one after the other")
+    return [list(overrides)]
+
+
+def _checked(schema: type[Any], o: Override) -> tuple[str, Override]:
+    """The override as hydra shall see it; raises if the key does not exist or names a group choice that does not."""
+    key, text = o.key_or_group, o.input_line or ""
+    node: Any = schema
+    path: list[str] = []
+    for part in key.split("."):
+        hints = get_type_hints(node)
+        if part not in hints:
+            where = ".".join(path)
+            options = [".".join((*path, n)) for n in hints]
+            inside = f" of {where}" if where else ""
+            raise ConfigError(
+                f"unknown option {key}{_closest('.'.join((*path, part)), options)}; "
+                f"options{inside}: {', '.join(options)}"
+            )
+        path.append(part)
+        node = hints[part]
+        if not is_dataclass(node):
+            break
+    free = "dict" in str(node)  # entries of a dict may be added
+    if len(path) < len(key.split(".")) and not free:
+        raise ConfigError(f"unknown option {key}: {'.'.join(path)} has no parts")
+    if is_dataclass(node):
+        _check_choice(key, o.value(), text)
+    if free and text[0] not in "+~":
+        text = "++" + text
+    elif text[0] in "+~" and not free:
+        raise ConfigError(f"{text!r}: {key} is a fixed option; write it without {text[0]!r}")
+    return text, o
+
+
+def group_choices(group: str) -> list[str]:
+    """Names of the YAML files of a group, sorted."""
+    return sorted(p.stem for p in (CONF / group).glob("*.yaml"))
+
+
+def _check_choice(group: str, value: Any, text: str) -> None:
+    choices = group_choices(group)
+    if not choices:
+        raise ConfigError(f"{text!r}: {group} is a group of options; set one of them, {group}.<name>=…")
+    if value not in choices:
+        raise ConfigError(
+            f"{group}={value}: no such choice{_closest(str(value), choices)}; choices: {', '.join(choices)}"
+        )
+
+
+def _closest(word: str, among: Sequence[str]) -> str:
+    match = difflib.get_close_matches(word, among, 1, 0.6)
+    return f", did you mean {match[0]}?" if match else ""
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+def _field(schema: type[Any], key: str) -> tuple[Field[Any], Any] | None:
+    """The dataclass field and type at a dotted key (None inside a dict)."""
+    node: Any = schema
+    found: Field[Any] | None = None
+    for part in key.split("."):
+        if not is_dataclass(node):
+            return None
+        found = next((f for f in fields(node) if f.name == part), None)
+        if found is None:
+            return None
+        node = get_type_hints(node)[part]
+    return (found, node) if found else None
+
+
+def _type_name(kind: Any) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    parts = get_args(kind)
+    if type(None) in parts:
+        return " or ".join([*(_type_name(p) for p in parts if p is not type(None)), "null"])
+    if kind in names:
+        return names[kind]
+    return f"a list like [1,2] ({kind})" if "list" in str(kind) else str(kind)
+
+
+def _hint(schema: type[Any], key: str) -> str:
+    found = _field(schema, key)
+    if found is None:
+        return ""
+    field, kind = found
+    if is_dataclass(kind) or (choices := group_choices(key)):
+        choices = group_choices(key)
+        return f"; choices: {', '.join(choices)}" if choices else ""
+    if field.metadata.get("choices"):
+        return f"; choices: {', '.join(field.metadata['choices'])}"
+    return f" ({_type_name(kind)})"
+
+
+def _check_values(config: Any, path: str = "") -> None:
+    """`choices` and `low`/`high` of `conf.schema.option`."""
+    for f in fields(config):
+        key, value = path + f.name, getattr(config, f.name)
+        if is_dataclass(value):
+            _check_values(value, key + ".")
+            continue
+        choices = f.metadata.get("choices")
+        if choices and value not in choices:
+            raise ConfigError(
+                f"{key}={value}: not a choice{_closest(str(value), choices)}; choices: {', '.join(choices)}"
+            )
+        low, high = f.metadata.get("low"), f.metadata.get("high")
+        for v in value if isinstance(value, list) else [value]:
+            if v is None or isinstance(v, str):
+                continue
+            if (low is not None and not v >= low) or (high is not None and not v <= high):
+                span = f"{low} to {high}" if high is not None else f"at least {low}"
+                raise ConfigError(f"{key}={v}: out of range, must be {span}")
+
+
+def _explain(schema: type[Any], error: BaseException, overrides: list[Override]) -> str:
+    """One line for whatever hydra or omegaconf objects to."""
+    cause: BaseException | None = error
+    while cause is not None:
+        key = getattr(cause, "full_key", None)
+        if key:
+            given = next((o for o in overrides if o.key_or_group == key), None)
+            found = _field(schema, key)
+            if found and given is not None:
+                value = given.get_value_element_as_str()
+                return f"{key}={value}: expected {_type_name(found[1])}"
+            return f"{key}: {str(cause).splitlines()[0]}"
+        cause = cause.__cause__ or cause.__context__
+    lines = str(error).splitlines()
+    for f in fields(schema):
+        if f"'{f.name}'" in lines[0] and (choices := group_choices(f.name)):
+            return f"missing value: {f.name}=… is needed; choices: {', '.join(choices)}"
+    return lines[0]
+
+
+def _sources(
+    config: Any, config_name: str, choices: Mapping[str, str | None], overridden: set[str]
+) -> dict[str, str]:
+    """Origin of every leaf: `override`, the group file that sets it, the primary file, or `default` (the schema)."""
+    origin: dict[str, str] = {}
+    files = [(config_name, "")] + [
+        (f"{g}/{c}", f"{g}.") for g, c in choices.items() if c and not g.startswith("hydra/")
+    ]
+    for file, prefix in files:
+        content = OmegaConf.load(CONF / f"{file}.yaml")
+        for key in _leaves(OmegaConf.to_container(content)):
+            if not key.startswith("defaults"):
+                origin[prefix + key] = f"conf/{file}.yaml"
+    result: dict[str, str] = {}
+    for key in _leaves(_plain(config)):
+        given = any(key == o or key.startswith(o + ".") for o in overridden - set(choices))
+        result[key] = "override" if given else origin.get(key, "default")
+    return result
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    return value
+
+
+def _leaves(tree: Any, path: str = "") -> list[str]:
+    if not isinstance(tree, dict) or not tree:
+        return [path] if path else []
+    return [leaf for k, v in tree.items() for leaf in _leaves(v, f"{path}.{k}" if path else str(k))]
+
+
+def _help(schema: type[Any], config_name: str) -> str:
+    lines = [f"options of {config_name} (key=value; -m sweeps key=a,b; --cfg prints the composed values):", ""]
+
+    def walk(node: type[Any], path: str) -> None:
+        hints = get_type_hints(node)
+        for f in fields(node):
+            key, kind = path + f.name, hints[f.name]
+            if is_dataclass(kind):
+                choices = group_choices(key)
+                if choices:
+                    lines.append(f"  {key}=  choices: {', '.join(choices)}")
+                assert isinstance(kind, type)
+                walk(kind, key + ".")
+            else:
+                text = f.metadata.get("help", "")
+                default = "" if str(f.default) in ("???",) else f"  [{f.default}]"
+                among = " | ".join(f.metadata.get("choices", ())) or _type_name(kind)
+                lines.append(f"  {key}=  {among}{default if f.metadata or default else ''}  {text}".rstrip())
+
+    walk(schema, "")
+    return "\n".join(lines)

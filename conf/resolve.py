@@ -1,0 +1,76 @@
+"""`auto` out of a compile configuration: a config and what the checkpoint says go in, a config without `auto` comes out, with
+the source of every value. Values this version cannot compile are refused here, before anything is read or allocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from conf.errors import ConfigError
+from conf.schema import CompileConfig
+
+DEFAULT_CONTEXT = 8192  # served context when none is asked for and the model has more
+
+
+def check_supported(config: CompileConfig) -> None:
+    """Refuse what no stage of this version can do."""
+    if config.target.kind == "cuda":
+        raise ConfigError(
+            f"target={config.target.name}: CUDA targets are not supported yet by this version; choices: auto, cpu"
+        )
+    if config.quant.scheme == "fp8":
+        raise ConfigError("quant=fp8: needs a GPU with fp8 tensor cores; choices for target=cpu: none, int8, int4")
+    if config.quant.group_size not in (16, 32, 64, 128, 256):
+        raise ConfigError(
+            f"quant.group_size={config.quant.group_size}: not a choice; choices: 16, 32, 64, 128, 256"
+        )
+    if config.parallel.tp > 1:
+        raise ConfigError(
+            f"parallel.tp={config.parallel.tp}: tensor parallelism is not supported yet by this version; use 1"
+        )
+
+
+def resolve(
+    config: CompileConfig, sources: Mapping[str, str], *, checkpoint_dtype: str, context: int
+) -> tuple[CompileConfig, dict[str, str]]:
+    """`checkpoint_dtype`: float32, bfloat16 or float16, as the checkpoint is stored; `context`: the model's longest sequence."""
+    check_supported(config)
+    config, origin = deepcopy(config), dict(sources)
+
+    def settle(section: Any, key: str, value: Any, why: str) -> None:
+        setattr(section, key.rsplit(".", 1)[-1], value)
+        origin[key] = why
+
+    if config.target.kind == "auto":
+        settle(config.target, "target.kind", "cpu", "this machine")
+        settle(config.target, "target.name", "cpu", "this machine")
+    if config.dtype == "auto":
+        # float16 has no stored form here; float32 keeps every bit of it.
+        dtype = "bfloat16" if checkpoint_dtype == "bfloat16" else "float32"
+        settle(config, "dtype", dtype, f"checkpoint ({checkpoint_dtype})")
+    if config.kv.dtype == "auto":
+        settle(config.kv, "kv.dtype", config.dtype, "dtype")
+    if config.shape.context is None:
+        settle(config.shape, "shape.context", min(context, DEFAULT_CONTEXT), f"model ({context})")
+    elif config.shape.context > context:
+        raise ConfigError(
+            f"shape.context={config.shape.context}: the model is made for {context} tokens; use at most {context}"
+        )
+    if config.name is None:
+        settle(config, "name", config.model.name, "model.name")
+    return config, origin
+
+
+def flatten(config: Any, path: str = "") -> dict[str, Any]:
+    """`{"model.name": …, "quant.scheme": …}`: what the manifest stores."""
+    flat: dict[str, Any] = {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if is_dataclass(value):
+            flat |= flatten(value, f"{path}{f.name}.")
+        else:
+            flat[path + f.name] = value
+    return flat
