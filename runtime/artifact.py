@@ -1,179 +1,325 @@
 """The artifact: the directory a compile writes and a runtime maps. This module owns the format; the compiler imports it.
 
-Layout, publish protocol, levels of checking and error texts: docs/artifact.md.
+Comes in: the path of an artifact. Goes out: its manifest and files, each checked before it is believed. Levels: L0 is
+`Artifact.open` (name, schema, file set and sizes), L1 is done by the device while weights load (`check_crcs`,
+`check_finite`), L2 is `verify`. Layout, publish protocol and error texts: docs/artifact.md.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import fcntl
+import hashlib
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
-import msgspec
 import numpy as np
+import numpy.typing as npt
 
-SCHEMA = 1
-ARENAS = ("weights", "state", "work", "io")
-
-
-class IoField(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One array of a bucket's io block: `offset` in bytes from the start of the io arena, `shape` at the bucket's sizes."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    output: bool = False
-
-
-class KernelRef(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`file` is a manifest path under code/ (on CPU `cpu`: the library chosen at load); `entry` the symbol in it."""
-
-    file: str
-    entry: str
-    name: str
-
-
-class Bucket(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Sizes one plan serves: at most `tokens` flat tokens, `seqs` sequences and logit rows, `pages` page-table columns."""
-
-    name: str
-    tokens: int
-    seqs: int
-    pages: int
-
-
-class PlanHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    bucket: Bucket
-    io: tuple[IoField, ...]
-    upload_bytes: int  # inputs are io[0:upload_bytes]; outputs follow
-    io_bytes: int
-    kernels: tuple[KernelRef, ...]
-    labels: tuple[str, ...]  # one per node: what it computes, for reports and errors
-    late: tuple[str, ...] = ()  # names of values known at load
-
-
-# Plan tables. A parameter is Bytes (value is the 8 little-endian bytes), Address (arena, value = offset) or Late (aux = index
-# into PlanHeader.late); TensorMap (aux = table index) is CUDA's.
-PARAM_BYTES, PARAM_ADDRESS, PARAM_LATE, PARAM_TENSORMAP = 0, 1, 2, 3
-PARAM = np.dtype([("kind", "<u1"), ("arena", "<u1"), ("size", "<u2"), ("aux", "<u4"), ("value", "<u8")])
-NODE = np.dtype(
-    [
-        ("kernel", "<u4"),
-        ("first_param", "<u4"),
-        ("params", "<u4"),
-        ("grid", "<u4", (3,)),
-        ("block", "<u4", (3,)),
-        ("cluster", "<u4", (3,)),
-        ("shared", "<u4"),
-        ("flags", "<u4"),
-    ]
+from runtime import weights_file
+from runtime.errors import DamagedArtifact, HeadstartError, UsageError
+from runtime.manifest import (
+    SCHEMA,
+    CpuLibrary,
+    FileEntry,
+    Golden,
+    Manifest,
+    ModelInfo,
+    StateLayout,
+    Target,
+    TensorEntry,
+    decode_manifest,
+    digest,
+    encode_manifest,
+)
+from runtime.plan import (
+    ARENAS,
+    NODE,
+    PARAM,
+    PARAM_ADDRESS,
+    PARAM_BYTES,
+    PARAM_LATE,
+    PARAM_TENSORMAP,
+    Bucket,
+    IoField,
+    KernelRef,
+    LaunchPlan,
+    PlanHeader,
+    decode_plan,
+    encode_plan,
 )
 
+__all__ = [
+    "ARENAS", "MANIFEST", "NODE", "PARAM", "PARAM_ADDRESS", "PARAM_BYTES", "PARAM_LATE", "PARAM_TENSORMAP", "SCHEMA", "Artifact",
+    "Bucket", "CpuLibrary", "FileEntry", "Golden", "IoField", "KernelRef", "LaunchPlan", "Manifest", "ModelInfo", "PlanHeader",
+    "StateLayout", "Target", "TensorEntry", "decode_manifest", "decode_plan", "digest", "encode_manifest", "encode_plan",
+    "plan_path", "weights_path",
+]  # fmt: skip
 
-class LaunchPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """`nodes` has dtype NODE, `params` dtype PARAM; nodes run in order."""
-
-    header: PlanHeader
-    nodes: Any
-    params: Any
-
-
-class FileEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`role`: weights | binary | data."""
-
-    path: str
-    size: int
-    sha256: str
-    role: str
+MANIFEST = "manifest.json"
+MANIFEST_LIMIT = 64 << 20
+ROLES = ("weights", "binary", "data")
+REMEDY = "copy the artifact again or compile it again"
 
 
-class TensorEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One stored field in weights/rank<r>.safetensors; `offset` in the weights arena equals its offset in the data section."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    size: int
-    crc32c: int
+def weights_path(rank: int) -> str:
+    return f"weights/rank{rank}.safetensors"
 
 
-class StateLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """State arena: token state first (`slots` rows of last_token, counts, bias at fixed offsets), then the KV pages from
-    `pages_offset`, page-major: page p starts at pages_offset + p * page_bytes and holds every layer. Only the number of
-    pages is chosen at load."""
-
-    slots: int
-    page_size: int
-    page_bytes: int
-    pages_offset: int
-    kv_dtype: str
+def plan_path(rank: int, bucket: str) -> str:
+    return f"plans/rank{rank}.{bucket}.plan"
 
 
-class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`kind`: cpu | cuda. CPU: `machine` (x86_64, aarch64) and the ISA levels whose libraries are packed, best last."""
+class Artifact:
+    """An artifact that passed L0. `path` is its real directory, `digest` the SHA-256 in its name."""
 
-    kind: str
-    machine: str
-    levels: tuple[str, ...]
-    abi: int
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.digest = path.name.rpartition("-")[2]
+        self._files = {entry.path: entry for entry in manifest.files}
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Artifact:
+        given = Path(path)
+        if not given.is_dir():
+            raise UsageError(f"artifact {given}: expected a directory, found {'a file' if given.exists() else 'nothing'}; "
+                             "give the path that the compiler printed")  # fmt: skip
+        root = given.resolve()
+        data = _read(root, MANIFEST, limit=MANIFEST_LIMIT)
+        if digest(data) != root.name.rpartition("-")[2]:
+            raise _damaged(
+                root, MANIFEST, f"expected the digest in the directory's name, found {digest(data)}"
+            )
+        try:
+            manifest = decode_manifest(data)
+            _check_manifest(manifest)
+        except HeadstartError as error:
+            raise type(error)(f"artifact {root}, file {MANIFEST}: {error}; {REMEDY}") from error
+        _check_files(root, manifest)
+        artifact = cls(root, manifest)
+        for rank in range(manifest.ranks):
+            artifact.weights_data(rank)
+        return artifact
+
+    def read(self, name: str) -> bytes:
+        """A file of the manifest, its SHA-256 checked. Not for weights: those are checked per tensor while they load."""
+        entry = self._files.get(name)
+        if entry is None:
+            raise _damaged(self.path, name, "expected an entry in the manifest, found none")
+        data = _read(self.path, name, limit=entry.size)
+        if (found := hashlib.sha256(data).hexdigest()) != entry.sha256:
+            raise _damaged(self.path, name, f"expected sha256 {entry.sha256}, found {found}")
+        return data
+
+    def text(self, name: str) -> bytes | None:
+        """A file under text/, None when the artifact has none of that name."""
+        return self.read(f"text/{name}") if f"text/{name}" in self._files else None
+
+    def plan(self, rank: int, bucket: str) -> LaunchPlan:
+        name = plan_path(rank, bucket)
+        try:
+            plan = decode_plan(self.read(name))
+        except DamagedArtifact as error:
+            raise (
+                error
+                if str(error).startswith("artifact ")
+                else _damaged(self.path, name, str(error))
+            ) from error
+        if (
+            plan.header.bucket not in self.manifest.buckets
+            or plan.header.io_bytes > self.manifest.io_bytes
+        ):
+            raise _damaged(
+                self.path, name, f"expected a bucket of the manifest, found {plan.header.bucket}"
+            )
+        return plan
+
+    def library(self, name: str) -> int:
+        """A descriptor to dlopen as /proc/self/fd/<n>: an anonymous, sealed copy of the checked bytes, so nothing can be
+        swapped between check and use. The caller closes it after dlopen."""
+        entry = self._files.get(name)
+        if entry is None or entry.role != "binary":
+            raise _damaged(
+                self.path,
+                name,
+                f"expected the role binary, found {entry.role if entry else 'no entry'}",
+            )
+        fd = os.memfd_create(PurePosixPath(name).name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            with os.fdopen(os.dup(fd), "wb") as copy:
+                copy.write(self.read(name))
+            _seal(fd)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def weights_data(self, rank: int) -> tuple[Path, int]:
+        """The weights file and the offset of its data section; its header must be the one the manifest implies."""
+        name = weights_path(rank)
+        expected = weights_file.header(self.manifest.tensors[rank])
+        if _read(self.path, name, limit=len(expected), whole=False) != expected:
+            raise _damaged(
+                self.path,
+                name,
+                "expected the header that the manifest's tensors imply, found another",
+            )
+        return self.path / name, len(expected)
+
+    def check_crcs(self, rank: int, found: Sequence[int]) -> None:
+        """L1: `found` is the CRC-32C of every tensor of the rank as loaded, in manifest order."""
+        for tensor, crc in zip(self.manifest.tensors[rank], found, strict=True):
+            if tensor.crc32c != crc:
+                raise _damaged(self.path, weights_path(rank),
+                               f"tensor {tensor.name}: expected crc32c {tensor.crc32c:08x}, found {crc:08x}")  # fmt: skip
+
+    def check_finite(self, rank: int, arena: npt.NDArray[np.uint8]) -> None:
+        """L1: norms, biases and scales hold no infinity and no NaN, which one flipped bit of the exponent would make."""
+        for tensor in self.manifest.tensors[rank]:
+            if tensor.dtype == "float32" and (
+                len(tensor.shape) == 1 or tensor.name.endswith(".scale")
+            ):
+                if not np.isfinite(
+                    arena[tensor.offset : tensor.offset + tensor.size].view(np.float32)
+                ).all():
+                    raise _damaged(
+                        self.path,
+                        weights_path(rank),
+                        f"tensor {tensor.name}: expected finite values, found others",
+                    )
+
+    def verify(self) -> None:
+        """L2: the SHA-256 of every file."""
+        for entry in self.manifest.files:
+            with _open(self.path, entry.path) as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != entry.sha256:
+                raise _damaged(
+                    self.path, entry.path, f"expected sha256 {entry.sha256}, found {found}"
+                )
 
 
-class CpuLibrary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One native library: `requires` are the /proc/cpuinfo feature names it needs, most demanding library last."""
-
-    level: str
-    path: str
-    requires: tuple[str, ...]
+def _damaged(root: Path, name: str, what: str) -> DamagedArtifact:
+    return DamagedArtifact(f"artifact {root}, file {name}: {what}; {REMEDY}")
 
 
-class ModelInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the runtime says and needs of the model."""
+def _check_manifest(manifest: Manifest) -> None:
+    """What the rest of the runtime relies on without looking again."""
 
-    name: str
-    family: str
-    architectures: tuple[str, ...]
-    context: int
-    vocab: int
-    dim: int
-    layers: int
-    parameters: int
-    eos_token_ids: tuple[int, ...]
-    bos_token_id: int | None
+    def need(ok: bool, what: str) -> None:
+        if not ok:
+            raise DamagedArtifact(what)
+
+    paths = [entry.path for entry in manifest.files]
+    need(len(set(paths)) == len(paths), "files: expected each path once, found one twice")
+    for entry in manifest.files:
+        pure = PurePosixPath(entry.path)
+        plain = (
+            str(pure) == entry.path
+            and not pure.is_absolute()
+            and ".." not in pure.parts
+            and entry.path.isprintable()
+        )
+        need(
+            plain and entry.path not in (MANIFEST, "."),
+            f"files: expected a relative path, found {entry.path!r}",
+        )
+        need(
+            entry.size >= 0 and entry.role in ROLES,
+            f"files: {entry.path}: size {entry.size}, role {entry.role}",
+        )
+    need(
+        manifest.ranks >= 1 and len(manifest.tensors) == manifest.ranks,
+        f"ranks: {manifest.ranks} of {len(manifest.tensors)}",
+    )
+    sizes = {entry.path: entry.size for entry in manifest.files}
+    for rank, tensors in enumerate(manifest.tensors):
+        weights_file.check_tensors(tensors, manifest.weights_bytes)
+        size = len(weights_file.header(tensors)) + manifest.weights_bytes
+        need(sizes.get(weights_path(rank)) == size, f"files: {weights_path(rank)}: expected {size} bytes, found "
+             f"{sizes.get(weights_path(rank))}")  # fmt: skip
+        for bucket in manifest.buckets:
+            need(
+                plan_path(rank, bucket.name) in sizes,
+                f"files: expected {plan_path(rank, bucket.name)}, found no entry",
+            )
+    need(len(manifest.buckets) > 0, "buckets: expected at least one, found none")
+    for library in manifest.libraries:
+        need(
+            library.path in sizes,
+            f"libraries: expected {library.path} among the files, found no entry",
+        )
+    state = manifest.state
+    counts = (manifest.work_bytes, manifest.io_bytes, manifest.edits, manifest.max_seqs, manifest.max_tokens, state.slots,
+              state.page_size, state.page_bytes, state.pages_offset, manifest.model.context, manifest.model.vocab)  # fmt: skip
+    need(min(counts) > 0, f"sizes: expected positive ones, found {counts}")
 
 
-class Golden(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Greedy tokens recorded at compile time on the compiling machine, for `verify`."""
+def _check_files(root: Path, manifest: Manifest) -> None:
+    """The directory holds exactly the listed files, each a plain file of the listed size, and no other entry of any kind."""
+    expected = {entry.path: entry.size for entry in manifest.files}
+    folders = {str(parent) for path in expected for parent in PurePosixPath(path).parents} - {"."}
+    found: set[str] = set()
+    for name, info in _walk(root, ""):
+        if stat.S_ISDIR(info.st_mode):
+            if name not in folders:
+                raise _damaged(root, name, "expected no such folder, found one")
+        elif not stat.S_ISREG(info.st_mode):
+            raise _damaged(
+                root,
+                name,
+                f"expected a plain file, found {stat.filemode(info.st_mode)} (a link or a device)",
+            )
+        elif name != MANIFEST:
+            if name not in expected:
+                raise _damaged(root, name, "expected no such file, found one")
+            if info.st_size != expected[name]:
+                raise _damaged(root, name, f"expected {expected[name]} bytes, found {info.st_size}")
+            found.add(name)
+    if missing := sorted(set(expected) - found):
+        raise _damaged(root, missing[0], "expected a file, found nothing")
 
-    prompt: tuple[int, ...]
-    tokens: tuple[int, ...]
+
+def _walk(root: Path, folder: str) -> Iterator[tuple[str, os.stat_result]]:
+    with os.scandir(root / folder) as entries:
+        listed = sorted(entries, key=lambda e: e.name)
+    for entry in listed:
+        name = f"{folder}/{entry.name}" if folder else entry.name
+        info = entry.stat(follow_symlinks=False)
+        yield name, info
+        if stat.S_ISDIR(info.st_mode):
+            yield from _walk(root, name)
 
 
-class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    schema: int
-    tool: str  # "headstart <version>"
-    versions: dict[str, str]  # torch, compiler, … of the compile
-    name: str
-    model: ModelInfo
-    target: Target
-    dtype: str
-    quant: dict[str, Any]
-    kv_dtype: str
-    ranks: int
-    config: dict[str, Any]  # resolved CompileConfig
-    provenance: dict[str, str]  # config key -> where its value came from
-    spec: dict[str, Any]
-    source: dict[str, str]  # checkpoint file -> sha256 (empty for random weights)
-    buckets: tuple[Bucket, ...]
-    work_bytes: int
-    io_bytes: int
-    weights_bytes: int
-    edits: int
-    max_seqs: int
-    max_tokens: int
-    state: StateLayout
-    libraries: tuple[CpuLibrary, ...]
-    files: tuple[FileEntry, ...]
-    tensors: tuple[tuple[TensorEntry, ...], ...]  # per rank, load order
-    report: dict[str, Any]  # launches, bytes, flops per bucket; fit
-    accuracy: dict[str, float]
-    golden: tuple[Golden, ...] = ()
+def _open(root: Path, name: str) -> BinaryIO:
+    """A plain file of the artifact; links are not followed and devices not opened."""
+    try:
+        fd = os.open(root / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise _damaged(
+            root, name, f"expected a readable plain file, found {error.strerror}"
+        ) from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise _damaged(root, name, "expected a plain file, found another kind of entry")
+    return os.fdopen(fd, "rb")
+
+
+def _read(root: Path, name: str, *, limit: int, whole: bool = True) -> bytes:
+    """At most `limit` bytes from the start; more in the file is an error when the `whole` is wanted."""
+    with _open(root, name) as file:
+        data = file.read(limit + 1 if whole else limit)
+    if len(data) > limit:
+        raise _damaged(root, name, f"expected at most {limit} bytes, found more")
+    return data
+
+
+def _seal(fd: int) -> None:
+    fcntl.fcntl(
+        fd,
+        fcntl.F_ADD_SEALS,
+        fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE,
+    )

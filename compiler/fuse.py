@@ -1,0 +1,258 @@
+"""Fusion: rules that rewrite a Program into one with fewer, larger calls. Called by the pipeline between build and lower.
+
+Every rule is a function Program -> Program that is correct alone and in any order: a test runs each subset against the op
+references. A fused call always takes the place of the last call it replaces, so everything it reads is written by then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from compiler.program import Call, Dim, Program, Value, rewrite, verify
+
+
+def merge_qkv(program: Program) -> Program:
+    """q, k, v linears, head norms, rope and kv_write -> one linear and rope_kv."""
+    edit = _Edit(program)
+    for write in program.calls:
+        if write.op != "kv_write":
+            continue
+        attention = [
+            c
+            for c in program.calls
+            if c.op == "attention" and c.attrs["layer_offset"] == write.attrs["layer_offset"]
+        ]
+        if len(attention) != 1:
+            continue
+        sides = [_projection(program, name, user) for name, user in
+                 ((attention[0].ins["q"], attention[0]), (write.ins["k"], write), (write.ins["v"], write))]  # fmt: skip
+        if any(side is None for side in sides):
+            continue
+        q, k, v = (side for side in sides if side is not None)
+        linears = (q.linear, k.linear, v.linear)
+        if (
+            not _mergeable(linears)
+            or v.norm
+            or v.rope
+            or bool(q.norm) != bool(k.norm)
+            or bool(q.rope) != bool(k.rope)
+        ):
+            continue
+        ins = {"live": "live", "qkv": edit.merged_linear(linears, "qkv", at=write)}
+        eps, interleaved = 0.0, False
+        if q.rope and k.rope:
+            if q.rope.ins["table"] != k.rope.ins["table"]:
+                continue
+            ins["table"], interleaved = q.rope.ins["table"], q.rope.attrs["interleaved"]
+        if q.norm and k.norm:
+            ins |= {"q_norm": q.norm.ins["w"], "k_norm": k.norm.ins["w"]}
+            eps = q.norm.attrs["eps"]
+        ins |= {"kv_slots": write.ins["kv_slots"], "kv": write.ins["kv"]}
+        attrs = {
+            **write.attrs,
+            "heads": attention[0].attrs["heads"],
+            "eps": eps,
+            "interleaved": interleaved,
+        }
+        outs = {"q": attention[0].ins["q"], **write.outs}
+        edit.insert(write, Call(op="rope_kv", ins=ins, outs=outs, attrs=attrs))
+        edit.drop(write, *linears, *(c for side in (q, k) for c in (side.norm, side.rope) if c))
+    return edit.result()
+
+
+def merge_swiglu(program: Program) -> Program:
+    """gate and up linears and swiglu -> one linear with act=swiglu."""
+    edit = _Edit(program)
+    for call in program.calls:
+        if call.op != "swiglu":
+            continue
+        gate, up = (_only(program, call.ins[side], call, "linear") for side in ("gate", "up"))
+        if gate is None or up is None or gate is up or not _mergeable((gate, up)):
+            continue
+        edit.merged_linear((gate, up), "gate_up", at=call, out=call.outs["out"], act="swiglu")
+        edit.drop(call, gate, up)
+    return edit.result()
+
+
+def rows_into_linear(program: Program) -> Program:
+    """gather, then linear -> linear that reads only the wanted rows (the LM head)."""
+    edit = _Edit(program)
+    for call in program.calls:
+        gather = _only(program, call.ins["x"], call, "gather") if call.op == "linear" else None
+        if gather is None or "residual" in call.ins or "rows" in call.ins:
+            continue
+        edit.insert(
+            call, replace(call, ins={**call.ins, "x": gather.ins["x"], "rows": gather.ins["rows"]})
+        )
+        edit.drop(call, gather)
+    return edit.result()
+
+
+def norm_into_linear(program: Program) -> Program:
+    """rms_norm whose only readers are linears -> linears that normalise their input."""
+    edit = _Edit(program)
+    for norm in program.calls:
+        if norm.op != "rms_norm":
+            continue
+        name = norm.outs["out"]
+        readers = program.consumers(name)
+        if not all(
+            c.op == "linear" and "norm" not in c.ins and c.ins.get("residual") != name
+            for c in readers
+        ):
+            continue
+        for call in readers:
+            ins = {**call.ins, "x": norm.ins["x"], "norm": norm.ins["w"]}
+            edit.insert(
+                call, replace(call, ins=ins, attrs={**call.attrs, "eps": norm.attrs["eps"]})
+            )
+            edit.drop(call)
+        edit.drop(norm)
+    return edit.result()
+
+
+def residual_into_linear(program: Program) -> Program:
+    """linear, then add -> linear that adds the residual."""
+    edit = _Edit(program)
+    for add in program.calls:
+        if add.op != "add" or add.ins["a"] == add.ins["b"]:
+            continue
+        for side, other in (("b", "a"), ("a", "b")):
+            linear = _only(program, add.ins[side], add, "linear")
+            if (
+                linear is None
+                or "residual" in linear.ins
+                or "rows" in linear.ins
+                or linear.attrs["act"]
+            ):
+                continue
+            edit.insert(
+                add, replace(linear, ins={**linear.ins, "residual": add.ins[other]}, outs=add.outs)
+            )
+            edit.drop(add, linear)
+            break
+    return edit.result()
+
+
+RULES = (merge_qkv, merge_swiglu, rows_into_linear, norm_into_linear, residual_into_linear)
+
+
+def fuse(program: Program) -> Program:
+    for rule in RULES:
+        program = verify(rule(program))
+    return program
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Projection:
+    """How q, k or v came to be: linear, then maybe a head norm, then maybe rope."""
+
+    linear: Call
+    norm: Call | None
+    rope: Call | None
+
+
+def _projection(program: Program, name: str, user: Call) -> _Projection | None:
+    rope = _only(program, name, user, "rope")
+    if rope is not None:
+        name, user = rope.ins["x"], rope
+    norm = _only(program, name, user, "head_norm")
+    if norm is not None:
+        name, user = norm.ins["x"], norm
+    linear = _only(program, name, user, "linear")
+    return None if linear is None else _Projection(linear=linear, norm=norm, rope=rope)
+
+
+def _only(program: Program, name: str, user: Call, op: str) -> Call | None:
+    """The call of `op` that makes `name`, if nobody but `user` reads it."""
+    made = program.producer(name)
+    readers = program.consumers(name)
+    return (
+        made
+        if made is not None and made.op == op and len(readers) == 1 and readers[0] is user
+        else None
+    )
+
+
+def _mergeable(linears: tuple[Call, ...]) -> bool:
+    """Plain linears that differ only in their own weight and bias."""
+    first = linears[0]
+    return all(
+        call.attrs == first.attrs
+        and call.attrs["act"] == ""
+        and set(call.ins) == set(first.ins)
+        and "residual" not in call.ins
+        and all(
+            call.ins[arg] == name for arg, name in first.ins.items() if arg not in ("w", "bias")
+        )
+        for call in linears
+    )
+
+
+class _Edit:
+    """Collects what a rule removes, inserts and declares; `result` applies it."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.values: dict[str, Value] = {}
+        self.dropped: set[int] = set()
+        self.inserted: dict[int, list[Call]] = {}
+
+    def insert(self, at: Call, call: Call) -> None:
+        self.inserted.setdefault(id(at), []).append(call)
+
+    def drop(self, *calls: Call) -> None:
+        self.dropped |= {id(call) for call in calls}
+
+    def merged_linear(
+        self, linears: tuple[Call, ...], suffix: str, at: Call, out: str = "", act: str = ""
+    ) -> str:
+        """One linear over the rows of all weights; without `out` its result is a new temp."""
+        first = linears[0]
+        ins = dict(first.ins)
+        for arg, tail in (("w", ""), ("bias", "_bias")):
+            if arg in ins:
+                ins[arg] = self._merged_weight(
+                    [self.program.values[c.ins[arg]] for c in linears], suffix + tail
+                )
+        if not out:
+            rows: Dim = self.program.values[first.outs["out"]].dims[0]
+            out = f"{first.outs['out'].rsplit('.', 1)[0]}.{suffix}"
+            self._declare(
+                Value(name=out, dtype="float32", kind="temp", dims=(rows, self._rows(ins["w"])))
+            )
+        self.insert(
+            at, replace(first, ins=ins, outs={"out": out}, attrs={**first.attrs, "act": act})
+        )
+        return out
+
+    def _merged_weight(self, parts: list[Value], suffix: str) -> str:
+        name = f"{parts[0].name.rsplit('.', 1)[0]}.{suffix}"
+        rows: Dim = sum(dim for part in parts if isinstance(dim := part.dims[0], int))
+        self._declare(
+            replace(
+                parts[0],
+                name=name,
+                dims=(rows, *parts[0].dims[1:]),
+                parts=tuple(p.name for p in parts),
+            )
+        )
+        return name
+
+    def _rows(self, weight: str) -> Dim:
+        return self.values[weight].dims[0]
+
+    def _declare(self, value: Value) -> None:
+        if value.name in self.program.values:
+            raise ValueError(f"a fusion would declare {value.name!r} a second time")
+        self.values[value.name] = value
+
+    def result(self) -> Program:
+        calls: list[Call] = []
+        for call in self.program.calls:
+            calls += self.inserted.get(id(call), [])
+            if id(call) not in self.dropped:
+                calls.append(call)
+        known: Mapping[str, Value] = self.values
+        return rewrite(self.program, calls, known)

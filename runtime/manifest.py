@@ -1,0 +1,144 @@
+"""The manifest: everything a runtime must know of an artifact before it opens another file of it.
+
+Comes in: the bytes of manifest.json. Goes out: a Manifest, and back. Its canonical JSON (sorted keys, no spaces) is hashed
+into the artifact's name, so there is exactly one encoding. Types are re-exported by `runtime.artifact`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import msgspec
+
+from runtime.errors import DamagedArtifact, IncompatibleTarget
+from runtime.plan import Bucket
+
+SCHEMA = 1
+
+
+class FileEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`role`: weights | binary | data."""
+
+    path: str
+    size: int
+    sha256: str
+    role: str
+
+
+class TensorEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One stored field in weights/rank<r>.safetensors; `offset` in the weights arena equals its offset in the data section."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+    crc32c: int
+
+
+class StateLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """State arena: token state first (`slots` rows of last_token, counts, bias at fixed offsets), then the KV pages from
+    `pages_offset`, page-major: page p starts at pages_offset + p * page_bytes and holds every layer. Only the number of
+    pages is chosen at load."""
+
+    slots: int
+    page_size: int
+    page_bytes: int
+    pages_offset: int
+    kv_dtype: str
+
+
+class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`kind`: cpu | cuda. CPU: `machine` (x86_64, aarch64) and the ISA levels whose libraries are packed, best last."""
+
+    kind: str
+    machine: str
+    levels: tuple[str, ...]
+    abi: int
+
+
+class CpuLibrary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One native library: `requires` are the /proc/cpuinfo feature names it needs, most demanding library last."""
+
+    level: str
+    path: str
+    requires: tuple[str, ...]
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the runtime says and needs of the model."""
+
+    name: str
+    family: str
+    architectures: tuple[str, ...]
+    context: int
+    vocab: int
+    dim: int
+    layers: int
+    parameters: int
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+
+
+class Golden(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Greedy tokens recorded at compile time on the compiling machine, for `verify`."""
+
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    schema: int
+    tool: str  # "headstart <version>"
+    versions: dict[str, str]  # torch, compiler, … of the compile
+    name: str
+    model: ModelInfo
+    target: Target
+    dtype: str
+    quant: dict[str, Any]
+    kv_dtype: str
+    ranks: int
+    config: dict[str, Any]  # resolved CompileConfig
+    provenance: dict[str, str]  # config key -> where its value came from
+    spec: dict[str, Any]
+    source: dict[str, str]  # checkpoint file -> sha256 (empty for random weights)
+    buckets: tuple[Bucket, ...]
+    work_bytes: int
+    io_bytes: int
+    weights_bytes: int
+    edits: int
+    max_seqs: int
+    max_tokens: int
+    state: StateLayout
+    libraries: tuple[CpuLibrary, ...]
+    files: tuple[FileEntry, ...]
+    tensors: tuple[tuple[TensorEntry, ...], ...]  # per rank, load order
+    report: dict[str, Any]  # launches, bytes, flops per bucket; fit
+    accuracy: dict[str, float]
+    golden: tuple[Golden, ...] = ()
+
+
+class _Version(msgspec.Struct, frozen=True):
+    schema: int
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    return msgspec.json.encode(manifest, order="sorted")
+
+
+def decode_manifest(data: bytes) -> Manifest:
+    """The manifest, or an error without artifact and file (the caller adds them)."""
+    try:
+        version = msgspec.json.decode(data, type=_Version).schema
+        if version != SCHEMA:
+            raise IncompatibleTarget(
+                f"schema: expected {SCHEMA}, found {version}; compile it again with this version"
+            )
+        return msgspec.json.decode(data, type=Manifest)
+    except msgspec.DecodeError as error:
+        raise DamagedArtifact(f"manifest: {error}") from error
+
+
+def digest(manifest_bytes: bytes) -> str:
+    return hashlib.sha256(manifest_bytes).hexdigest()
