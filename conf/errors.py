@@ -1,4 +1,6 @@
-"""What the option loader can refuse. One line: key, value, what would be valid. Ends a command with exit code 2."""
+"""What the option loader can refuse. One line: key, value, what would be valid. Ends a command
+with exit code 2.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""Command line and YAML groups in, a checked schema object out. The only file that imports hydra or omegaconf.
+"""Command line and YAML groups in, a checked schema object out. The only file that imports hydra
+or omegaconf.
 
-Every program ends in `sys.exit(run(Schema, "name", main))`; `load` is the same without the command line. Hydra composes and
-expands sweeps (`-m`); it does not own the process: no run directory, no log file, no traceback for a typo.
+Every program ends in `sys.exit(run(Schema, "name", main))`; `load` is the same without the command
+line. Hydra composes and expands sweeps (`-m`); it does not own the process: no run directory, no
+log file, no traceback for a typo.
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ T = TypeVar("T")
 
 
 class Loaded(Generic[T]):
-    """`config` is the schema object; `sources` says for every option where its value came from: `default`, a YAML file or
-    `override`."""
+    """`config` is the schema object; `sources` says for every option where its value came from:
+    `default`, a YAML file or `override`.
+    """
 
     __slots__ = ("config", "sources")
 
@@ -45,8 +48,10 @@ def run(
     main: Callable[[T, Mapping[str, str]], int | None],
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Run `main(config, sources)` for the command line, once or (`-m`) for every point of the sweep. Returns the exit code: the
-    first one that is not 0. An error with an `exit_code` is one line on stderr; any other is a bug and keeps its traceback."""
+    """Run `main(config, sources)` for the command line, once or (`-m`) for every point of the
+    sweep. Returns the exit code: the first one that is not 0. An error with an `exit_code` is one
+    line on stderr; any other is a bug and keeps its traceback.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
     if "-h" in args or "--help" in args:
         print(_help(schema, config_name))
@@ -88,7 +93,9 @@ def _run_one(
 
 
 def load(schema: type[T], config_name: str, overrides: Sequence[str] = ()) -> Loaded[T]:
-    """Compose `config_name`.yaml over `schema` with `overrides` (`key=value`) and check every value."""
+    """Compose `config_name`.yaml over `schema` with `overrides` (`key=value`) and check every
+    value.
+    """
     parsed = [_checked(schema, o) for o in _parse(overrides)]
     ConfigStore.instance().store(name=config_name.rsplit("/", 1)[-1] + "_schema", node=schema)
     GlobalHydra.instance().clear()
@@ -108,10 +115,12 @@ def load(schema: type[T], config_name: str, overrides: Sequence[str] = ()) -> Lo
     _check_values(config)
     assert isinstance(choices, dict)
     keys = {o.key_or_group for _, o in parsed}
-    return Loaded(config, _sources(config, config_name, {str(k): v for k, v in choices.items()}, keys))
+    return Loaded(
+        config, _sources(config, config_name, {str(k): v for k, v in choices.items()}, keys)
+    )
 
 
-# --- the command line -------------------------------------------------------------------------------------------------
+# --- the command line ----------------------------------------------------------------------------
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:
@@ -119,7 +128,9 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
     parsed: list[Override] = []
     for text in overrides:
         if text.startswith("-"):
-            raise ConfigError(f"unknown flag {text}: options are key=value; flags are -m, --cfg and -h")
+            raise ConfigError(
+                f"unknown flag {text}: options are key=value; flags are -m, --cfg and -h"
+            )
         if "=" not in text and not text.startswith("~"):
             raise ConfigError(f"{text!r} is not key=value")
         try:
@@ -141,12 +152,16 @@ def _jobs(schema: type[Any], overrides: Sequence[str], sweep: bool) -> list[list
         return BasicSweeper.split_arguments(parsed, None)[0]
     for o in parsed:
         if o.is_sweep_override():
-            raise ConfigError(f"{o.input_line!r} has several values: add -m to run one after the other")
+            raise ConfigError(
+                f"{o.input_line!r} has several values: add -m to run one after the other"
+            )
     return [list(overrides)]
 
 
 def _checked(schema: type[Any], o: Override) -> tuple[str, Override]:
-    """The override as hydra shall see it; raises if the key does not exist or names a group choice that does not."""
+    """The override as hydra shall see it; raises if the key does not exist or names a group choice
+    that does not.
+    """
     key, text = o.key_or_group, o.input_line or ""
     node: Any = schema
     path: list[str] = []
@@ -184,10 +199,13 @@ def group_choices(group: str) -> list[str]:
 def _check_choice(group: str, value: Any, text: str) -> None:
     choices = group_choices(group)
     if not choices:
-        raise ConfigError(f"{text!r}: {group} is a group of options; set one of them, {group}.<name>=…")
+        raise ConfigError(
+            f"{text!r}: {group} is a group of options; set one of them, {group}.<name>=…"
+        )
     if value not in choices:
         raise ConfigError(
-            f"{group}={value}: no such choice{_closest(str(value), choices)}; choices: {', '.join(choices)}"
+            f"{group}={value}: no such choice{_closest(str(value), choices)}; "
+            f"choices: {', '.join(choices)}"
         )
 
 
@@ -196,7 +214,7 @@ def _closest(word: str, among: Sequence[str]) -> str:
     return f", did you mean {match[0]}?" if match else ""
 
 
-# --- values -----------------------------------------------------------------------------------------------------------
+# --- values --------------------------------------------------------------------------------------
 
 
 def _field(schema: type[Any], key: str) -> tuple[Field[Any], Any] | None:
@@ -246,7 +264,8 @@ def _check_values(config: Any, path: str = "") -> None:
         choices = f.metadata.get("choices")
         if choices and value not in choices:
             raise ConfigError(
-                f"{key}={value}: not a choice{_closest(str(value), choices)}; choices: {', '.join(choices)}"
+                f"{key}={value}: not a choice{_closest(str(value), choices)}; "
+                f"choices: {', '.join(choices)}"
             )
         low, high = f.metadata.get("low"), f.metadata.get("high")
         for v in value if isinstance(value, list) else [value]:
@@ -280,7 +299,9 @@ def _explain(schema: type[Any], error: BaseException, overrides: list[Override])
 def _sources(
     config: Any, config_name: str, choices: Mapping[str, str | None], overridden: set[str]
 ) -> dict[str, str]:
-    """Origin of every leaf: `override`, the group file that sets it, the primary file, or `default` (the schema)."""
+    """Origin of every leaf: `override`, the group file that sets it, the primary file, or
+    `default` (the schema).
+    """
     origin: dict[str, str] = {}
     files = [(config_name, "")] + [
         (f"{g}/{c}", f"{g}.") for g, c in choices.items() if c and not g.startswith("hydra/")
@@ -310,7 +331,10 @@ def _leaves(tree: Any, path: str = "") -> list[str]:
 
 
 def _help(schema: type[Any], config_name: str) -> str:
-    lines = [f"options of {config_name} (key=value; -m sweeps key=a,b; --cfg prints the composed values):", ""]
+    lines = [
+        f"options of {config_name} (key=value; -m sweeps key=a,b; --cfg prints what was composed):",
+        "",
+    ]
 
     def walk(node: type[Any], path: str) -> None:
         hints = get_type_hints(node)
@@ -326,7 +350,9 @@ def _help(schema: type[Any], config_name: str) -> str:
                 text = f.metadata.get("help", "")
                 default = "" if str(f.default) in ("???",) else f"  [{f.default}]"
                 among = " | ".join(f.metadata.get("choices", ())) or _type_name(kind)
-                lines.append(f"  {key}=  {among}{default if f.metadata or default else ''}  {text}".rstrip())
+                lines.append(
+                    f"  {key}=  {among}{default if f.metadata or default else ''}  {text}".rstrip()
+                )
 
     walk(schema, "")
     return "\n".join(lines)

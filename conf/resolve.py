@@ -1,5 +1,6 @@
-"""`auto` out of a compile configuration: a config and what the checkpoint says go in, a config without `auto` comes out, with
-the source of every value. Values this version cannot compile are refused here, before anything is read or allocated.
+"""`auto` out of a compile configuration: a config and what the checkpoint says go in, a config
+without `auto` comes out, with the source of every value. Values this version cannot compile are
+refused here, before anything is read or allocated.
 """
 
 from __future__ import annotations
@@ -19,24 +20,31 @@ def check_supported(config: CompileConfig) -> None:
     """Refuse what no stage of this version can do."""
     if config.target.kind == "cuda":
         raise ConfigError(
-            f"target={config.target.name}: CUDA targets are not supported yet by this version; choices: auto, cpu"
+            f"target={config.target.name}: CUDA targets are not supported yet by this version; "
+            "choices: auto, cpu"
         )
     if config.quant.scheme == "fp8":
-        raise ConfigError("quant=fp8: needs a GPU with fp8 tensor cores; choices for target=cpu: none, int8, int4")
+        raise ConfigError(
+            "quant=fp8: needs a GPU with fp8 tensor cores; choices for target=cpu: none, int8, int4"
+        )
     if config.quant.group_size not in (16, 32, 64, 128, 256):
         raise ConfigError(
-            f"quant.group_size={config.quant.group_size}: not a choice; choices: 16, 32, 64, 128, 256"
+            f"quant.group_size={config.quant.group_size}: not a choice; "
+            "choices: 16, 32, 64, 128, 256"
         )
     if config.parallel.tp > 1:
         raise ConfigError(
-            f"parallel.tp={config.parallel.tp}: tensor parallelism is not supported yet by this version; use 1"
+            f"parallel.tp={config.parallel.tp}: tensor parallelism is not supported yet by this "
+            "version; use parallel.tp=1"
         )
 
 
 def resolve(
     config: CompileConfig, sources: Mapping[str, str], *, checkpoint_dtype: str, context: int
 ) -> tuple[CompileConfig, dict[str, str]]:
-    """`checkpoint_dtype`: float32, bfloat16 or float16, as the checkpoint is stored; `context`: the model's longest sequence."""
+    """`checkpoint_dtype`: float32, bfloat16 or float16, as the checkpoint is stored; `context`:
+    the model's longest sequence.
+    """
     check_supported(config)
     config, origin = deepcopy(config), dict(sources)
 
@@ -57,7 +65,8 @@ def resolve(
         settle(config.shape, "shape.context", min(context, DEFAULT_CONTEXT), f"model ({context})")
     elif config.shape.context > context:
         raise ConfigError(
-            f"shape.context={config.shape.context}: the model is made for {context} tokens; use at most {context}"
+            f"shape.context={config.shape.context}: the model is made for {context} tokens; "
+            f"use at most {context}"
         )
     if config.name is None:
         settle(config, "name", config.model.name, "model.name")

@@ -1,5 +1,7 @@
-"""The option surface: plain dataclasses, one field per option. Hydra composes YAML groups over them; `conf.load` turns the
-result into these types, resolved and checked. Nothing here imports hydra or torch."""
+"""The option surface: plain dataclasses, one field per option. Hydra composes YAML groups over
+them; `conf.load` turns the result into these types, resolved and checked. Nothing here imports
+hydra or torch.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,17 @@ def option(
     low: float | None = None,
     high: float | None = None,
 ) -> Any:
-    """A field whose value `conf.load` checks: one of `choices`, or (each element of a list) within `low` and `high`."""
+    """A field whose value `conf.load` checks: one of `choices`, or (each element of a list) within
+    `low` and `high`.
+    """
     return field(default=default, metadata={"choices": choices, "low": low, "high": high})
 
 
 @dataclass(slots=True)
 class ModelConfig:
-    """`source`: directory, hub id, or modelscope:<id>. `config`: the published config.json of a named shape, used by weights=random
-    (and checked against the checkpoint's own otherwise)."""
+    """`source`: directory, hub id, or modelscope:<id>. `config`: the published config.json of a
+    named shape, used by weights=random (and checked against the checkpoint's own otherwise).
+    """
 
     name: str = MISSING
     source: str = MISSING
@@ -34,8 +39,9 @@ class ModelConfig:
 
 @dataclass(slots=True)
 class QuantConfig:
-    """`scheme`: none | int8 | int4 (weight-only, symmetric groups of `group_size` along the input). `head`: also the LM head and tied
-    embedding."""
+    """`scheme`: none | int8 | int4 (weight-only, symmetric groups of `group_size` along the
+    input). `head`: also the LM head and tied embedding.
+    """
 
     scheme: str = option("none", choices=("none", "int8", "int4", "fp8"))
     group_size: int = option(32, low=16, high=256)
@@ -66,8 +72,9 @@ class TargetConfig:
 
 @dataclass(slots=True)
 class ShapeConfig:
-    """Served shapes. `context`: longest sequence (null: the model's, at most 8192 unless given); `max_seqs`: sequences in a step;
-    `max_tokens`: tokens in a step (chunked-prefill size)."""
+    """Served shapes. `context`: longest sequence (null: the model's, at most 8192 unless given);
+    `max_seqs`: sequences in a step; `max_tokens`: tokens in a step (chunked-prefill size).
+    """
 
     context: int | None = option(None, low=16)
     max_seqs: int = option(64, low=1, high=4096)
@@ -76,7 +83,9 @@ class ShapeConfig:
 
 @dataclass(slots=True)
 class AccuracyConfig:
-    """`max_delta`: refuse a quantization whose relative logit error exceeds it (null: only record)."""
+    """`max_delta`: refuse a quantization whose relative logit error exceeds it (null: only
+    record).
+    """
 
     max_delta: float | None = option(None, low=0)
 
@@ -122,8 +131,10 @@ class LimitsConfig:
 
 @dataclass(slots=True)
 class ServeConfig:
-    """`threads`: kernel threads (null: physical cores). `kv_tokens`: KV pool size in tokens (null: from free memory, bounded).
-    `policy`: lpm | fcfs. `device`: auto | null (no kernels: deterministic tokens on a fake clock, for load tests)."""
+    """`threads`: kernel threads (null: physical cores). `kv_tokens`: KV pool size in tokens (null:
+    from free memory, bounded). `policy`: lpm | fcfs. `device`: auto | null (no kernels:
+    deterministic tokens on a fake clock, for load tests).
+    """
 
     artifact: str = MISSING
     host: str = "127.0.0.1"

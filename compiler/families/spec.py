@@ -1,6 +1,7 @@
 """What a model is, as a frozen tree: the only thing `compiler.model.build` reads.
 
-Structure comes from the family, sizes from the checkpoint. A new structural part is a variant here, not a flag.
+Structure comes from the family, sizes from the checkpoint. A new structural part is a variant
+here, not a flag.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeSpec:
-    """Rotary embedding of the first `rotary_dim` dims of a head. `inv_freq` are the rotary_dim/2 final frequencies (any
-    scaling applied); `scale` multiplies cos and sin; `interleaved` pairs (2i, 2i+1) instead of (i, i + rotary_dim/2)."""
+    """Rotary embedding of the first `rotary_dim` dims of a head. `inv_freq` are the rotary_dim/2
+    final frequencies (any scaling applied); `scale` multiplies cos and sin; `interleaved` pairs
+    (2i, 2i+1) instead of (i, i + rotary_dim/2).
+    """
 
     rotary_dim: int
     inv_freq: tuple[float, ...]
@@ -28,7 +31,9 @@ class NormSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attention:
-    """Softmax attention with grouped keys. `window`: keys visible to a query, itself included (None: all)."""
+    """Softmax attention with grouped keys. `window`: keys visible to a query, itself included
+    (None: all).
+    """
 
     heads: int
     kv_heads: int

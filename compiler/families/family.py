@@ -1,0 +1,75 @@
+"""The `Family` record and the registry: which `architectures` entry is read by whom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from compiler.checkpoint import ConfigReader
+from compiler.errors import CompileError
+from compiler.families.names import NameMap
+from compiler.families.spec import ModelSpec
+
+# Keys that say nothing about the forward pass of an inference engine: training, saving, library
+# switches.
+IGNORABLE_KEYS = frozenset(
+    """
+    _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash
+    _name_or_path add_cross_attention attention_dropout auto_map bad_words_ids
+    begin_suppress_tokens bos_token_id chunk_size_feed_forward cross_attention_hidden_size
+    decoder_start_token_id dtype embd_pdrop eos_token_id experts_implementation finetuning_task
+    forced_bos_token_id forced_eos_token_id hidden_dropout id2label initializer_range is_decoder
+    is_encoder_decoder is_llama_config keys_to_ignore_at_inference label2id max_length
+    model_type num_labels output_attentions output_hidden_states pad_token_id prefix
+    pretraining_tp problem_type pruned_heads resid_pdrop return_dict sep_token_id
+    suppress_tokens task_specific_params tf_legacy_loss tie_encoder_decoder tokenizer_class
+    torch_dtype torchscript transformers_version unk_token_id unsloth_fixed unsloth_version
+    use_bfloat16 use_cache vocab_file
+    """.split()  # noqa: SIM905
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """`spec` reads every key of a config.json that matters; `names` locates every weight; `unused`
+    are patterns of tensors a checkpoint may hold beyond that; `defaults` are the class's values
+    for keys a file may omit.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    spec: Callable[[ConfigReader], ModelSpec]
+    names: Callable[[ModelSpec], NameMap]
+    unused: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
+
+    def read(self, config: ConfigReader) -> ModelSpec:
+        spec = self.spec(config)
+        config.finish(IGNORABLE_KEYS)
+        return spec
+
+    def ignorable_tensors(self, spec: ModelSpec) -> tuple[str, ...]:
+        """A tied head is the embedding; files that store it again are read as if they did not."""
+        return (*self.unused, r"lm_head\.weight") if spec.tied_head else self.unused
+
+
+FAMILIES: dict[str, Family] = {}
+
+
+def register(family: Family) -> Family:
+    if family.name in FAMILIES:
+        raise ValueError(f"family {family.name!r} is registered twice")
+    FAMILIES[family.name] = family
+    return family
+
+
+def family_of(config: ConfigReader) -> Family:
+    """The family answering to the config's `architectures`."""
+    architectures = config.value("architectures", list)
+    for family in FAMILIES.values():
+        if architectures and architectures[0] in family.architectures:
+            return family
+    known = sorted(a for f in FAMILIES.values() for a in f.architectures)
+    raise CompileError(
+        f"{config.where}: architecture {architectures} is not supported; "
+        f"supported: {', '.join(known)}"
+    )

@@ -1,0 +1,107 @@
+"""Logical weights by canonical name, from a checkpoint or from a seed. `compiler.pipeline` fetches
+them in load order, one (or the rows of a merged one) at a time, so a model larger than memory
+streams through.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from compiler.checkpoint import Checkpoint
+from compiler.errors import DamagedCheckpoint
+from compiler.families.family import Family
+from compiler.families.names import NameMap, bind, logical_weights
+from compiler.families.spec import ModelSpec
+
+
+class Weights(Protocol):
+    """`fetch` gives one weight as the checkpoint stores it (float32, bfloat16 or float16),
+    finite.
+    """
+
+    def fetch(self, name: str) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointWeights:
+    checkpoint: Checkpoint
+    shapes: dict[str, tuple[int, ...]]
+    names: NameMap
+
+    def fetch(self, name: str) -> torch.Tensor:
+        parts = [s.apply(self.checkpoint.tensor(s.tensor)) for s in self.names[name]]
+        if len(parts) > 1:
+            shape = (-1, *self.shapes[name][1:])
+            parts = [torch.cat([p.reshape(shape) for p in parts])]
+        x = parts[0].reshape(self.shapes[name])
+        if not torch.isfinite(x).all():
+            tensors = ", ".join(s.tensor for s in self.names[name])
+            raise DamagedCheckpoint(
+                f"{self.checkpoint.path}: {tensors} holds NaN or infinity; "
+                "download the checkpoint again"
+            )
+        return x
+
+
+@dataclass(frozen=True, slots=True)
+class RandomWeights:
+    """Uniform numbers with variance 1 / fan-in, so activations and logits stay near 1 at any size.
+    Each weight has its own generator keyed by seed and name: independent of order, the same on
+    every machine.
+    """
+
+    spec: ModelSpec
+    shapes: dict[str, tuple[int, ...]]
+    seed: int
+
+    def fetch(self, name: str) -> torch.Tensor:
+        shape, part = self.shapes[name], name.rsplit(".", 1)[-1]
+        if part.endswith("_norm"):
+            return torch.ones(shape)
+        key = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
+        count = math.prod(shape)
+        raw = np.random.PCG64(int.from_bytes(key[:16], "little")).random_raw((count + 3) // 4)
+        # Four numbers per draw: 16 bits each are plenty for a made-up weight and four times as
+        # fast.
+        values = torch.from_numpy(raw.astype("<u8", copy=False).view("<u2")[:count]).float()
+        variance = 0.02**2 if len(shape) == 1 else 1 / shape[1]
+        if part in ("o", "down"):  # both write into the residual stream, twice per layer
+            variance /= 2 * len(self.spec.layers)
+        return values.sub_(32767.5).mul_(math.sqrt(12 * variance) / 65536).view(shape)
+
+
+def checkpoint_weights(
+    family: Family, spec: ModelSpec, checkpoint: Checkpoint
+) -> CheckpointWeights:
+    """Weights of a checkpoint, after every name and shape in it has been checked."""
+    names = family.names(spec)
+    bind(spec, names, checkpoint, family.ignorable_tensors(spec))
+    return CheckpointWeights(checkpoint, logical_weights(spec), names)
+
+
+def random_weights(spec: ModelSpec, seed: int) -> RandomWeights:
+    return RandomWeights(spec, logical_weights(spec), seed)
+
+
+def rows(weights: Weights, names: tuple[str, ...]) -> torch.Tensor:
+    """One weight, or several concatenated along their rows (a merged projection)."""
+    if len(names) == 1:
+        return weights.fetch(names[0])
+    return torch.cat([weights.fetch(name) for name in names])
+
+
+def stored(x: torch.Tensor, dtype: str) -> np.ndarray:
+    """Numbers as `float32`, or as the bit patterns (uint16) of `bfloat16`, rounded to nearest
+    even.
+    """
+    if dtype == "float32":
+        return x.float().contiguous().numpy()
+    if dtype == "bfloat16":
+        return x.to(torch.bfloat16).contiguous().view(torch.uint16).numpy()
+    raise ValueError(f"no stored form for {dtype!r}")
