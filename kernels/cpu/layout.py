@@ -1,7 +1,8 @@
 """Final weight layouts of the CPU kernels, packed with numpy.
 
-In: logical weights [N,K] as float32, bf16 bits (uint16) or (int8 values, float32 group scales). Out: named field arrays,
-byte for byte what kernels/cpu/linear.h describes. Called by the compiler's weight stage and by the kernel tests.
+In: logical weights [N,K] as float32, bf16 bits (uint16) or (int8 values, float32 group scales).
+Out: named field arrays, byte for byte what kernels/cpu/linear.h describes. Called by the compiler's
+weight stage and by the kernel tests.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from numpy.typing import NDArray
 TILE = 16  # outputs per tile
 BF16_STEP = 32  # K of a bf16 tile row block is padded to this (one AMX step)
 GROUPS = (32, 64, 128)
-FORMAT_CODES: Mapping[str, int] = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}  # enum Format in linear.h
+# enum Format in linear.h
+FORMAT_CODES: Mapping[str, int] = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
 
 Array = NDArray[np.generic]
 
@@ -25,7 +27,8 @@ def parse_format(name: str) -> tuple[str, int]:
     match = re.fullmatch(r"(float32|bfloat16)|(int8|int4)g(\d+)", name)
     if match is None:
         raise ValueError(
-            f"storage format {name!r} is unknown: valid are float32, bfloat16, int8g<G>, int4g<G> with G in {GROUPS}"
+            f"storage format {name!r} is unknown: valid are float32, bfloat16, int8g<G>, int4g<G>"
+            f" with G in {GROUPS}"
         )
     if match[1]:
         return match[1], 0
@@ -37,17 +40,23 @@ def parse_format(name: str) -> tuple[str, int]:
 
 def _padded_rows(n: int, swiglu: bool) -> int:
     if swiglu and n % 2:
-        raise ValueError(f"a swiglu weight holds gate and up rows: N={n} is odd, pass cat(gate, up)")
+        raise ValueError(
+            f"a swiglu weight holds gate and up rows: N={n} is odd, pass cat(gate, up)"
+        )
     half = -(-(n // 2) // TILE) * TILE
     return 2 * half if swiglu else -(-n // TILE) * TILE
 
 
-def fields(format: str, n: int, k: int, swiglu: bool = False) -> dict[str, tuple[str, tuple[int, ...]]]:
+def fields(
+    format: str, n: int, k: int, swiglu: bool = False
+) -> dict[str, tuple[str, tuple[int, ...]]]:
     """dtype and shape of every stored field of a packed [n,k] weight, without data."""
     kind, group = parse_format(format)
     tiles = _padded_rows(n, swiglu) // TILE
     if group and k % group:
-        raise ValueError(f"K={k} is not a multiple of the quantization group {group}: choose a smaller group")
+        raise ValueError(
+            f"K={k} is not a multiple of the quantization group {group}: choose a smaller group"
+        )
     if kind == "float32":
         return {"data": ("float32", (tiles, k, TILE))}
     if kind == "bfloat16":
@@ -77,11 +86,11 @@ def pack_linear(
     kind, group = parse_format(format)
     values = weight[0] if isinstance(weight, tuple) else weight
     n, k = values.shape
-    layout = fields(format, n, k, swiglu)
+    fields(format, n, k, swiglu)  # refuses what cannot be packed
     wanted = {"float32": "float32", "bfloat16": "uint16"}.get(kind, "int8")
     if values.dtype != wanted or isinstance(weight, tuple) != bool(group):
         raise ValueError(
-            f"{format} is packed from {wanted}{' values with scales' if group else ''}, got {values.dtype}"
+            f"{format} is packed from {wanted}{' with scales' if group else ''}, got {values.dtype}"
             f"{' with scales' if isinstance(weight, tuple) else ''}"
         )
     tiles = _arrange(values, swiglu)
@@ -100,22 +109,14 @@ def pack_linear(
             raise ValueError(f"int4 values must lie in -8..7, got {values.min()}..{values.max()}")
         nibbles = (quads + np.int8(8)).view(np.uint8)
         data = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
-    return {"data": data, "scale": _pack_scale(weight[1], (n, k // group), layout, swiglu)}
+    return {"data": data, "scale": _pack_scale(weight[1], (n, k // group), swiglu)}
 
 
-def _pack_scale(
-    scale: Array, shape: tuple[int, int], layout: Mapping[str, tuple[str, tuple[int, ...]]], swiglu: bool
-) -> Array:
+def _pack_scale(scale: Array, shape: tuple[int, int], swiglu: bool) -> Array:
     if scale.shape != shape or scale.dtype != np.float32:
         raise ValueError(f"scales must be float32 {shape}, got {scale.dtype} {scale.shape}")
     largest = float(np.abs(scale).max(initial=0.0))
     if not largest <= float(np.finfo(np.float16).max):
-        raise ValueError(f"scale {largest} does not fit float16 (max 65504): this weight cannot be stored as int8/int4")
+        raise ValueError(f"scale {largest} does not fit float16 (max 65504): store it as bfloat16")
     packed = _arrange(scale, swiglu).swapaxes(1, 2).astype(np.float16)
-    assert packed.shape == layout["scale"][1]
     return np.ascontiguousarray(packed)
-
-
-def pack_bias(bias: Array, swiglu: bool = False) -> Array:
-    """float32 [N] in the order of the packed tiles, padded with zeros."""
-    return np.ascontiguousarray(_arrange(bias.astype(np.float32)[:, None], swiglu)[:, :, 0]).reshape(-1)

@@ -17,6 +17,7 @@
 #endif
 
 #define HS_INLINE static inline __attribute__((always_inline))
+#define HS_MEMBER inline __attribute__((always_inline))
 #if defined(__clang__)
 #define HS_UNROLL _Pragma("unroll")
 #else
@@ -90,7 +91,7 @@ HS_INLINE float hmax(vf v) {
 HS_INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
 HS_INLINE vi round_even(vf v) {  // |v| < 2^22
 #if defined(HS_AVX512)
-    return (vi)_mm512_cvtps_epi32((__m512)v);
+    return (vi)_mm512_maskz_cvtps_epi32(-1, (__m512)v);  // maskz: GCC 12 warns about the plain form
 #elif defined(__AVX2__)
     return (vi)_mm256_cvtps_epi32((__m256)v);
 #elif defined(__SSE2__)
@@ -115,7 +116,7 @@ HS_INLINE float bf16_to_float(uint16_t h) {
 }
 HS_INLINE vf fp16_to_float(vh v) {  // finite values, subnormals included
 #if defined(HS_AVX512)
-    return (vf)_mm512_cvtph_ps((__m256i)v);
+    return (vf)_mm512_maskz_cvtph_ps(-1, (__m256i)v);
 #elif defined(__AVX2__) && defined(__F16C__)
     return (vf)_mm256_cvtph_ps((__m128i)v);
 #else

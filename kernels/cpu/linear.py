@@ -1,0 +1,103 @@
+"""Registration of the CPU linear kernels: one entry per storage format, one parameter layout.
+
+A call is y = epilogue(W norm(x)[rows] + bias): see the op `linear`; slots as in linear.cpp `Slot`.
+Imported by kernels/cpu/register.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kernels.cpu.layout import BF16_STEP, TILE, parse_format
+from kernels.kernel import CallShape, Kernel, register
+
+_PARAMS = (
+    "ptr:live",
+    "ptr:x",
+    "ptr:rows",
+    "ptr:bias",
+    "ptr:norm",
+    "ptr:residual",
+    "ptr:out",
+    "ptr:workspace",
+    "i64:live_index",
+    "i64:k",
+    "i64:n",
+    "i64:swiglu",
+    "f64:eps",
+    "ptr:w.data",
+)
+_GROUPED_PARAMS = (*_PARAMS, "i64:group", "ptr:w.scale")
+_ACTIVATIONS = ("x", "norm", "residual", "bias", "out")
+
+
+def _up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def _accepts(kind: str) -> Callable[[CallShape], str | None]:
+    def accepts(call: CallShape) -> str | None:
+        name = call.formats.get("w", call.dtypes.get("w", ""))
+        try:
+            stored, group = parse_format(name)
+        except ValueError as error:
+            return str(error)
+        if stored != kind:
+            return f"stored as {name}, this kernel reads {kind}"
+        n, k = call.shapes["w"]
+        if group and k % group:
+            return f"K={k} is not a multiple of the quantization group {group}"
+        if call.attrs.get("act", "") not in ("", "swiglu"):
+            return f"act={call.attrs['act']!r} is not one of '', 'swiglu'"
+        if call.attrs.get("act") == "swiglu" and (n % 2 or "residual" in call.shapes):
+            return f"swiglu takes an even N and no residual, got N={n}"
+        wrong = [
+            f"{a} is {call.dtypes[a]}"
+            for a in _ACTIVATIONS
+            if call.dtypes.get(a, "float32") != "float32"
+        ]
+        return f"activations are float32 on CPU: {', '.join(wrong)}" if wrong else None
+
+    return accepts
+
+
+def _scalars(call: CallShape) -> dict[str, int | float]:
+    n, k = call.shapes["w"]
+    swiglu = call.attrs.get("act", "") == "swiglu"
+    group = parse_format(call.formats.get("w", "float32"))[1]
+    return {
+        "live_index": int(call.attrs.get("live_index", 0)),
+        "k": k,
+        "n": n // 2 if swiglu else n,
+        "swiglu": int(swiglu),
+        "eps": float(call.attrs.get("eps", 0.0)),
+        **({"group": group} if group else {}),
+    }
+
+
+def _workspace(call: CallShape) -> int:
+    """Prepared rows at the level that needs most: float panels, or int8 rows with scale and sum."""
+    rows = _up(call.shapes["out"][0], TILE)
+    k = call.shapes["w"][1]
+    group = parse_format(call.formats.get("w", "float32"))[1]
+    return rows * (_up(k, 64) + 8 * (k // group)) if group else rows * _up(k, BF16_STEP) * 4
+
+
+for _kind, _suffix in (
+    ("float32", "f32"),
+    ("bfloat16", "bf16"),
+    ("int8", "int8"),
+    ("int4", "int4"),
+):
+    register(
+        Kernel(
+            name=f"linear_{_suffix}",
+            op="linear",
+            target="cpu",
+            entry=f"hs_linear_{_suffix}",
+            params=_GROUPED_PARAMS if _kind.startswith("int") else _PARAMS,
+            accepts=_accepts(_kind),
+            scalars=_scalars,
+            workspace=_workspace,
+        )
+    )

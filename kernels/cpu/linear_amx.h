@@ -1,0 +1,225 @@
+// AMX: bf16 weights at every number of rows (activations are rounded to bf16, one path, so one result), and int8/int4 weights
+// at more than a few rows (exact int32 dots, the same float steps as linear_int.h).
+//
+// A packed weight tile of 32 k (bf16 pairs) or 64 k (int8 quads) is an AMX operand as it lies in memory.
+#pragma once
+#include "linear_int.h"
+
+#if defined(HS_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+
+namespace hs {
+
+#ifndef HS_AHEAD_AMX
+#define HS_AHEAD_AMX 4096
+#endif
+constexpr int64_t AMX_AHEAD = HS_AHEAD_AMX;  // prefetch distance in each tile's stream, bytes
+
+// The kernel grants tile registers per process on request; threads started later and running ones are all covered.
+static inline bool amx_permitted() {
+    static const bool granted = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
+    return granted;
+}
+
+// The compiler does not know that tile loads and stores touch memory.
+HS_INLINE void fence() { asm volatile("" ::: "memory"); }
+
+// Tile registers: 0..3 sums (m rows of 16), 4..5 activations (m rows of `depth` bytes), 6..7 weights (depth/4 rows of 64 bytes).
+struct alignas(64) TileShapes {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+
+    TileShapes(int m, int depth) {
+        for (int i = 0; i < 8; i++) {
+            rows[i] = (uint8_t)(i < 6 ? m : depth / 4);
+            row_bytes[i] = (uint16_t)(i < 4 || i >= 6 ? 64 : depth);
+        }
+        if (!amx_permitted()) abort();  // the loader chooses this library only where hs_amx() said yes
+        asm volatile("ldtilecfg (%0)" : : "r"(this) : "memory");
+    }
+    ~TileShapes() { _tile_release(); }  // leaves nothing to save at a context switch
+};
+
+// ---- bf16 ----
+
+// Rows as bf16 in AMX tiles: u16 [T/16][Kp/32][16][32].
+static inline void round_rows(const Linear& c, int64_t begin, int64_t end, int64_t stop, uint16_t* to, float* buffer) {
+    const int64_t k = c.w.k, steps = c.w.padded_k() / 32;
+    for (int64_t r = begin; r < stop; r++) {
+        uint16_t* q = to + r / 16 * steps * 512 + r % 16 * 32;
+        int64_t i = 0;
+        if (r < end) {
+            const float* x = prologue(c, r, buffer);
+            for (; i + 32 <= k; i += 32)
+                for (int j = 0; j < 32; j += 16)
+                    store(q + i * 16 + j, (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + i + j)));
+            if (i < k) {
+                for (int j = 0; j < 32; j += 16) {
+                    int64_t left = k - i - j;
+                    vf v = left >= 16 ? loadf(x + i + j) : load_part(x + i + j, left > 0 ? (int)left : 0);
+                    store(q + i * 16 + j, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+                }
+                i += 32;
+            }
+        }
+        for (; i < steps * 32; i += 32) memset(q + i * 16, 0, 64);
+    }
+}
+
+// One or two blocks of 16 rows times two tiles.
+template <int BLOCKS>
+static void bf16_block(const uint16_t* a, const Streams& s, int64_t steps, float (*acc)[32]) {
+    _tile_zero(0);
+    _tile_zero(1);
+    if (BLOCKS == 2) {
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    const uint16_t* a1 = a + steps * 512;
+    const int64_t near = steps > AMX_AHEAD / 1024 ? steps - AMX_AHEAD / 1024 : 0;
+    auto run = [&](int64_t begin, int64_t end, const uint8_t* const* ahead, int64_t shift) __attribute__((always_inline)) {
+        for (int64_t i = begin; i < end; i++) {
+            for (int t = 0; t < 2; t++)
+                HS_UNROLL for (int l = 0; l < 16; l++) prefetch(ahead[t] + i * 1024 + shift + l * 64);
+            _tile_loadd(4, a + i * 512, 64);
+            _tile_loadd(6, s.tile[0] + i * 1024, 64);
+            _tile_loadd(7, s.tile[1] + i * 1024, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            if (BLOCKS == 2) {
+                _tile_loadd(5, a1 + i * 512, 64);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+        }
+    };
+    run(0, near, s.tile, AMX_AHEAD);
+    run(near, steps, s.next, -near * 1024);
+    _tile_stored(0, acc, 128);
+    _tile_stored(1, &acc[0][16], 128);
+    if (BLOCKS == 2) {
+        _tile_stored(2, acc[16], 128);
+        _tile_stored(3, &acc[16][16], 128);
+    }
+    fence();
+}
+
+static void amx_bf16(const hs_ctx* ctx, const Linear& c) {
+    const int64_t kp = c.w.padded_k(), steps = kp / 32;
+    const bool few = c.t <= FEW_ROWS;
+    uint8_t* own = (uint8_t*)scratch(16 * kp * 2 + kp * 4);
+    uint16_t* a = (uint16_t*)(few ? own : c.work);
+    float* buffer = (float*)(own + 16 * kp * 2);
+    if (few) {
+        round_rows(c, 0, c.t, c.t, a, buffer);
+    } else {
+        for (int64_t r = ctx->thread * 16; r < c.t; r += ctx->threads * 16)
+            round_rows(c, r, r + 16 < c.t ? r + 16 : c.t, r + 16, a, buffer);
+        hs_barrier(ctx);
+    }
+    TileShapes shapes(few ? (int)c.t : 16, 64);
+    Range range = split(c.tiles(), c.unit(), ctx);
+    const int64_t chunk = round_up((1 << 20) / (kp * 2), 32);  // rows that stay in the second-level cache
+    alignas(64) float acc[32][32];
+    for (int64_t r0 = 0; r0 < c.t; r0 += chunk)
+        for (int64_t tile = range.begin; tile < range.end; tile += 2) {
+            Streams s = streams(c, tile, range.end);
+            int tiles = tile + 1 < range.end ? 2 : 1;
+            for (int64_t r = r0; r < c.t && r < r0 + chunk; r += 32) {
+                if (c.t - r > 16)
+                    bf16_block<2>(a + r / 16 * steps * 512, s, steps, acc);
+                else
+                    bf16_block<1>(a + r / 16 * steps * 512, s, steps, acc);
+                for (int64_t i = 0; i < 32 && r + i < c.t; i++) finish(c, r + i, tile, tiles, acc[i]);
+            }
+        }
+}
+
+// ---- int8, int4 ----
+
+// A tile as signed bytes [K/4][16][4] and its scales as float [K/G][16].
+template <int FMT>
+static void unpack_tile(const Weight& w, int64_t tile, int8_t* data, float* scale) {
+    const uint8_t* p = w.tile(tile);
+    const __m512i mask = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8), high = _mm512_set1_epi8(-128);
+    for (int64_t i = 0; i < w.tile_bytes(); i += 64) {
+        __m512i v = _mm512_loadu_si512(p + i);
+        prefetch(p + i + INT_AHEAD);
+        if (FMT == INT8) {
+            _mm512_store_si512(data + i, _mm512_xor_si512(v, high));
+        } else {
+            _mm512_store_si512(data + 2 * i, _mm512_sub_epi8(_mm512_and_si512(v, mask), eight));
+            _mm512_store_si512(data + 2 * i + 64, _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(v, 4), mask), eight));
+        }
+    }
+    const uint16_t* s = w.tile_scale(tile);
+    for (int64_t g = 0; g < w.k / w.group; g++) store(scale + g * 16, fp16_to_float(load<vh>(s + g * 16)));
+}
+
+// Sixteen rows times one unpacked tile. DEPTH: k per tile operation (32 or 64); `m` live rows.
+template <int DEPTH>
+static void int_tile(const int8_t* a, const float* row_scale, const int8_t* data, const float* scale, int64_t groups,
+                     int64_t per_group, float (*acc)[32]) {
+    alignas(64) int32_t dots[4][16][16];
+    vf sum[16] = {};
+    int64_t h = 0;
+    auto multiply = [&](int64_t j) __attribute__((always_inline)) {
+        const int8_t* x = a + j * DEPTH / 64 * 1024 + j * DEPTH % 64;
+        _tile_loadd(4, x, 64);
+        _tile_loadd(6, data + j * DEPTH * 16, 64);
+    };
+    auto gather = [&](int64_t g, int i) __attribute__((always_inline)) {
+        vf s = loadf(scale + g * 16);
+        HS_UNROLL for (int r = 0; r < 16; r++)
+            sum[r] = fma(to_float(load<vi>(dots[i][r])), s * row_scale[g * 16 + r], sum[r]);
+    };
+    for (int64_t g = 0; g < groups; g++) {
+        const int i = g & 3;
+        _tile_zero(0);
+        for (int64_t p = 0; p < per_group; p++, h++) {
+            multiply(h);
+            _tile_dpbssd(0, 4, 6);
+        }
+        _tile_stored(0, dots[i], 64);
+        fence();
+        gather(g, i);
+    }
+    for (int r = 0; r < 16; r++) store(&acc[r][0], sum[r]);
+}
+
+template <int FMT>
+static void amx_int(const hs_ctx* ctx, const Linear& c, const QuantizedRows& rows) {
+    const int64_t k = c.w.k, groups = rows.groups;
+    const int depth = c.w.group == 32 ? 32 : 64;
+    int8_t* data = (int8_t*)c.work;  // placeholder, set below
+    static thread_local Scratch tiles_buffer;
+    const int64_t stride = k * 16 + groups * 64;
+    data = (int8_t*)tiles_buffer.get(2 * stride);
+    TileShapes shapes(16, depth);
+    Range range = split(c.tiles(), c.unit(), ctx);
+    const int64_t chunk = round_up((1 << 20) / k, 16);  // rows that stay in the second-level cache
+    alignas(64) float acc[16][32];
+    for (int64_t r0 = 0; r0 < c.t; r0 += chunk)
+        for (int64_t tile = range.begin; tile < range.end; tile += 2) {
+            int tiles = tile + 1 < range.end ? 2 : 1;
+            for (int t = 0; t < tiles; t++)
+                unpack_tile<FMT>(c.w, tile + t, data + t * stride, (float*)(data + t * stride + k * 16));
+            for (int64_t r = r0; r < c.t && r < r0 + chunk; r += 16) {
+                for (int t = 0; t < tiles; t++) {
+                    const int8_t* d = data + t * stride;
+                    float(*out)[32] = (float(*)[32])(&acc[0][t * TILE]);
+                    if (depth == 32)
+                        int_tile<32>(rows.row(r), rows.scale + rows.group_at(r), d, (const float*)(d + k * 16), groups, 1, out);
+                    else
+                        int_tile<64>(rows.row(r), rows.scale + rows.group_at(r), d, (const float*)(d + k * 16), groups,
+                                     c.w.group / 64, out);
+                }
+                for (int64_t i = 0; i < 16 && r + i < c.t; i++) finish(c, r + i, tile, tiles, acc[i]);
+            }
+        }
+}
+
+}  // namespace hs
+#endif

@@ -1,0 +1,141 @@
+// One linear call as every micro-kernel sees it: arguments, the epilogue of a finished piece of a row, per-thread scratch
+// and the split of output tiles over the threads.
+#pragma once
+#include <cstdlib>
+
+#include "abi.h"
+#include "linear.h"
+
+namespace hs {
+
+// y[r, :] = epilogue(W prologue(x[rows ? rows[r] : r, :])) for r < live[live_index].
+struct Linear {
+    int64_t t;  // live rows
+    const float* x;
+    const int32_t* rows;    // optional gather
+    const float* bias;      // optional [N], or cat(gate, up) [2N] with swiglu
+    const float* norm;      // optional RMSNorm weight [K]
+    const float* residual;  // optional [T,N]; may be `out`
+    float* out;             // [T,N]
+    uint8_t* work;
+    int64_t n;  // columns of out
+    bool swiglu;
+    float eps;
+    Weight w;
+
+    const float* row(int64_t r) const { return x + (rows ? rows[r] : r) * w.k; }
+    int64_t unit() const { return swiglu ? 2 : 1; }  // tiles that one thread must own together
+    int64_t tiles() const { return (n + TILE - 1) / TILE * unit(); }
+};
+
+// Contiguous tile range of a thread: its weight stream is one piece of memory.
+struct Range {
+    int64_t begin, end;
+};
+static inline Range split(int64_t count, int64_t unit, const hs_ctx* ctx) {
+    int64_t units = count / unit, threads = ctx->threads, i = ctx->thread;
+    return {units * i / threads * unit, units * (i + 1) / threads * unit};
+}
+
+constexpr int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+
+// Scratch of the calling thread, reused by every call; grows to the largest request and then stays.
+struct Scratch {
+    void* p = nullptr;
+    size_t size = 0;
+    ~Scratch() { free(p); }
+    void* get(size_t bytes) {
+        if (bytes > size) {
+            free(p);
+            size = round_up(bytes, 4096);
+            p = aligned_alloc(4096, size);
+            if (!p) abort();  // a few hundred kilobytes: nothing sensible is left to do
+        }
+        return p;
+    }
+};
+static inline void* scratch(size_t bytes) {
+    static thread_local Scratch buffer;
+    return buffer.get(bytes);
+}
+
+HS_INLINE vf load_bias(const float* bias, int64_t column, int64_t n) {
+    int64_t left = n - column;
+    return left >= VL ? loadf(bias + column) : load_part(bias + column, left > 0 ? (int)left : 0);
+}
+HS_INLINE void put(float* p, vf v, int64_t left) {
+    if (left >= VL)
+        store(p, v);
+    else if (left > 0)
+        store_part(p, v, (int)left);
+}
+
+// `acc` holds the dot products of row r with `tiles` (1 or 2) tiles from tile `first` on.
+HS_INLINE void finish(const Linear& c, int64_t r, int64_t first, int tiles, const float* acc) {
+    if (c.swiglu) {
+        int64_t column = first / 2 * TILE;
+        float* y = c.out + r * c.n + column;
+        for (int i = 0; i < TILE; i += VL) {
+            vf g = loadf(acc + i), u = loadf(acc + TILE + i);
+            if (c.bias) {
+                g += load_bias(c.bias, column + i, c.n);
+                u += load_bias(c.bias + c.n, column + i, c.n);
+            }
+            put(y + i, silu(g) * u, c.n - column - i);
+        }
+        return;
+    }
+    int64_t column = first * TILE;
+    for (int i = 0; i < tiles * TILE; i += VL) {
+        int64_t left = c.n - column - i;
+        if (left <= 0) return;
+        vf v = loadf(acc + i);
+        if (c.bias) v += load_bias(c.bias, column + i, c.n);
+        if (c.residual) {
+            const float* p = c.residual + r * c.n + column + i;
+            v += left >= VL ? loadf(p) : load_part(p, (int)left);
+        }
+        put(c.out + r * c.n + column + i, v, left);
+    }
+}
+
+// out = x / sqrt(mean(x^2) + eps) * w
+static inline void rms_norm(const float* x, const float* w, float eps, int64_t k, float* out) {
+    vf sum[4] = {};
+    int64_t i = 0;
+    for (; i + 4 * VL <= k; i += 4 * VL)
+        for (int j = 0; j < 4; j++) {
+            vf v = loadf(x + i + j * VL);
+            sum[j] = fma(v, v, sum[j]);
+        }
+    float total = hsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    for (int64_t j = i; j < k; j++) total += x[j] * x[j];
+    float inverse = 1.0f / std::sqrt(total / (float)k + eps);
+    for (i = 0; i + VL <= k; i += VL) store(out + i, loadf(x + i) * inverse * loadf(w + i));
+    for (; i < k; i++) out[i] = x[i] * inverse * w[i];
+}
+
+// Row r after the prologue: x itself, or its norm written to `buffer`.
+HS_INLINE const float* prologue(const Linear& c, int64_t r, float* buffer) {
+    const float* x = c.row(r);
+    if (!c.norm) return x;
+    rms_norm(x, c.norm, c.eps, c.w.k, buffer);
+    return buffer;
+}
+
+// `tile[i]` streams of two tiles, and where each stream goes on after its end (for the prefetch).
+struct Streams {
+    const uint8_t* tile[2];
+    const uint8_t* next[2];
+};
+
+// Two tiles at a time; a last odd tile is computed twice and stored once.
+static inline Streams streams(const Linear& c, int64_t tile, int64_t end) {
+    auto at = [&](int64_t t) { return c.w.tile(t < end ? t : end - 1); };
+    return {{at(tile), at(tile + 1)}, {at(tile + 2), at(tile + 3)}};
+}
+
+// Rows up to this many are prepared by every thread for itself: cheaper than a barrier.
+constexpr int64_t FEW_ROWS = 8;
+
+}  // namespace hs

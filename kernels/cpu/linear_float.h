@@ -1,0 +1,160 @@
+// float32 and (widened) bfloat16 weights with FMA: one accumulator per output, k ascending, whatever the number of rows.
+//
+// A few rows are read where they are; more are repacked in panels [K][R] so that one pointer serves all R broadcasts.
+#pragma once
+#include "linear_call.h"
+
+namespace hs {
+
+constexpr int NV = TILE / VL;                // vectors per tile
+constexpr int NT = VL == 16 ? 2 : 1;         // tiles per register block
+#if defined(HS_AVX512)
+constexpr int PANEL = 12, DIRECT = 8;        // 24 accumulators of 32 registers
+#elif defined(__AVX2__) || defined(__aarch64__)
+constexpr int PANEL = 6, DIRECT = 4;
+#else
+constexpr int PANEL = 3, DIRECT = 2;
+#endif
+#ifndef HS_AHEAD_FLOAT
+#define HS_AHEAD_FLOAT 4096
+#endif
+constexpr int64_t FLOAT_AHEAD = HS_AHEAD_FLOAT;        // prefetch distance in each tile's stream, bytes
+
+// acc[r][0..31] = x[r] . W for R rows and two tiles. x element (r,k) is x[k*R + r] in a panel, row[r][k] otherwise.
+template <int FMT, int R, bool IN_PANEL>
+static void block(const float* const* row, const float* panel, const Streams& s, int64_t k, float (*acc)[32]) {
+    constexpr int STEP = FMT == BF16 ? 2 : 1;  // k per 64-byte line
+    const int64_t lines = k / STEP;
+    for (int t0 = 0; t0 < 2; t0 += NT) {
+        vf sum[R][NT][NV] = {};
+        const float* x[IN_PANEL ? 1 : R];
+        for (int r = 0; r < (IN_PANEL ? 1 : R); r++) x[r] = IN_PANEL ? panel : row[r];
+        const int64_t near = lines > FLOAT_AHEAD / 64 ? lines - FLOAT_AHEAD / 64 : 0;
+        auto run = [&](int64_t begin, int64_t end, const uint8_t* const* ahead, int64_t shift) __attribute__((always_inline)) {
+            for (int64_t i = begin; i < end; i++) {
+                HS_UNROLL for (int t = 0; t < NT; t++) prefetch(ahead[t0 + t] + i * 64 + shift);
+                vf w[STEP][NT][NV];
+                HS_UNROLL for (int t = 0; t < NT; t++)
+                    HS_UNROLL for (int v = 0; v < NV; v++) {
+                        const uint8_t* p = s.tile[t0 + t] + i * 64 + v * VL * 4;
+                        if (FMT == BF16) {
+                            vu pair = load<vu>(p);
+                            w[0][t][v] = as_f(pair << 16);
+                            w[STEP - 1][t][v] = as_f(pair & 0xffff0000u);
+                        } else {
+                            w[0][t][v] = load<vf>(p);
+                        }
+                    }
+                HS_UNROLL for (int j = 0; j < STEP; j++)
+                    HS_UNROLL for (int r = 0; r < R; r++) {
+                        vf a = splat(IN_PANEL ? x[0][(i * STEP + j) * R + r] : x[r][i * STEP + j]);
+                        HS_UNROLL for (int t = 0; t < NT; t++)
+                            HS_UNROLL for (int v = 0; v < NV; v++) sum[r][t][v] = fma(a, w[j][t][v], sum[r][t][v]);
+                    }
+            }
+        };
+        run(0, near, s.tile, FLOAT_AHEAD);
+        run(near, lines, s.next, -near * 64);
+        for (int r = 0; r < R; r++)
+            for (int t = 0; t < NT; t++)
+                for (int v = 0; v < NV; v++) store(&acc[r][(t0 + t) * TILE + v * VL], sum[r][t][v]);
+    }
+}
+
+template <int FMT, int R, bool IN_PANEL>
+static void rows_block(const Linear& c, int64_t r0, int64_t live, const float* const* row, const float* panel,
+                       const Streams& s, int64_t k, int64_t tile, int tiles) {
+    alignas(64) float acc[R][32];
+    block<FMT, R, IN_PANEL>(row, panel, s, k, acc);
+    for (int r = 0; r < live; r++) finish(c, r0 + r, tile, tiles, acc[r]);
+}
+
+template <int FMT>
+static void few_rows(const hs_ctx* ctx, const Linear& c) {
+    const int64_t kp = c.w.padded_k();
+    const float* rows[FEW_ROWS + DIRECT] = {};
+    float* buffer = (float*)scratch(FEW_ROWS * kp * 4);
+    for (int64_t r = 0; r < c.t; r++) {
+        rows[r] = prologue(c, r, buffer + r * kp);
+        if (kp != c.w.k) {
+            if (rows[r] != buffer + r * kp) memcpy(buffer + r * kp, rows[r], c.w.k * 4);
+            memset(buffer + r * kp + c.w.k, 0, (kp - c.w.k) * 4);
+            rows[r] = buffer + r * kp;
+        }
+    }
+    for (int64_t r = c.t; r < FEW_ROWS + DIRECT; r++) rows[r] = rows[0];
+    Range range = split(c.tiles(), c.unit(), ctx);
+    for (int64_t tile = range.begin; tile < range.end; tile += 2) {
+        Streams s = streams(c, tile, range.end);
+        int tiles = tile + 1 < range.end ? 2 : 1;
+        for (int64_t r = 0; r < c.t; r += DIRECT) {
+            int64_t live = c.t - r < DIRECT ? c.t - r : DIRECT;
+            const float** x = rows + r;
+            if (live == 1)
+                rows_block<FMT, 1, false>(c, r, live, x, nullptr, s, kp, tile, tiles);
+            else if (live == 2)
+                rows_block<FMT, 2, false>(c, r, live, x, nullptr, s, kp, tile, tiles);
+            else if (live <= DIRECT / 2)
+                rows_block<FMT, DIRECT / 2, false>(c, r, live, x, nullptr, s, kp, tile, tiles);
+            else
+                rows_block<FMT, DIRECT, false>(c, r, live, x, nullptr, s, kp, tile, tiles);
+        }
+    }
+}
+
+// Panels hold PANEL rows each; the last one a third, two thirds or all of it.
+static inline int panel_height(int64_t rows) {
+    return rows > PANEL * 2 / 3 ? PANEL : rows > PANEL / 3 ? PANEL * 2 / 3 : PANEL / 3;
+}
+
+static inline void fill_panel(const Linear& c, int64_t r0, float* panel) {
+    const int64_t k = c.w.k, kp = c.w.padded_k();
+    int height = panel_height(c.t - r0);
+    float* buffer = (float*)scratch((PANEL * k) * 4);
+    const float* row[PANEL];
+    for (int r = 0; r < height; r++) row[r] = r0 + r < c.t ? prologue(c, r0 + r, buffer + r * k) : nullptr;
+    for (int r = 0; r < height; r++) {
+        if (row[r])
+            for (int64_t i = 0; i < k; i++) panel[i * height + r] = row[r][i];
+        else
+            for (int64_t i = 0; i < k; i++) panel[i * height + r] = 0;
+        for (int64_t i = k; i < kp; i++) panel[i * height + r] = 0;
+    }
+}
+
+template <int FMT>
+static void many_rows(const hs_ctx* ctx, const Linear& c) {
+    const int64_t kp = c.w.padded_k(), panels = (c.t + PANEL - 1) / PANEL;
+    float* work = (float*)c.work;
+    for (int64_t p = ctx->thread; p < panels; p += ctx->threads) fill_panel(c, p * PANEL, work + p * PANEL * kp);
+    hs_barrier(ctx);
+    Range range = split(c.tiles(), c.unit(), ctx);
+    int64_t chunk = (768 << 10) / (PANEL * kp * 4);  // panels that stay in the second-level cache beside the weights
+    if (chunk < 1) chunk = 1;
+    for (int64_t p0 = 0; p0 < panels; p0 += chunk)
+        for (int64_t tile = range.begin; tile < range.end; tile += 2) {
+            Streams s = streams(c, tile, range.end);
+            int tiles = tile + 1 < range.end ? 2 : 1;
+            for (int64_t p = p0; p < panels && p < p0 + chunk; p++) {
+                const float* x = work + p * PANEL * kp;
+                int64_t left = c.t - p * PANEL, live = left < PANEL ? left : PANEL;
+                int height = panel_height(live);
+                if (height == PANEL)
+                    rows_block<FMT, PANEL, true>(c, p * PANEL, live, nullptr, x, s, kp, tile, tiles);
+                else if (height == PANEL * 2 / 3)
+                    rows_block<FMT, PANEL * 2 / 3, true>(c, p * PANEL, live, nullptr, x, s, kp, tile, tiles);
+                else
+                    rows_block<FMT, PANEL / 3, true>(c, p * PANEL, live, nullptr, x, s, kp, tile, tiles);
+            }
+        }
+}
+
+template <int FMT>
+static void linear_float(const hs_ctx* ctx, const Linear& c) {
+    if (c.t <= FEW_ROWS)
+        few_rows<FMT>(ctx, c);
+    else
+        many_rows<FMT>(ctx, c);
+}
+
+}  // namespace hs

@@ -1,0 +1,257 @@
+// int8 and int4 weights: every row is quantized to int8 per group of K (scale = largest magnitude / 127), the dot of a group is
+// exact in int32, and y += dot * (weight scale * activation scale) runs over the groups in order. Exact dots make VNNI, AVX2,
+// AMX and the plain version agree bit for bit.
+#pragma once
+#include "linear_call.h"
+
+namespace hs {
+
+#ifndef HS_AHEAD_INT
+#define HS_AHEAD_INT 2048
+#endif
+constexpr int64_t INT_AHEAD = HS_AHEAD_INT;  // prefetch distance, bytes
+#if defined(HS_AVX512)
+constexpr int INT_ROWS = 8;
+#else
+constexpr int INT_ROWS = 4;
+#endif
+
+// Quantized rows, in blocks of 16 (the shape of an AMX tile):
+//   q     int8  [T/16][K/64][16][64]
+//   scale float [T/16][K/G][16]
+//   zero  int32 [T/16][K/G][16]   -(sum of the group's q) * the zero point of the stored weight
+struct QuantizedRows {
+    int8_t* q;
+    float* scale;
+    int32_t* zero;
+    int64_t k, groups, chunks;
+
+    QuantizedRows(void* memory, int64_t rows, int64_t k, int64_t group)
+        : k(k), groups(k / group), chunks((k + 63) / 64) {
+        int64_t blocks = (rows + 15) / 16;
+        q = (int8_t*)memory;
+        scale = (float*)(q + blocks * chunks * 1024);
+        zero = (int32_t*)(scale + blocks * groups * 16);
+    }
+    static int64_t bytes(int64_t rows, int64_t k, int64_t group) {
+        return (rows + 15) / 16 * ((k + 63) / 64 * 1024 + k / group * 128);
+    }
+    int8_t* row(int64_t r) const { return q + r / 16 * chunks * 1024 + r % 16 * 64; }
+    int64_t group_at(int64_t r) const { return r / 16 * groups * 16 + r % 16; }
+};
+
+static inline void quantize_row(const float* x, const QuantizedRows& to, int64_t r, int64_t group, int32_t zero_point) {
+    int8_t* q = to.row(r);
+    float* scale = to.scale + to.group_at(r);
+    int32_t* zero = to.zero + to.group_at(r);
+    for (int64_t g = 0; g < to.groups; g++) {
+        const float* p = x + g * group;
+        vf top{};
+        for (int64_t i = 0; i < group; i += VL) top = vmax(top, vabs(loadf(p + i)));
+        float largest = hmax(top);
+        float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+        vi sum{};
+        for (int64_t i = 0; i < group; i += VL) {
+            vi v = round_even(loadf(p + i) * inverse);
+            sum += v;
+            int64_t at = g * group + i;
+            store(q + at / 64 * 1024 + at % 64, __builtin_convertvector(v, vb));
+        }
+        int32_t total = 0;
+        for (int i = 0; i < VL; i++) total += sum[i];
+        scale[g * 16] = largest * (1.0f / 127.0f);
+        zero[g * 16] = -total * zero_point;
+    }
+}
+
+// Sixteen outputs x four k of stored weights (W, `line` or `nibbles`), times the same four int8 activations, added to 16 int32.
+template <int FMT>
+struct Dot {
+#if defined(HS_AVX512)
+    typedef __m512i W;
+    vi s;
+    HS_INLINE W line(const uint8_t* p) { return _mm512_loadu_si512(p); }
+    HS_INLINE void nibbles(const uint8_t* p, W& a, W& b) {
+        W v = _mm512_loadu_si512(p), mask = _mm512_set1_epi8(15);
+        a = _mm512_and_si512(v, mask);
+        b = _mm512_and_si512(_mm512_srli_epi16(v, 4), mask);
+    }
+    HS_MEMBER void start(int32_t zero) { s = splati(zero); }
+    HS_MEMBER void add(W w, const int8_t* a) {
+        int32_t quad;
+        memcpy(&quad, a, 4);
+        s = (vi)_mm512_dpbusd_epi32((__m512i)s, w, _mm512_set1_epi32(quad));
+    }
+    HS_MEMBER vf value(int) const { return to_float(s); }
+#elif defined(__AVX2__)
+    // 16-bit pair sums must not saturate. int4: 15 * 127 * 2 fits. int8: |q| * (a with the sign of q), at most 128 * 127 * 2,
+    // which is the signed dot at once, so the zero point drops out.
+    struct W {
+        __m256i magnitude[2], sign[2];
+    };
+    vi s[2];
+    HS_INLINE W line(const uint8_t* p) {
+        W w;
+        for (int i = 0; i < 2; i++) {
+            w.sign[i] = _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)(p + 32 * i)), _mm256_set1_epi8(-128));
+            w.magnitude[i] = _mm256_abs_epi8(w.sign[i]);
+        }
+        return w;
+    }
+    HS_INLINE void nibbles(const uint8_t* p, W& a, W& b) {
+        __m256i mask = _mm256_set1_epi8(15);
+        for (int i = 0; i < 2; i++) {
+            __m256i v = _mm256_loadu_si256((const __m256i*)(p + 32 * i));
+            a.magnitude[i] = _mm256_and_si256(v, mask);
+            b.magnitude[i] = _mm256_and_si256(_mm256_srli_epi16(v, 4), mask);
+        }
+    }
+    HS_MEMBER void start(int32_t zero) { s[0] = s[1] = splati(FMT == INT8 ? 0 : zero); }
+    HS_MEMBER void add(const W& w, const int8_t* a) {
+        int32_t quad;
+        memcpy(&quad, a, 4);
+        __m256i q = _mm256_set1_epi32(quad), one = _mm256_set1_epi16(1);
+        for (int i = 0; i < 2; i++) {
+            __m256i x = FMT == INT8 ? _mm256_sign_epi8(q, w.sign[i]) : q;
+            s[i] += (vi)_mm256_madd_epi16(_mm256_maddubs_epi16(w.magnitude[i], x), one);
+        }
+    }
+    HS_MEMBER vf value(int i) const { return to_float(s[i]); }
+#else
+    // Products and sums of a group stay below 2^24: float arithmetic is exact, and every machine has it.
+    struct W {
+        vf v[4][16 / VL];
+    };
+    vf s[16 / VL];
+    HS_INLINE void split(vu v, int i, W& w, uint32_t mask, int shift) {
+        HS_UNROLL for (int j = 0; j < 4; j++) w.v[j][i] = to_float((vi)((v >> (8 * j + shift)) & mask));
+    }
+    HS_INLINE W line(const uint8_t* p) {
+        W w;
+        HS_UNROLL for (int i = 0; i < 16 / VL; i++) split(load<vu>(p + i * VL * 4), i, w, 255, 0);
+        return w;
+    }
+    HS_INLINE void nibbles(const uint8_t* p, W& a, W& b) {
+        HS_UNROLL for (int i = 0; i < 16 / VL; i++) {
+            vu v = load<vu>(p + i * VL * 4);
+            split(v, i, a, 15, 0);
+            split(v, i, b, 15, 4);
+        }
+    }
+    HS_MEMBER void start(int32_t zero) {
+        HS_UNROLL for (int i = 0; i < 16 / VL; i++) s[i] = splat((float)zero);
+    }
+    HS_MEMBER void add(const W& w, const int8_t* a) {
+        HS_UNROLL for (int j = 0; j < 4; j++) {
+            vf x = splat((float)a[j]);
+            HS_UNROLL for (int i = 0; i < 16 / VL; i++) s[i] = fma(x, w.v[j][i], s[i]);
+        }
+    }
+    HS_MEMBER vf value(int i) const { return s[i]; }
+#endif
+};
+
+// acc[r][0..15] = rows r0 .. r0+R-1 times one tile.
+template <int FMT, int R>
+static void int_block(const Weight& w, int64_t tile, const QuantizedRows& rows, int64_t r0, float (*acc)[32]) {
+    constexpr int NV = 16 / VL, LINES = FMT == INT8 ? 8 : 4;  // 64-byte lines per 32 k
+    const int8_t* q = rows.row(r0);
+    const float* scale = rows.scale + rows.group_at(r0);
+    const int32_t* zero = rows.zero + rows.group_at(r0);
+    const uint8_t* data = w.tile(tile);
+    const uint16_t* weight_scale = w.tile_scale(tile);
+    const int64_t per_group = w.group / 32, groups = rows.groups;
+    vf sum[R][NV] = {};
+    int64_t h = 0;
+    for (int64_t g = 0; g < groups; g++) {
+        Dot<FMT> dot[R];
+        HS_UNROLL for (int r = 0; r < R; r++) dot[r].start(zero[g * 16 + r]);
+        prefetch((const uint8_t*)(weight_scale + g * 16) + INT_AHEAD / 8);
+        for (int64_t i = 0; i < per_group; i++, h++) {
+            const int8_t* a = q + h / 2 * 1024 + h % 2 * 32;
+            HS_UNROLL for (int l = 0; l < LINES; l++) {
+                prefetch(data + l * 64 + INT_AHEAD);
+                if (FMT == INT8) {
+                    auto v = Dot<FMT>::line(data + l * 64);
+                    HS_UNROLL for (int r = 0; r < R; r++) dot[r].add(v, a + r * 64 + l * 4);
+                } else {
+                    typename Dot<FMT>::W v0, v1;
+                    Dot<FMT>::nibbles(data + l * 64, v0, v1);
+                    HS_UNROLL for (int r = 0; r < R; r++) dot[r].add(v0, a + r * 64 + l * 8);
+                    HS_UNROLL for (int r = 0; r < R; r++) dot[r].add(v1, a + r * 64 + l * 8 + 4);
+                }
+            }
+            data += LINES * 64;
+        }
+        HS_UNROLL for (int v = 0; v < NV; v++) {
+            vf s = fp16_to_float(load<vh>(weight_scale + g * 16 + v * VL));
+            HS_UNROLL for (int r = 0; r < R; r++) sum[r][v] = fma(dot[r].value(v), s * scale[g * 16 + r], sum[r][v]);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < NV; v++) store(&acc[r][v * VL], sum[r][v]);
+}
+
+template <int FMT>
+static void int_rows(const Linear& c, const QuantizedRows& rows, int64_t tile, int tiles, int64_t begin, int64_t end) {
+    alignas(64) float acc[INT_ROWS][32];
+    for (int64_t r = begin; r < end; r += INT_ROWS) {
+        int live = end - r < INT_ROWS ? (int)(end - r) : INT_ROWS;
+        for (int t = 0; t < tiles; t++) {
+            float(*out)[32] = (float(*)[32])(&acc[0][t * TILE]);
+            if (live == 1)
+                int_block<FMT, 1>(c.w, tile + t, rows, r, out);
+            else if (live == 2)
+                int_block<FMT, 2>(c.w, tile + t, rows, r, out);
+            else if (live <= 4)
+                int_block<FMT, 4>(c.w, tile + t, rows, r, out);
+            else
+                int_block<FMT, INT_ROWS>(c.w, tile + t, rows, r, out);
+        }
+        for (int i = 0; i < live; i++) finish(c, r + i, tile, tiles, acc[i]);
+    }
+}
+
+// Quantize rows [begin, end) and clear the scales up to the end of their block of 16, which wider kernels read.
+static inline void quantize_rows(const Linear& c, const QuantizedRows& rows, int64_t begin, int64_t end, float* buffer) {
+    const int32_t zero_point = c.w.format == INT8 ? 128 : 8;
+    for (int64_t r = begin; r < end; r++) quantize_row(prologue(c, r, buffer), rows, r, c.w.group, zero_point);
+    for (int64_t r = end; r % 16; r++)
+        for (int64_t g = 0; g < rows.groups; g++) {
+            rows.scale[rows.group_at(r) + g * 16] = 0;
+            rows.zero[rows.group_at(r) + g * 16] = 0;
+        }
+}
+
+#if defined(HS_AMX)
+template <int FMT>
+static void amx_int(const hs_ctx* ctx, const Linear& c, const QuantizedRows& rows);
+constexpr int64_t AMX_INT_ROWS = 6;  // from this many rows on AMX beats VNNI
+#endif
+
+template <int FMT>
+static void linear_int(const hs_ctx* ctx, const Linear& c) {
+    const int64_t k = c.w.k;
+    const bool few = c.t <= FEW_ROWS;
+    const int64_t bytes = QuantizedRows::bytes(FEW_ROWS, k, c.w.group);
+    uint8_t* own = (uint8_t*)scratch(bytes + k * 4);
+    QuantizedRows rows(few ? own : c.work, few ? FEW_ROWS : c.t, k, c.w.group);
+    float* buffer = (float*)(own + bytes);
+    if (few) {
+        quantize_rows(c, rows, 0, c.t, buffer);
+    } else {
+        for (int64_t r = ctx->thread * 16; r < c.t; r += ctx->threads * 16)
+            quantize_rows(c, rows, r, r + 16 < c.t ? r + 16 : c.t, buffer);
+        hs_barrier(ctx);
+    }
+#if defined(HS_AMX)
+    if (c.t >= AMX_INT_ROWS) return amx_int<FMT>(ctx, c, rows);
+#endif
+    Range range = split(c.tiles(), c.unit(), ctx);
+    const int64_t chunk = (1 << 20) / (k * INT_ROWS) * INT_ROWS + INT_ROWS;  // rows that stay in the second-level cache
+    for (int64_t r = 0; r < c.t; r += chunk)
+        for (int64_t tile = range.begin; tile < range.end; tile += 2)
+            int_rows<FMT>(c, rows, tile, tile + 1 < range.end ? 2 : 1, r, r + chunk < c.t ? r + chunk : c.t);
+}
+
+}  // namespace hs
