@@ -218,8 +218,8 @@ def _no_weights(path: Path) -> Exception:
     pickles = sorted(p.name for p in path.iterdir() if p.suffix in PICKLES)
     if pickles:
         return CompileError(
-            f"{path / pickles[0]}: pickle checkpoints can run code and are not read; convert once in "
-            "a sandbox: AutoModelForCausalLM.from_pretrained(dir).save_pretrained(out, "
+            f"{path / pickles[0]}: pickle checkpoints can run code and are not read; convert once "
+            "in a sandbox: AutoModelForCausalLM.from_pretrained(dir).save_pretrained(out, "
             "safe_serialization=True)"
         )
     return DamagedCheckpoint(f"{path}: holds neither {SINGLE} nor {INDEX}")

@@ -1,0 +1,105 @@
+"""Weight-only quantization: a scheme turns a float weight into int8 codes and float32 scales per
+group of inputs.
+
+Schemes live one per file and register here; torchao does the arithmetic. `storage_formats` says
+how each weight of a model is stored. Called by `compiler.pipeline`; packing the codes for a target
+is the kernels' business.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+
+import torch
+
+from compiler.errors import CompileError
+from compiler.families.names import logical_weights
+from compiler.families.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheme:
+    """Symmetric codes in [low, high], one scale per output row and group of inputs."""
+
+    name: str
+    low: int
+    high: int
+
+    def format(self, group: int) -> str:
+        """The storage format string kernels know, e.g. `int8g32`."""
+        return f"{self.name}g{group}"
+
+    def quantize(self, w: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes int8 [N, K] and scales float32 [N, K / group] of w [N, K]."""
+        # torchao logs about optional CUDA extensions when imported: noise on a CPU machine.
+        logging.disable(logging.WARNING)
+        try:
+            from torchao.quantization.quant_primitives import (
+                MappingType,
+                choose_qparams_affine,
+                quantize_affine,
+            )
+        finally:
+            logging.disable(logging.NOTSET)
+        w, block = w.float(), (1, group)
+        scale, zero = choose_qparams_affine(
+            w,
+            MappingType.SYMMETRIC,
+            block,
+            torch.int8,
+            self.low,
+            self.high,
+            scale_dtype=torch.float32,
+        )
+        codes = quantize_affine(w, block, scale, zero, torch.int8, self.low, self.high)
+        return codes, scale
+
+
+SCHEMES: dict[str, Scheme] = {}
+
+
+def register(scheme: Scheme) -> Scheme:
+    if scheme.name in SCHEMES:
+        raise ValueError(f"scheme {scheme.name!r} is registered twice")
+    SCHEMES[scheme.name] = scheme
+    return scheme
+
+
+def parse_format(format: str) -> tuple[Scheme, int] | None:
+    """Scheme and group of a storage format; None for `float32` and `bfloat16`."""
+    match = re.fullmatch(r"([a-z]+\d+)g(\d+)", format)
+    if match is None:
+        return None
+    return SCHEMES[match.group(1)], int(match.group(2))
+
+
+def dequantize(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The float32 weight that codes and scales stand for: what accuracy is measured against."""
+    grouped = codes.float().unflatten(1, (scale.shape[1], -1))
+    return (grouped * scale.unsqueeze(-1)).flatten(1)
+
+
+def storage_formats(
+    spec: ModelSpec, *, dtype: str, scheme: str, group: int, head: bool
+) -> dict[str, str]:
+    """Storage format by weight name: vectors float32, matrices quantized, tables (embedding, head)
+    only with `head`; an untied embedding is looked up, never multiplied, and stays in `dtype`.
+    """
+    formats: dict[str, str] = {}
+    for name, shape in logical_weights(spec).items():
+        table = name in ("embed", "head")
+        if len(shape) == 1:
+            formats[name] = "float32"
+        elif scheme == "none" or (table and not (head and (name == "head" or spec.tied_head))):
+            formats[name] = dtype
+        else:
+            if shape[1] % group:
+                fits = [g for g in (16, 32, 64, 128, 256) if shape[1] % g == 0]
+                raise CompileError(
+                    f"quant.group_size={group} does not divide the {shape[1]} inputs of {name}; "
+                    f"choices: {', '.join(map(str, fits)) or 'none (use quant=none)'}"
+                )
+            formats[name] = SCHEMES[scheme].format(group)
+    return formats

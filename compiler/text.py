@@ -1,0 +1,232 @@
+"""The artifact's text/ files from a checkpoint directory: tokenizer.json, special tokens, chat
+template, generation defaults.
+
+Everything is normalised here, so the runtime has one form to read: token strings instead of
+objects, one list of end tokens, one template. Called by `compiler.importer`.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import tokenizers
+
+from compiler.checkpoint import read_json
+from compiler.errors import CompileError, DamagedCheckpoint
+from compiler.synthetic_tokenizer import synthetic_tokenizer
+
+TEMPLATES = Path(__file__).resolve().parent / "data" / "templates"
+CONVERTER = Path(__file__).resolve().parent / "convert_tokenizer.py"
+CONVERTIBLE = ("tokenizer.model", "*.tiktoken", "vocab.json", "vocab.txt", "spiece.model")
+SPECIALS = ("bos_token", "eos_token", "pad_token", "unk_token")
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+BOS_CLASSES = ("Llama", "CodeLlama", "Gemma")  # classes whose add_bos_token flag is honoured
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Text:
+    """`files` go to text/ as they are."""
+
+    files: dict[str, bytes]
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+
+
+def read_text(directory: Path, config: Mapping[str, Any], vocab: int, template: str | None) -> Text:
+    """Text files of a checkpoint. Without any tokenizer in it there is none in the artifact: it
+    serves token ids only.
+    """
+    settings = _optional_json(directory / "tokenizer_config.json")
+    data = _tokenizer_json(directory)
+    files, ids = {}, dict[str, int | None]()
+    generation = _optional_json(directory / "generation_config.json")
+    if data is not None:
+        tokenizer = _load(data, directory)
+        _check_ids(tokenizer, vocab, directory)
+        tokens = {key: _token_text(settings.get(key)) for key in SPECIALS}
+        if tokens["eos_token"] is None or tokens["bos_token"] is None:
+            listed = _optional_json(directory / "special_tokens_map.json")
+            tokens |= {k: _token_text(listed.get(k)) for k in SPECIALS if tokens[k] is None}
+        ids = {key: tokenizer.token_to_id(t) if t else None for key, t in tokens.items()}
+        files["tokenizer.json"] = data
+        files["tokenizer_config.json"] = _json(
+            {**tokens, "add_bos_token": _adds_bos(settings, tokenizer, ids["bos_token"])}
+        )
+        source = _template(directory, settings, template)
+        if source is not None:
+            files["chat_template.jinja"] = source.encode()
+    eos = _ids(config, generation, "eos_token_id", vocab)
+    if ids.get("eos_token") is not None and ids["eos_token"] not in eos:
+        eos.append(ids["eos_token"])  # type: ignore[arg-type]
+    bos = _ids(config, generation, "bos_token_id", vocab)
+    defaults = {k: generation[k] for k in SAMPLING if generation.get(k) is not None}
+    files["generation_config.json"] = _json({"eos_token_id": eos, **defaults})
+    return Text(files=files, eos_token_ids=tuple(eos), bos_token_id=bos[0] if bos else None)
+
+
+def made_up_text(config: Mapping[str, Any], vocab: int, template: str | None) -> Text:
+    """Text files for a named shape without a checkpoint: a synthetic tokenizer and a ChatML
+    template.
+    """
+    eos = _ids(config, {}, "eos_token_id", vocab)
+    bos = _ids(config, {}, "bos_token_id", vocab)
+    end = eos[0] if eos else vocab - 1
+    start = (
+        bos[0]
+        if bos and bos[0] not in (end, *eos)
+        else next(i for i in range(vocab - 1, -1, -1) if i not in (end, *eos))
+    )
+    specials = {i: f"<|special_{i}|>" for i in eos} | {end: "<|im_end|>", start: "<|im_start|>"}
+    files: dict[str, bytes] = {}
+    data = synthetic_tokenizer(vocab, specials)
+    if data is not None:
+        files["tokenizer.json"] = data
+        tokens = {
+            "bos_token": None,
+            "eos_token": "<|im_end|>",
+            "pad_token": None,
+            "unk_token": None,
+        }
+        files["tokenizer_config.json"] = _json({**tokens, "add_bos_token": False})
+        source = _named_template(template, {}) if template else None
+        files["chat_template.jinja"] = (
+            source.encode() if source else (TEMPLATES / "chatml.jinja").read_bytes()
+        )
+    eos = eos or [end]
+    files["generation_config.json"] = _json({"eos_token_id": eos})
+    return Text(files=files, eos_token_ids=tuple(eos), bos_token_id=bos[0] if bos else None)
+
+
+# --- tokenizer ------------------------------------------------------------------------------------
+
+
+def _tokenizer_json(directory: Path) -> bytes | None:
+    if (directory / "tokenizer.json").is_file():
+        return (directory / "tokenizer.json").read_bytes()
+    if not any(any(directory.glob(pattern)) for pattern in CONVERTIBLE):
+        return None
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, "-P", str(CONVERTER), str(directory.resolve()), out]
+        done = subprocess.run(command, cwd=out, capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise CompileError(
+                f"{directory}: the tokenizer cannot be converted ({reason}); "
+                "put a tokenizer.json beside config.json"
+            )
+        return (Path(out) / "tokenizer.json").read_bytes()
+
+
+def _load(data: bytes, directory: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_buffer(data)
+    except Exception as e:  # noqa: BLE001 - the library raises bare Exception
+        raise DamagedCheckpoint(f"{directory / 'tokenizer.json'}: cannot be read ({e})") from e
+
+
+def _check_ids(tokenizer: tokenizers.Tokenizer, vocab: int, directory: Path) -> None:
+    token, top = max(tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
+    if top >= vocab:
+        raise DamagedCheckpoint(
+            f"{directory}: tokenizer gives {token!r} id {top}, but the model has {vocab} embeddings; "
+            "remove the token or resize the model"
+        )
+
+
+def _adds_bos(settings: dict[str, Any], tokenizer: tokenizers.Tokenizer, bos: int | None) -> bool:
+    """Whether a prompt starts with bos: by the tokenizer's own post-processor, or by the flag that
+    Llama classes turn into one.
+    """
+    if bos is None:
+        return False
+    if tokenizer.encode("a").ids[:1] == [bos]:
+        return True
+    llama = str(settings.get("tokenizer_class", "")).startswith(BOS_CLASSES)
+    return llama and bool(settings.get("add_bos_token", False))
+
+
+def _token_text(token: Any) -> str | None:
+    """Old files hold AddedToken objects."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) and text else None
+
+
+def _ids(
+    config: Mapping[str, Any], generation: Mapping[str, Any], key: str, vocab: int
+) -> list[int]:
+    """Token ids of both files, first the model's own order, without duplicates and the
+    placeholders -1 and null.
+    """
+    result: list[int] = []
+    for source in (config, generation):
+        value = source.get(key)
+        for token in value if isinstance(value, list) else [value]:
+            if token is None or token == -1:
+                continue
+            if not isinstance(token, int) or not 0 <= token < vocab:
+                raise DamagedCheckpoint(f"{key} {token!r} is no token of a vocabulary of {vocab}")
+            if token not in result:
+                result.append(token)
+    return result
+
+
+# --- chat template --------------------------------------------------------------------------------
+
+
+def _template(directory: Path, settings: dict[str, Any], wanted: str | None) -> str | None:
+    """The wanted template (name or file), else the checkpoint's default one."""
+    named: dict[str, str] = {}
+    inside = settings.get("chat_template")
+    if isinstance(inside, str):
+        named["default"] = inside
+    elif isinstance(inside, list):
+        named |= {t["name"]: t["template"] for t in inside}
+    if (directory / "chat_template.jinja").is_file():
+        named["default"] = (directory / "chat_template.jinja").read_text()
+    for extra in sorted(directory.glob("additional_chat_templates/*.jinja")):
+        named[extra.stem] = extra.read_text()
+    source = _named_template(wanted, named) if wanted else named.get("default")
+    if source is not None:
+        _check_template(source, wanted or str(directory))
+    return source
+
+
+def _named_template(wanted: str, named: dict[str, str]) -> str:
+    if wanted in named:
+        return named[wanted]
+    built_in = {p.stem: p for p in TEMPLATES.glob("*.jinja")}
+    path = built_in.get(wanted, Path(wanted).expanduser())
+    if not path.is_file():
+        choices = ", ".join(sorted({*named, *built_in}))
+        raise CompileError(
+            f"model.chat_template={wanted}: neither a file nor a template; choices: {choices}"
+        )
+    source = path.read_text()
+    _check_template(source, wanted)
+    return source
+
+
+def _check_template(source: str, where: str) -> None:
+    extensions = ["jinja2.ext.loopcontrols"]
+    plain = source.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    try:
+        jinja2.Environment(extensions=extensions).parse(plain)
+    except jinja2.TemplateSyntaxError as e:
+        raise DamagedCheckpoint(f"chat template of {where}: line {e.lineno}: {e.message}") from e
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
