@@ -50,7 +50,8 @@ def locate(source: str, revision: str | None) -> Path:
         return path
     if HUB_ID.fullmatch(source) is None:
         raise CompileError(
-            f"model.source={source}: is neither a directory nor a hub id (owner/name); check the path"
+            f"model.source={source}: is neither a directory nor a hub id (owner/name); "
+            "check the path"
         )
     return _huggingface(source, revision)
 

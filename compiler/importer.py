@@ -105,8 +105,8 @@ def _check_shape(config: CompileConfig, spec: ModelSpec, found: dict[str, Any]) 
         if a != b:
             shown = f"{a} and {b}" if isinstance(a, int | str) else f"{f.name} that differ"
             raise CompileError(
-                f"model={config.model.name} and the checkpoint {config.model.source} disagree about "
-                f"{f.name}: {shown}; use model=hf model.source={config.model.source}"
+                f"model={config.model.name} and the checkpoint {config.model.source} disagree "
+                f"about {f.name}: {shown}; use model=hf model.source={config.model.source}"
             )
 
 

@@ -129,7 +129,7 @@ def _tokenizer_json(directory: Path) -> bytes | None:
 def _load(data: bytes, directory: Path) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_buffer(data)
-    except Exception as e:  # noqa: BLE001 - the library raises bare Exception
+    except Exception as e:  # the library raises bare Exception
         raise DamagedCheckpoint(f"{directory / 'tokenizer.json'}: cannot be read ({e})") from e
 
 
@@ -137,8 +137,8 @@ def _check_ids(tokenizer: tokenizers.Tokenizer, vocab: int, directory: Path) -> 
     token, top = max(tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
     if top >= vocab:
         raise DamagedCheckpoint(
-            f"{directory}: tokenizer gives {token!r} id {top}, but the model has {vocab} embeddings; "
-            "remove the token or resize the model"
+            f"{directory}: tokenizer gives {token!r} id {top}, but the model has {vocab} "
+            "embeddings; remove the token or resize the model"
         )
 
 

@@ -19,6 +19,9 @@ from compiler.families.names import logical_weights
 from compiler.families.spec import ModelSpec
 
 
+CHUNK = 1 << 20  # elements at a time: torchao makes several passes, this keeps them in cache (3x)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scheme:
     """Symmetric codes in [low, high], one scale per output row and group of inputs."""
@@ -43,18 +46,17 @@ class Scheme:
             )
         finally:
             logging.disable(logging.NOTSET)
-        w, block = w.float(), (1, group)
-        scale, zero = choose_qparams_affine(
-            w,
-            MappingType.SYMMETRIC,
-            block,
-            torch.int8,
-            self.low,
-            self.high,
-            scale_dtype=torch.float32,
-        )
-        codes = quantize_affine(w, block, scale, zero, torch.int8, self.low, self.high)
-        return codes, scale
+        span, block = (torch.int8, self.low, self.high), (1, group)
+        codes: list[torch.Tensor] = []
+        scales: list[torch.Tensor] = []
+        for part in w.split(max(1, CHUNK // w.shape[1])):
+            x = part.float()
+            scale, zero = choose_qparams_affine(
+                x, MappingType.SYMMETRIC, block, *span, scale_dtype=torch.float32
+            )
+            codes.append(quantize_affine(x, block, scale, zero, *span))
+            scales.append(scale)
+        return torch.cat(codes), torch.cat(scales)
 
 
 SCHEMES: dict[str, Scheme] = {}
