@@ -1,0 +1,164 @@
+"""Text to token ids and back, over the artifact's tokenizer.json.
+
+Comes in: the artifact's text files. Goes out: `Tokenizer`, used by the HTTP process and the offline Engine. The incremental
+way back lives in detokenizer.py, which takes its vocabulary pieces from here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import tokenizers
+
+from runtime.errors import DamagedArtifact
+
+ReadText = Callable[[str], bytes | None]
+
+
+class _Head(msgspec.Struct):
+    """The parts of tokenizer.json we look at ourselves; the vocabulary is skipped."""
+
+    decoder: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guard:
+    """Marks spellings of control tokens inside user text, so that a chat prompt keeps them text: `mark` is inserted after the
+    first character of each. `hit` says whether any was found; without one the prompt is encoded as it is."""
+
+    mark: str
+    hit: bool
+
+
+@dataclass(slots=True)
+class Tokenizer:
+    """Immutable after `load`. Encoding is done by the library without the GIL, so it may run in a thread."""
+
+    backend: tokenizers.Tokenizer
+    config: dict[str, Any]
+    decoder: str  # byte_level | sentencepiece | other
+    special: dict[int, str]  # control tokens
+    bos: str | None
+    eos: str | None
+    _spellings: re.Pattern[str] | None
+    _texts: dict[int, str] = field(default_factory=dict)
+    _longest: int = 0
+
+    @staticmethod
+    def load(read: ReadText) -> Tokenizer | None:
+        """None when the artifact carries no tokenizer (a model without a checkpoint)."""
+        data = read("tokenizer.json")
+        if data is None:
+            return None
+        try:
+            head = msgspec.json.decode(data, type=_Head)
+            backend = tokenizers.Tokenizer.from_buffer(data)
+        except Exception as error:  # noqa: BLE001 - the library raises bare Exception
+            raise DamagedArtifact(
+                f"text/tokenizer.json cannot be read: {error}; compile the model again"
+            ) from error
+        backend.no_truncation()
+        backend.no_padding()
+        config = msgspec.json.decode(read("tokenizer_config.json") or b"{}", type=dict)
+        added = backend.get_added_tokens_decoder()
+        special = {i: token.content for i, token in added.items() if token.special}
+        spellings = "|".join(map(re.escape, sorted(special.values(), key=len, reverse=True)))
+        return Tokenizer(
+            backend=backend,
+            config=config,
+            decoder=_decoder_kind(head.decoder),
+            special=special,
+            bos=_spelling(config.get("bos_token")),
+            eos=_spelling(config.get("eos_token")),
+            _spellings=re.compile(spellings) if spellings else None,
+        )
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        # encode_batch, not encode: it releases the GIL (tokenizers 0.23).
+        batch = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = batch[0].ids
+        if add_special_tokens and self.config.get("add_bos_token") and self.bos is not None:
+            bos = self.backend.token_to_id(self.bos)
+            if bos is not None and ids[:1] != [bos]:
+                ids.insert(0, bos)
+        return ids
+
+    def encode_chat(self, prompt: str, guard: Guard) -> list[int]:
+        """A rendered chat prompt: the template wrote its own control tokens, the user's marked spellings stay text."""
+        if not guard.hit or self._spellings is None:
+            return self.encode(prompt, add_special_tokens=False)
+        ids: list[int] = []
+        end = 0
+        for match in self._spellings.finditer(prompt):
+            ids += self._encode_plain(prompt[end : match.start()].replace(guard.mark, ""))
+            ids.append(self.backend.token_to_id(match.group()))
+            end = match.end()
+        return ids + self._encode_plain(prompt[end:].replace(guard.mark, ""))
+
+    def _encode_plain(self, text: str) -> list[int]:
+        if not text:
+            return []
+        # Encode around each spelling's first character: no piece holds a whole control token.
+        assert self._spellings is not None
+        ids: list[int] = []
+        start = 0
+        for match in self._spellings.finditer(text):
+            ids += self.encode(text[start : match.start() + 1], add_special_tokens=False)
+            start = match.start() + 1
+        return ids + self.encode(text[start:], add_special_tokens=False)
+
+    def guard(self, texts: Iterable[str]) -> Guard:
+        """A mark that occurs in none of `texts`."""
+        everything = "\0".join(texts)
+        hit = self._spellings is not None and self._spellings.search(everything) is not None
+        mark = next(chr(c) for c in range(0xE000, 0xF900) if not hit or chr(c) not in everything)
+        return Guard(mark=mark, hit=hit)
+
+    def marked(self, text: str, guard: Guard) -> str:
+        if not guard.hit or self._spellings is None:
+            return text
+        return self._spellings.sub(
+            lambda match: match.group()[0] + guard.mark + match.group()[1:], text
+        )
+
+    def constants(self) -> dict[str, str]:
+        """Spellings of the special tokens, under the names chat templates use."""
+        named = {k: _spelling(v) for k, v in self.config.items() if k.endswith("_token")}
+        return {name: text for name, text in named.items() if text is not None}
+
+    def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        return str(self.backend.decode(ids, skip_special_tokens=skip_special_tokens))
+
+    def token_text(self, token: int) -> str:
+        """One token alone, as log-probability lists show it."""
+        text = self._texts.get(token)
+        if text is None:
+            text = self._texts[token] = self.decode([token], skip_special_tokens=False)
+        return text
+
+    def longest_token(self) -> int:
+        """UTF-8 bytes of the longest text one token can stand for; 0 when unknown (lossy tokenizers)."""
+        if self._longest == 0 and self.decoder != "other":
+            self._longest = max(len(s.encode()) for s in self.backend.get_vocab(with_added_tokens=True))
+        return self._longest
+
+
+def _spelling(token: object) -> str | None:
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def _decoder_kind(decoder: dict[str, Any] | None) -> str:
+    if decoder is None:
+        return "other"
+    parts = decoder.get("decoders", [decoder])
+    kinds = [part.get("type") for part in parts]
+    if kinds == ["ByteLevel"]:
+        return "byte_level"
+    if kinds[:3] == ["Replace", "ByteFallback", "Fuse"] or kinds == ["Metaspace"]:
+        return "sentencepiece"
+    return "other"
