@@ -1,13 +1,15 @@
-"""The plan verifier: runs a launch plan on paper, byte range by byte range, and refuses what a kernel must not be handed.
+"""The plan verifier: runs a launch plan on paper, byte range by byte range, and refuses what a
+kernel must not be handed.
 
-Comes in: a plan, the program and nodes it was made from, the sizes of the arenas. It uses none of the planner's own
-results: who owns which bytes is worked out again from the addresses in the plan. Called by the pipeline after `record` and
-by `inspect verify`.
+Comes in: a plan, the program and nodes it was made from, the sizes of the arenas. It uses none of
+the planner's own results: who owns which bytes is worked out again from the addresses in the plan.
+Called by the pipeline after `record` and by `inspect verify`.
 """
 
 from __future__ import annotations
 
 import bisect
+import itertools
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,9 +25,10 @@ from runtime.artifact import ARENAS, PARAM_ADDRESS, PARAM_BYTES, LaunchPlan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArenaSizes:
-    """`fields`: offset and size of every stored field. State: without its pages, which start at `pages_offset`."""
+    """`state`: offsets by value name; `fields`: offset and size of every stored field."""
 
     weights: int
+    state: Mapping[str, int]
     pages_offset: int
     work: int
     fields: Mapping[str, tuple[int, int]]
@@ -72,7 +75,8 @@ def check_plan(
         label(node.call) for node in nodes
     ):
         raise ProgramError(
-            f"plan {plan.header.bucket.name}: {len(plan.nodes)} nodes for {len(nodes)} calls, or other labels"
+            f"plan {plan.header.bucket.name}: {len(plan.nodes)} nodes for {len(nodes)} calls, "
+            "or other labels"
         )
     work = Owners()
     for index, node in enumerate(nodes):
@@ -103,9 +107,8 @@ class _Check:
         self.io = {field.name: field for field in plan.header.io}
 
     def fail(self, message: str) -> ProgramError:
-        return ProgramError(
-            f"plan {self.plan.header.bucket.name}, node {self.index} ({label(self.node.call)}): {message}"
-        )
+        where = f"plan {self.plan.header.bucket.name}, node {self.index}"
+        return ProgramError(f"{where} ({label(self.node.call)}): {message}")
 
     def run(self) -> None:
         row = self.plan.nodes[self.index]
@@ -195,6 +198,10 @@ class _Check:
             "state": self.sizes.pages_offset,
         }[arena]
         self.inside(name, record, arena, size, limit)
+        if arena == "state" and start != self.sizes.state[value_name]:
+            raise self.fail(
+                f"ptr:{name} points to {start}, the state lies at {self.sizes.state[value_name]}"
+            )
         if arena == "io" and start != self.io[value_name].offset:
             raise self.fail(
                 f"ptr:{name} points to {start}, the io field lies at {self.io[value_name].offset}"
@@ -209,18 +216,19 @@ class _Check:
             or record.value % ALIGN
             or record.value + size > limit
         ):
-            raise self.fail(f"ptr:{name} is {size} bytes at {record.value} of arena {record.arena}, expected a multiple of {ALIGN} "
-                            f"inside the {limit} bytes of {arena}")  # fmt: skip
+            raise self.fail(
+                f"ptr:{name} is {size} bytes at {record.value} of arena {record.arena}, "
+                f"expected a multiple of {ALIGN} inside the {limit} bytes of {arena}"
+            )
 
     def replay(self, reads: dict[str, tuple[int, int]], writes: dict[str, tuple[int, int]]) -> None:
         for name, span in reads.items():
             owners = self.work.of(*span)
             if owners != {name}:
-                raise self.fail(
-                    f"reads {name}, but its bytes hold {', '.join(sorted(o or 'nothing' for o in owners))}"
-                )
+                found = ", ".join(sorted(owner or "nothing" for owner in owners))
+                raise self.fail(f"reads {name}, but its bytes hold {found}")
         spans = sorted((span, name) for name, span in {**reads, **writes}.items())
-        for (one, first), (two, second) in zip(spans, spans[1:], strict=False):
+        for (one, first), (two, second) in itertools.pairwise(spans):
             if one[1] > two[0] and (first in writes or second in writes):
                 raise self.fail(f"{first} and {second} overlap at {two[0]}")
         for name, span in writes.items():

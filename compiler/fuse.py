@@ -1,7 +1,9 @@
-"""Fusion: rules that rewrite a Program into one with fewer, larger calls. Called by the pipeline between build and lower.
+"""Fusion: rules that rewrite a Program into one with fewer, larger calls. Called by the pipeline
+between build and lower.
 
-Every rule is a function Program -> Program that is correct alone and in any order: a test runs each subset against the op
-references. A fused call always takes the place of the last call it replaces, so everything it reads is written by then.
+Every rule is a function Program -> Program that is correct alone and in any order: a test runs each
+subset against the op references. A fused call always takes the place of the last call it replaces,
+so everything it reads is written by then.
 """
 
 from __future__ import annotations
@@ -25,8 +27,14 @@ def merge_qkv(program: Program) -> Program:
         ]
         if len(attention) != 1:
             continue
-        sides = [_projection(program, name, user) for name, user in
-                 ((attention[0].ins["q"], attention[0]), (write.ins["k"], write), (write.ins["v"], write))]  # fmt: skip
+        sides = [
+            _projection(program, name, user)
+            for name, user in (
+                (attention[0].ins["q"], attention[0]),
+                (write.ins["k"], write),
+                (write.ins["v"], write),
+            )
+        ]
         if any(side is None for side in sides):
             continue
         q, k, v = (side for side in sides if side is not None)

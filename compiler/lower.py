@@ -1,7 +1,8 @@
 """Lowering: every call of a program gets the kernel that will run it at one bucket's sizes.
 
-Comes in: a verified program, sizes, storage formats of the weights. Goes out: nodes, or a CompileError that names the call
-and why each kernel of the target refuses it. Called by the pipeline, once per bucket.
+Comes in: a verified program, sizes, storage formats of the weights. Goes out: nodes, or a
+CompileError that names the call and why each kernel of the target refuses it. Called by the
+pipeline, once per bucket.
 """
 
 from __future__ import annotations
@@ -59,8 +60,10 @@ def choose(shape: CallShape, target: str, what: str) -> Kernel:
         if reason is None:
             return kernel
         reasons.append(f"{kernel.name}: {reason}")
-    raise CompileError(f"no {target} kernel for {what}: {'; '.join(reasons) or 'none implements the op'}; "
-                       "choose another dtype, quant or kv")  # fmt: skip
+    raise CompileError(
+        f"no {target} kernel for {what}: {'; '.join(reasons) or 'none implements the op'}; "
+        "choose another dtype, quant or kv"
+    )
 
 
 def lower(
@@ -83,5 +86,6 @@ def lower(
 
 
 def label(call: Call) -> str:
-    """What a node computes, for reports and errors: the op and its first result (or the state it updates)."""
+    """What a node computes, for reports and errors: the op and its first result (or the state it
+    updates)."""
     return f"{call.op} {next(iter(call.outs.values()), '')}".rstrip()

@@ -1,7 +1,8 @@
 """Where everything lives: offsets in the work, io, state and weights arenas.
 
-Comes in: a program at a bucket's sizes, or sizes of stored fields. Goes out: offsets, all multiples of ALIGN, the same for
-the same input. Called by `record` (work, io), `pipeline` (state) and `pack` (weights).
+Comes in: a program at a bucket's sizes, or sizes of stored fields. Goes out: offsets, all multiples
+of ALIGN, the same for the same input. Called by `record` (work, io), `pipeline` (state) and `pack`
+(weights).
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class Block:
 
 
 def place(blocks: Iterable[Block]) -> tuple[dict[str, int], int]:
-    """Offsets and the arena's size: largest block first, each at the lowest free offset among the blocks alive with it."""
+    """Offsets and the arena's size: largest block first, each at the lowest free offset among
+    the blocks alive with it."""
     placed: list[tuple[int, Block]] = []
     for block in sorted(blocks, key=lambda b: (-b.size, b.first, b.name)):
         offset = 0
@@ -56,7 +58,8 @@ def place(blocks: Iterable[Block]) -> tuple[dict[str, int], int]:
 
 
 def work_blocks(program: Program, nodes: Sequence[Node], sizes: Mapping[str, int]) -> list[Block]:
-    """Temps from the node that writes them to the last that reads them; workspaces during their node."""
+    """Temps from the node that writes them to the last that reads them; workspaces during their
+    node."""
     first: dict[str, int] = {}
     last: dict[str, int] = {}
     blocks: list[Block] = []
@@ -98,8 +101,15 @@ def io_layout(program: Program, sizes: Mapping[str, int]) -> IoLayout:
         value = program.values[name]
         if value.kind == "output" and not upload:
             upload = end
-        fields.append(IoField(name=name, dtype=value.dtype, shape=resolve(value.dims, sizes), offset=end,
-                              output=value.kind == "output"))  # fmt: skip
+        fields.append(
+            IoField(
+                name=name,
+                dtype=value.dtype,
+                shape=resolve(value.dims, sizes),
+                offset=end,
+                output=value.kind == "output",
+            )
+        )
         end = aligned(end + value_bytes(program, name, sizes))
     return IoLayout(fields=tuple(fields), upload_bytes=upload, io_bytes=end)
 
@@ -113,8 +123,13 @@ def state_layout(program: Program, shape: StepShape) -> tuple[StateLayout, dict[
         end = aligned(end + value_bytes(program, name, {"tokens": 0, "seqs": 0, "pages": 0}))
     offsets["kv"] = aligned(end, PAGE)
     (page_bytes,) = resolve(program.values["kv"].dims, {"tokens": 0, "seqs": 0, "pages": 0})
-    layout = StateLayout(slots=shape.slots, page_size=shape.page_size, page_bytes=page_bytes, pages_offset=offsets["kv"],
-                         kv_dtype=shape.kv_dtype)  # fmt: skip
+    layout = StateLayout(
+        slots=shape.slots,
+        page_size=shape.page_size,
+        page_bytes=page_bytes,
+        pages_offset=offsets["kv"],
+        kv_dtype=shape.kv_dtype,
+    )
     return layout, offsets
 
 
@@ -128,7 +143,8 @@ class Stored:
 
 
 def weights_layout(stored: Sequence[Stored]) -> tuple[TensorEntry, ...]:
-    """Entries with offsets (checksums still 0) in the given order, gaps filled by padding entries."""
+    """Entries with offsets (checksums still 0) in the given order, gaps filled by padding
+    entries."""
     entries: list[TensorEntry] = []
     end = 0
 
@@ -151,5 +167,17 @@ def weights_layout(stored: Sequence[Stored]) -> tuple[TensorEntry, ...]:
     return tuple(entries)
 
 
-__all__ = ["ALIGN", "WORKSPACE", "Block", "IoLayout", "Stored", "aligned", "io_layout", "place", "state_layout", "value_bytes",
-           "weights_layout", "work_blocks"]  # fmt: skip
+__all__ = [
+    "ALIGN",
+    "WORKSPACE",
+    "Block",
+    "IoLayout",
+    "Stored",
+    "aligned",
+    "io_layout",
+    "place",
+    "state_layout",
+    "value_bytes",
+    "weights_layout",
+    "work_blocks",
+]

@@ -1,14 +1,18 @@
-"""A model as a program: `build(spec, …)` writes one decoder step as calls, `constants(spec)` computes the tables it reads.
+"""A model as a program: `build(spec, …)` writes one decoder step as calls, `constants(spec)`
+computes the tables it reads.
 
-The only modelling code. Comes in: a ModelSpec. Goes out: an unfused Program over one ragged batch of tokens (decode rows
-and prefill chunks together). Called by the pipeline, by `verify` and by `inspect`.
+The only modelling code. Comes in: a ModelSpec. Goes out: an unfused Program over one ragged batch
+of tokens (decode rows and prefill chunks together). Called by the pipeline, by `verify` and by
+`inspect`.
 
-T tokens, S sequences (and logit rows), P pages, D model, H heads, K kv heads, E head dim, F ffn, V vocabulary, R rotary dim.
+T tokens, S sequences (and logit rows), P pages, D model, H heads, K kv heads, E head dim, F ffn, V
+vocabulary, R rotary dim.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +20,13 @@ import numpy.typing as npt
 from compiler.errors import CompileError
 from compiler.families.spec import Attention, GatedFfn, ModelSpec, RopeSpec
 from compiler.program import Builder, Dim, Program
+from kernels.ops import register  # noqa: F401  (fills OPS)
 
 KV_BYTES = {"float32": 4, "bfloat16": 2}
 PAGE_ALIGN = 64
 
-# Every io input and output of a step in upload order, as in runtime.device.base.StepInput and StepOutput. `edits` is last: its
-# unused tail is not uploaded.
+# Every io input and output of a step in upload order, as in runtime.device.base.StepInput and
+# StepOutput. `edits` is last: its unused tail is not uploaded.
 INPUTS: dict[str, tuple[str, tuple[Dim, ...]]] = {
     "live": ("int32", (8,)),
     "tokens": ("int32", ("tokens",)),
@@ -51,8 +56,22 @@ OUTPUTS: dict[str, tuple[str, tuple[Dim, ...]]] = {
     "top_logprobs": ("float32", ("seqs", 20)),
     "status": ("int32", ("seqs",)),
 }
-SAMPLE_INPUTS = ("row_token", "row_slot", "row_target", "row_flags", "row_top", "temperature", "top_k", "top_p", "min_p",
-                 "frequency", "presence", "repetition", "seed", "positions")  # fmt: skip
+SAMPLE_INPUTS = (
+    "row_token",
+    "row_slot",
+    "row_target",
+    "row_flags",
+    "row_top",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "frequency",
+    "presence",
+    "repetition",
+    "seed",
+    "positions",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +121,8 @@ def page_bytes(spec: ModelSpec, shape: StepShape) -> int:
 
 
 class _Step:
-    """The parts of a decoder step; each method adds calls and returns the name of what it computed."""
+    """The parts of a decoder step; each method adds calls and returns the name of what it
+    computed."""
 
     def __init__(self, spec: ModelSpec, shape: StepShape) -> None:
         if shape.kv_dtype not in KV_BYTES:
@@ -120,15 +140,19 @@ class _Step:
         self.b.value("last_token", "int32", (shape.slots,), "state")
         self.b.value("counts", "int32", (shape.slots, spec.vocab), "state")
         self.b.value("bias", "float32", (shape.slots, spec.vocab), "state")
-        self.b.value("kv", shape.kv_dtype, (self.page_bytes,), "state")
+        self.b.value("kv", "uint8", (self.page_bytes,), "state")
 
     def embed(self) -> str:
         b, table = self.b, self.b.weight("embed", self.spec.vocab, self.spec.dim)
         for n, rope in enumerate(ropes(self.spec)):
             freq = b.weight(f"rope.{n}.inv_freq", rope.rotary_dim // 2)
             out = b.temp(f"rope.{n}.table", "tokens", rope.rotary_dim)
-            self.tables[rope] = b.call("rope_table", {"live": "live", "positions": "positions", "inv_freq": freq}, out,
-                                       scale=float(rope.scale))  # fmt: skip
+            self.tables[rope] = b.call(
+                "rope_table",
+                {"live": "live", "positions": "positions", "inv_freq": freq},
+                out,
+                scale=float(rope.scale),
+            )
         ins = {"live": "live", "tokens": "tokens", "last_token": "last_token", "table": table}
         return b.call("embed", ins, b.temp("h", "tokens", self.spec.dim), scale=1.0)
 
@@ -141,8 +165,12 @@ class _Step:
         self, x: str, weight: str, width: int, out: str, bias: bool = False, live_index: int = 0
     ) -> str:
         rows, k = self.b.values[x].dims
-        ins = {"live": "live", "x": x, "w": self.b.weight(weight, width, k),
-               "bias": self.b.weight(f"{weight}_bias", width) if bias else None}  # fmt: skip
+        ins = {
+            "live": "live",
+            "x": x,
+            "w": self.b.weight(weight, width, k),
+            "bias": self.b.weight(f"{weight}_bias", width) if bias else None,
+        }
         return self.b.call(
             "linear", ins, self.b.temp(out, rows, width), eps=0.0, act="", live_index=live_index
         )
@@ -161,8 +189,14 @@ class _Step:
         v = self.linear(n, f"{name}.v", m.kv_heads * m.head_dim, f"{t}.v", m.qkv_bias)
         q = self.rotate(q, m.heads, f"{name}.q_norm", m)
         k = self.rotate(k, m.kv_heads, f"{name}.k_norm", m)
-        page = {"kv_heads": m.kv_heads, "head_dim": m.head_dim, "page_size": self.shape.page_size,
-                "layer_offset": self.layer_offset, "page_bytes": self.page_bytes, "kv_dtype": self.shape.kv_dtype}  # fmt: skip
+        page: dict[str, Any] = {
+            "kv_heads": m.kv_heads,
+            "head_dim": m.head_dim,
+            "page_size": self.shape.page_size,
+            "layer_offset": self.layer_offset,
+            "page_bytes": self.page_bytes,
+            "kv_dtype": self.shape.kv_dtype,
+        }
         self.layer_offset += layer_page_bytes(m, self.shape)
         self.b.call(
             "kv_write", {"live": "live", "k": k, "v": v, "kv_slots": "kv_slots", "kv": "kv"}, **page
@@ -175,8 +209,15 @@ class _Step:
             "seq_len": "seq_len",
             "pages": "pages",
         }
-        a = self.b.call("attention", ins, self.b.temp(f"{t}.attn", "tokens", m.heads * m.head_dim),
-                        heads=m.heads, scale=m.scale, window=m.window or 0, **page)  # fmt: skip
+        a = self.b.call(
+            "attention",
+            ins,
+            self.b.temp(f"{t}.attn", "tokens", m.heads * m.head_dim),
+            heads=m.heads,
+            scale=m.scale,
+            window=m.window or 0,
+            **page,
+        )
         return self.add(
             h, self.linear(a, f"{name}.o", self.spec.dim, f"{t}.o", m.out_bias), f"{t}.h"
         )
@@ -195,8 +236,14 @@ class _Step:
             )
         if m.rope is not None:
             ins = {"live": "live", "x": x, "table": self.tables[m.rope]}
-            x = self.b.call("rope", ins, self.b.temp(f"{x}_rotated", *dims), heads=heads, head_dim=m.head_dim,
-                            interleaved=m.rope.interleaved)  # fmt: skip
+            x = self.b.call(
+                "rope",
+                ins,
+                self.b.temp(f"{x}_rotated", *dims),
+                heads=heads,
+                head_dim=m.head_dim,
+                interleaved=m.rope.interleaved,
+            )
         return x
 
     def ffn(self, index: int, h: str) -> str:
@@ -238,5 +285,6 @@ class _Step:
 def _check_ffn(ffn: GatedFfn) -> None:
     if ffn.act != "silu":
         raise CompileError(
-            f"the gated ffn has the activation {ffn.act!r}, only 'silu' is implemented; choose another model"
+            f"the gated ffn has the activation {ffn.act!r}, only 'silu' is implemented; "
+            "choose another model"
         )

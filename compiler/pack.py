@@ -1,7 +1,8 @@
 """Packing: files into a directory nobody sees until it is complete, then one rename.
 
-Comes in: files of an artifact, one by one, and at the end its manifest. Goes out: the path of the published artifact.
-Called by the pipeline. A compile killed at any moment leaves at most a hidden directory that a later compile removes.
+Comes in: files of an artifact, one by one, and at the end its manifest. Goes out: the path of the
+published artifact. Called by the pipeline. A compile killed at any moment leaves at most a hidden
+directory that a later compile removes.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ class HashingFile:
 
 
 class Package:
-    """An artifact under construction. While the context is open the directory is locked, which tells other compiles that its
-    owner lives; leaving the context without `publish` removes it."""
+    """An artifact under construction. While the context is open the directory is locked, which
+    tells other compiles that its owner lives; leaving the context without `publish` removes it."""
 
     def __init__(self, out: Path, name: str) -> None:
         self.out, self.name = out.expanduser(), name
@@ -74,7 +75,8 @@ class Package:
             remove(self.path)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise NoSpace(
-                f"artifact {self.name}: no space left in {self.out}; free some or choose another out="
+                f"artifact {self.name}: no space left in {self.out}; "
+                "free some or choose another out="
             ) from error
 
     @contextmanager
@@ -95,7 +97,8 @@ class Package:
             file.write(data)
 
     def link(self, name: str, role: str, source: Path, entry: FileEntry) -> None:
-        """A published file of another artifact as a file of this one: neither is ever written again, so they may share bytes."""
+        """A published file of another artifact as a file of this one: neither is ever written
+        again, so they may share bytes."""
         target = self.path / name
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -107,7 +110,8 @@ class Package:
         self.files.append(FileEntry(path=name, size=entry.size, sha256=entry.sha256, role=role))
 
     def publish(self, manifest: Manifest) -> Path:
-        """Manifest last, everything durable, rename. Another compile of the same artifact may have won: its copy is used."""
+        """Manifest last, everything durable, rename. Another compile of the same artifact may
+        have won: its copy is used."""
         data = encode_manifest(manifest)
         final = self.out / f"{self.name}-{digest(data)}"
         with (self.path / MANIFEST).open("xb") as file:
@@ -163,7 +167,8 @@ def remove(path: Path) -> None:
 
 
 def remove_stale(out: Path) -> None:
-    """Temporary directories older than a day whose owner is dead: the lock of a dead owner is free."""
+    """Temporary directories older than a day whose owner is dead: the lock of a dead owner is
+    free."""
     for path in sorted(out.glob(f"{TEMPORARY}*")):
         try:
             if time.time() - path.stat().st_mtime < STALE_SECONDS:

@@ -1,7 +1,8 @@
-"""The program: a straight-line list of op calls over named values, the compiler's only intermediate form.
+"""The program: a straight-line list of op calls over named values, the compiler's only intermediate
+form.
 
-`build` makes one, fusion rules rewrite it, `lower` binds it to kernels. It prints one call per line and is verified
-before and after every stage.
+`build` makes one, fusion rules rewrite it, `lower` binds it to kernels. It prints one call per line
+and is verified before and after every stage.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ _ROLE_KINDS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Value:
-    """`dtype` is the element type the op sees (a quantized weight is still `float32` here; its storage format is decided by
-    the quantize stage and looked up by name). `parts`: the logical weights whose rows, one after the other, make this one."""
+    """`dtype` is the element type the op sees (a quantized weight is still `float32` here; its
+    storage format is decided by the quantize stage and looked up by name). `parts`: the logical
+    weights whose rows, one after the other, make this one."""
 
     name: str
     dtype: str
@@ -42,7 +44,8 @@ class Value:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """`ins` and `outs` map the op's argument names to value names. An `inout` argument stands in both with the same value."""
+    """`ins` and `outs` map the op's argument names to value names. An `inout` argument stands in
+    both with the same value."""
 
     op: str
     ins: Mapping[str, str]
@@ -71,7 +74,8 @@ class Program:
 
 
 class Builder:
-    """Collects values and calls; `call` declares the temps it writes and returns the first output's name."""
+    """Collects values and calls; `call` declares the temps it writes and returns the first
+    output's name."""
 
     def __init__(self) -> None:
         self.values: dict[str, Value] = {}
@@ -98,15 +102,16 @@ class Builder:
         out: Mapping[str, str] | str = "",
         **attrs: Any,
     ) -> str:
-        """`out` is the name of the value for argument "out", or argument -> value. State arguments the op updates are added
-        to the outputs by its contract; `None` inputs are absent optional ones."""
+        """`out` is the name of the value for argument "out", or argument -> value. State
+        arguments the op updates are added to the outputs by its contract; `None` inputs are
+        absent optional ones."""
         present = {arg: name for arg, name in ins.items() if name is not None}
         outs = ({"out": out} if out else {}) if isinstance(out, str) else dict(out)
         outs |= {
             a.name: present[a.name] for a in OPS[op].args if a.role == "inout" and a.name in present
         }
         self.calls.append(Call(op=op, ins=present, outs=outs, attrs=attrs))
-        return next(iter(outs.values()))
+        return next(iter(outs.values()), "")
 
     def build(self) -> Program:
         return verify(Program(values=dict(self.values), calls=tuple(self.calls)))
@@ -121,15 +126,16 @@ def resolve(dims: tuple[Dim, ...], sizes: Mapping[str, int]) -> tuple[int, ...]:
 def rewrite(
     program: Program, calls: list[Call], values: Mapping[str, Value] | None = None
 ) -> Program:
-    """The program with other calls (and new values); values nobody mentions any more are dropped."""
+    """The program with other calls (and new values); values nobody mentions any more are
+    dropped."""
     used = {name for call in calls for name in (*call.ins.values(), *call.outs.values())}
     known = {**program.values, **(values or {})}
     return Program(values={n: v for n, v in known.items() if n in used}, calls=tuple(calls))
 
 
 def verify(program: Program) -> Program:
-    """Returns the program, or raises ProgramError at the first broken rule: contracts kept, written before read, nothing
-    written twice, nothing dead."""
+    """Returns the program, or raises ProgramError at the first broken rule: contracts kept,
+    written before read, nothing written twice, nothing dead."""
     written: set[str] = set()
     used: set[str] = set()
     for name, value in program.values.items():
@@ -170,7 +176,8 @@ def _check_value(name: str, value: Value) -> None:
     for dim in value.dims:
         if dim not in SYMBOLS and not (isinstance(dim, int) and dim > 0):
             raise ProgramError(
-                f"value {show(value)} has the dimension {dim!r}; symbolic ones are {', '.join(SYMBOLS)}"
+                f"value {show(value)} has the dimension {dim!r}; "
+                f"symbolic ones are {', '.join(SYMBOLS)}"
             )
 
 
@@ -217,7 +224,10 @@ def _check_argument(
     if len(value.dims) != len(arg.dims):
         raise fail(f"{arg.name} is {show(value)}, expected axes {', '.join(arg.dims)}")
     for axis, dim in zip(arg.dims, value.dims, strict=True):
-        expected = axis if axis in SYMBOLS else bound.setdefault(axis, dim)
+        if axis.isdigit():
+            expected: Dim = int(axis)
+        else:
+            expected = axis if axis in SYMBOLS else bound.setdefault(axis, dim)
         if dim != expected:
             raise fail(f"{arg.name} is {show(value)}: axis {axis} is {dim}, expected {expected}")
 
@@ -227,7 +237,8 @@ def show(value: Value) -> str:
 
 
 def render(program: Program) -> str:
-    """One line per value that comes from outside, one per call; the same program always prints the same text."""
+    """One line per value that comes from outside, one per call; the same program always prints
+    the same text."""
     lines = [
         f"{value.kind:6} {value.name} {value.dtype}[{', '.join(map(str, value.dims))}]"
         + (f" = {' + '.join(value.parts)}" if value.parts else "")

@@ -1,7 +1,8 @@
-"""Recording: lowered nodes become a LaunchPlan, a table of kernels and addresses that holds for ever.
+"""Recording: lowered nodes become a LaunchPlan, a table of kernels and addresses that holds for
+ever.
 
-Comes in: nodes of one bucket and the layouts of all arenas. Goes out: the plan and the work bytes it needs. Called by the
-pipeline, once per bucket.
+Comes in: nodes of one bucket and the layouts of all arenas. Goes out: the plan and the work bytes
+it needs. Called by the pipeline, once per bucket.
 """
 
 from __future__ import annotations

@@ -1,27 +1,36 @@
-"""The artifact: the directory a compile writes and a runtime maps. This module owns the format; the compiler imports it.
+"""The artifact: the directory a compile writes and a runtime maps. This module owns the format; the
+compiler imports it.
 
-Comes in: the path of an artifact. Goes out: its manifest and files, each checked before it is believed. Levels: L0 is
-`Artifact.open` (name, schema, file set and sizes), L1 is done by the device while weights load (`check_crcs`,
-`check_finite`), L2 is `verify`. Layout, publish protocol and error texts: docs/artifact.md.
+Comes in: the path of an artifact. Goes out: its manifest and files, each checked before it is
+believed. Levels: L0 is `Artifact.open` (name, schema, file set and sizes), L1 is done by the device
+while weights load (`check_crcs`, `check_finite`), L2 is `verify`. Layout, publish protocol and
+error texts: docs/artifact.md.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
-import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from runtime import weights_file
+from runtime.artifact_files import (
+    MANIFEST,
+    REMEDY,
+    check_files,
+    damaged,
+    open_plain,
+    read_plain,
+    seal,
+)
 from runtime.errors import DamagedArtifact, HeadstartError, UsageError
 from runtime.manifest import (
     SCHEMA,
+    TOOL,
     CpuLibrary,
     FileEntry,
     Golden,
@@ -52,16 +61,41 @@ from runtime.plan import (
 )
 
 __all__ = [
-    "ARENAS", "MANIFEST", "NODE", "PARAM", "PARAM_ADDRESS", "PARAM_BYTES", "PARAM_LATE", "PARAM_TENSORMAP", "SCHEMA", "Artifact",
-    "Bucket", "CpuLibrary", "FileEntry", "Golden", "IoField", "KernelRef", "LaunchPlan", "Manifest", "ModelInfo", "PlanHeader",
-    "StateLayout", "Target", "TensorEntry", "decode_manifest", "decode_plan", "digest", "encode_manifest", "encode_plan",
-    "plan_path", "weights_path",
-]  # fmt: skip
+    "ARENAS",
+    "MANIFEST",
+    "NODE",
+    "PARAM",
+    "PARAM_ADDRESS",
+    "PARAM_BYTES",
+    "PARAM_LATE",
+    "PARAM_TENSORMAP",
+    "SCHEMA",
+    "TOOL",
+    "Artifact",
+    "Bucket",
+    "CpuLibrary",
+    "FileEntry",
+    "Golden",
+    "IoField",
+    "KernelRef",
+    "LaunchPlan",
+    "Manifest",
+    "ModelInfo",
+    "PlanHeader",
+    "StateLayout",
+    "Target",
+    "TensorEntry",
+    "decode_manifest",
+    "decode_plan",
+    "digest",
+    "encode_manifest",
+    "encode_plan",
+    "plan_path",
+    "weights_path",
+]
 
-MANIFEST = "manifest.json"
 MANIFEST_LIMIT = 64 << 20
 ROLES = ("weights", "binary", "data")
-REMEDY = "copy the artifact again or compile it again"
 
 
 def weights_path(rank: int) -> str:
@@ -73,7 +107,8 @@ def plan_path(rank: int, bucket: str) -> str:
 
 
 class Artifact:
-    """An artifact that passed L0. `path` is its real directory, `digest` the SHA-256 in its name."""
+    """An artifact that passed L0. `path` is its real directory, `digest` the SHA-256 in its
+    name."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
@@ -85,12 +120,15 @@ class Artifact:
     def open(cls, path: str | os.PathLike[str]) -> Artifact:
         given = Path(path)
         if not given.is_dir():
-            raise UsageError(f"artifact {given}: expected a directory, found {'a file' if given.exists() else 'nothing'}; "
-                             "give the path that the compiler printed")  # fmt: skip
+            found = "a file" if given.exists() else "nothing"
+            raise UsageError(
+                f"artifact {given}: expected a directory, found {found}; "
+                "give the path that the compiler printed"
+            )
         root = given.resolve()
-        data = _read(root, MANIFEST, limit=MANIFEST_LIMIT)
+        data = read_plain(root, MANIFEST, limit=MANIFEST_LIMIT)
         if digest(data) != root.name.rpartition("-")[2]:
-            raise _damaged(
+            raise damaged(
                 root, MANIFEST, f"expected the digest in the directory's name, found {digest(data)}"
             )
         try:
@@ -98,20 +136,21 @@ class Artifact:
             _check_manifest(manifest)
         except HeadstartError as error:
             raise type(error)(f"artifact {root}, file {MANIFEST}: {error}; {REMEDY}") from error
-        _check_files(root, manifest)
+        check_files(root, manifest)
         artifact = cls(root, manifest)
         for rank in range(manifest.ranks):
             artifact.weights_data(rank)
         return artifact
 
     def read(self, name: str) -> bytes:
-        """A file of the manifest, its SHA-256 checked. Not for weights: those are checked per tensor while they load."""
+        """A file of the manifest, its SHA-256 checked. Not for weights: those are checked per
+        tensor while they load."""
         entry = self._files.get(name)
         if entry is None:
-            raise _damaged(self.path, name, "expected an entry in the manifest, found none")
-        data = _read(self.path, name, limit=entry.size)
+            raise damaged(self.path, name, "expected an entry in the manifest, found none")
+        data = read_plain(self.path, name, limit=entry.size)
         if (found := hashlib.sha256(data).hexdigest()) != entry.sha256:
-            raise _damaged(self.path, name, f"expected sha256 {entry.sha256}, found {found}")
+            raise damaged(self.path, name, f"expected sha256 {entry.sha256}, found {found}")
         return data
 
     def text(self, name: str) -> bytes | None:
@@ -126,23 +165,24 @@ class Artifact:
             raise (
                 error
                 if str(error).startswith("artifact ")
-                else _damaged(self.path, name, str(error))
+                else damaged(self.path, name, str(error))
             ) from error
         if (
             plan.header.bucket not in self.manifest.buckets
             or plan.header.io_bytes > self.manifest.io_bytes
         ):
-            raise _damaged(
+            raise damaged(
                 self.path, name, f"expected a bucket of the manifest, found {plan.header.bucket}"
             )
         return plan
 
     def library(self, name: str) -> int:
-        """A descriptor to dlopen as /proc/self/fd/<n>: an anonymous, sealed copy of the checked bytes, so nothing can be
-        swapped between check and use. The caller closes it after dlopen."""
+        """A descriptor to dlopen as /proc/self/fd/<n>: an anonymous, sealed copy of the checked
+        bytes, so nothing can be swapped between check and use. The caller closes it after
+        dlopen."""
         entry = self._files.get(name)
         if entry is None or entry.role != "binary":
-            raise _damaged(
+            raise damaged(
                 self.path,
                 name,
                 f"expected the role binary, found {entry.role if entry else 'no entry'}",
@@ -151,18 +191,19 @@ class Artifact:
         try:
             with os.fdopen(os.dup(fd), "wb") as copy:
                 copy.write(self.read(name))
-            _seal(fd)
+            seal(fd)
         except BaseException:
             os.close(fd)
             raise
         return fd
 
     def weights_data(self, rank: int) -> tuple[Path, int]:
-        """The weights file and the offset of its data section; its header must be the one the manifest implies."""
+        """The weights file and the offset of its data section; its header must be the one the
+        manifest implies."""
         name = weights_path(rank)
         expected = weights_file.header(self.manifest.tensors[rank])
-        if _read(self.path, name, limit=len(expected), whole=False) != expected:
-            raise _damaged(
+        if read_plain(self.path, name, limit=len(expected), whole=False) != expected:
+            raise damaged(
                 self.path,
                 name,
                 "expected the header that the manifest's tensors imply, found another",
@@ -173,37 +214,32 @@ class Artifact:
         """L1: `found` is the CRC-32C of every tensor of the rank as loaded, in manifest order."""
         for tensor, crc in zip(self.manifest.tensors[rank], found, strict=True):
             if tensor.crc32c != crc:
-                raise _damaged(self.path, weights_path(rank),
-                               f"tensor {tensor.name}: expected crc32c {tensor.crc32c:08x}, found {crc:08x}")  # fmt: skip
+                raise damaged(
+                    self.path,
+                    weights_path(rank),
+                    f"tensor {tensor.name}: expected crc32c {tensor.crc32c:08x}, found {crc:08x}",
+                )
 
     def check_finite(self, rank: int, arena: npt.NDArray[np.uint8]) -> None:
-        """L1: norms, biases and scales hold no infinity and no NaN, which one flipped bit of the exponent would make."""
+        """L1: norms, biases and scales hold no infinity and no NaN, whatever made them."""
         for tensor in self.manifest.tensors[rank]:
-            if tensor.dtype == "float32" and (
-                len(tensor.shape) == 1 or tensor.name.endswith(".scale")
-            ):
-                if not np.isfinite(
-                    arena[tensor.offset : tensor.offset + tensor.size].view(np.float32)
-                ).all():
-                    raise _damaged(
-                        self.path,
-                        weights_path(rank),
-                        f"tensor {tensor.name}: expected finite values, found others",
-                    )
+            small = len(tensor.shape) == 1 or tensor.name.endswith(".scale")
+            if not small or tensor.dtype not in ("float32", "float16"):
+                continue
+            values = arena[tensor.offset : tensor.offset + tensor.size].view(tensor.dtype)
+            if not np.isfinite(values).all():
+                what = f"tensor {tensor.name}: expected finite values, found others"
+                raise damaged(self.path, weights_path(rank), what)
 
     def verify(self) -> None:
         """L2: the SHA-256 of every file."""
         for entry in self.manifest.files:
-            with _open(self.path, entry.path) as file:
+            with open_plain(self.path, entry.path) as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != entry.sha256:
-                raise _damaged(
+                raise damaged(
                     self.path, entry.path, f"expected sha256 {entry.sha256}, found {found}"
                 )
-
-
-def _damaged(root: Path, name: str, what: str) -> DamagedArtifact:
-    return DamagedArtifact(f"artifact {root}, file {name}: {what}; {REMEDY}")
 
 
 def _check_manifest(manifest: Manifest) -> None:
@@ -239,8 +275,11 @@ def _check_manifest(manifest: Manifest) -> None:
     for rank, tensors in enumerate(manifest.tensors):
         weights_file.check_tensors(tensors, manifest.weights_bytes)
         size = len(weights_file.header(tensors)) + manifest.weights_bytes
-        need(sizes.get(weights_path(rank)) == size, f"files: {weights_path(rank)}: expected {size} bytes, found "
-             f"{sizes.get(weights_path(rank))}")  # fmt: skip
+        need(
+            sizes.get(weights_path(rank)) == size,
+            f"files: {weights_path(rank)}: expected {size} bytes, found "
+            f"{sizes.get(weights_path(rank))}",
+        )
         for bucket in manifest.buckets:
             need(
                 plan_path(rank, bucket.name) in sizes,
@@ -253,73 +292,17 @@ def _check_manifest(manifest: Manifest) -> None:
             f"libraries: expected {library.path} among the files, found no entry",
         )
     state = manifest.state
-    counts = (manifest.work_bytes, manifest.io_bytes, manifest.edits, manifest.max_seqs, manifest.max_tokens, state.slots,
-              state.page_size, state.page_bytes, state.pages_offset, manifest.model.context, manifest.model.vocab)  # fmt: skip
-    need(min(counts) > 0, f"sizes: expected positive ones, found {counts}")
-
-
-def _check_files(root: Path, manifest: Manifest) -> None:
-    """The directory holds exactly the listed files, each a plain file of the listed size, and no other entry of any kind."""
-    expected = {entry.path: entry.size for entry in manifest.files}
-    folders = {str(parent) for path in expected for parent in PurePosixPath(path).parents} - {"."}
-    found: set[str] = set()
-    for name, info in _walk(root, ""):
-        if stat.S_ISDIR(info.st_mode):
-            if name not in folders:
-                raise _damaged(root, name, "expected no such folder, found one")
-        elif not stat.S_ISREG(info.st_mode):
-            raise _damaged(
-                root,
-                name,
-                f"expected a plain file, found {stat.filemode(info.st_mode)} (a link or a device)",
-            )
-        elif name != MANIFEST:
-            if name not in expected:
-                raise _damaged(root, name, "expected no such file, found one")
-            if info.st_size != expected[name]:
-                raise _damaged(root, name, f"expected {expected[name]} bytes, found {info.st_size}")
-            found.add(name)
-    if missing := sorted(set(expected) - found):
-        raise _damaged(root, missing[0], "expected a file, found nothing")
-
-
-def _walk(root: Path, folder: str) -> Iterator[tuple[str, os.stat_result]]:
-    with os.scandir(root / folder) as entries:
-        listed = sorted(entries, key=lambda e: e.name)
-    for entry in listed:
-        name = f"{folder}/{entry.name}" if folder else entry.name
-        info = entry.stat(follow_symlinks=False)
-        yield name, info
-        if stat.S_ISDIR(info.st_mode):
-            yield from _walk(root, name)
-
-
-def _open(root: Path, name: str) -> BinaryIO:
-    """A plain file of the artifact; links are not followed and devices not opened."""
-    try:
-        fd = os.open(root / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        raise _damaged(
-            root, name, f"expected a readable plain file, found {error.strerror}"
-        ) from error
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise _damaged(root, name, "expected a plain file, found another kind of entry")
-    return os.fdopen(fd, "rb")
-
-
-def _read(root: Path, name: str, *, limit: int, whole: bool = True) -> bytes:
-    """At most `limit` bytes from the start; more in the file is an error when the `whole` is wanted."""
-    with _open(root, name) as file:
-        data = file.read(limit + 1 if whole else limit)
-    if len(data) > limit:
-        raise _damaged(root, name, f"expected at most {limit} bytes, found more")
-    return data
-
-
-def _seal(fd: int) -> None:
-    fcntl.fcntl(
-        fd,
-        fcntl.F_ADD_SEALS,
-        fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE,
+    counts = (
+        manifest.work_bytes,
+        manifest.io_bytes,
+        manifest.edits,
+        manifest.max_seqs,
+        manifest.max_tokens,
+        state.slots,
+        state.page_size,
+        state.page_bytes,
+        state.pages_offset,
+        manifest.model.context,
+        manifest.model.vocab,
     )
+    need(min(counts) > 0, f"sizes: expected positive ones, found {counts}")

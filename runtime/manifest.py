@@ -1,7 +1,8 @@
 """The manifest: everything a runtime must know of an artifact before it opens another file of it.
 
-Comes in: the bytes of manifest.json. Goes out: a Manifest, and back. Its canonical JSON (sorted keys, no spaces) is hashed
-into the artifact's name, so there is exactly one encoding. Types are re-exported by `runtime.artifact`.
+Comes in: the bytes of manifest.json. Goes out: a Manifest, and back. Its canonical JSON (sorted
+keys, no spaces) is hashed into the artifact's name, so there is exactly one encoding. Types are
+re-exported by `runtime.artifact`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from runtime.errors import DamagedArtifact, IncompatibleTarget
 from runtime.plan import Bucket
 
 SCHEMA = 1
+TOOL = "headstart 0.1.0"  # as in pyproject.toml (a test compares)
 
 
 class FileEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -27,7 +29,8 @@ class FileEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class TensorEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One stored field in weights/rank<r>.safetensors; `offset` in the weights arena equals its offset in the data section."""
+    """One stored field in weights/rank<r>.safetensors; `offset` in the weights arena equals its
+    offset in the data section."""
 
     name: str
     dtype: str
@@ -38,9 +41,9 @@ class TensorEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class StateLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """State arena: token state first (`slots` rows of last_token, counts, bias at fixed offsets), then the KV pages from
-    `pages_offset`, page-major: page p starts at pages_offset + p * page_bytes and holds every layer. Only the number of
-    pages is chosen at load."""
+    """State arena: token state first (`slots` rows of last_token, counts, bias at fixed
+    offsets), then the KV pages from `pages_offset`, page-major: page p starts at pages_offset +
+    p * page_bytes and holds every layer. Only the number of pages is chosen at load."""
 
     slots: int
     page_size: int
@@ -50,7 +53,8 @@ class StateLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`kind`: cpu | cuda. CPU: `machine` (x86_64, aarch64) and the ISA levels whose libraries are packed, best last."""
+    """`kind`: cpu | cuda. CPU: `machine` (x86_64, aarch64) and the ISA levels whose libraries
+    are packed, best last."""
 
     kind: str
     machine: str
@@ -59,7 +63,8 @@ class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class CpuLibrary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One native library: `requires` are the /proc/cpuinfo feature names it needs, most demanding library last."""
+    """One native library: `requires` are the /proc/cpuinfo feature names it needs, most
+    demanding library last."""
 
     level: str
     path: str

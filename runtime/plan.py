@@ -1,8 +1,9 @@
 """Launch plans: what runs for one bucket, as data, and its file format.
 
-Comes in: a LaunchPlan from the compiler, or the bytes of a plan file. Goes out: the other of the two. A plan file is the
-magic, the lengths of the three tables, a msgpack header, the node table, the parameter table and a CRC-32 of all of it;
-every length and index in it is treated as hostile. Types are re-exported by `runtime.artifact`.
+Comes in: a LaunchPlan from the compiler, or the bytes of a plan file. Goes out: the other of the
+two. A plan file is the magic, the lengths of the three tables, a msgpack header, the node table,
+the parameter table and a CRC-32 of all of it; every length and index in it is treated as hostile.
+Types are re-exported by `runtime.artifact`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ _LENGTHS = struct.Struct("<III")  # header bytes, nodes, params
 
 
 class IoField(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One array of a bucket's io block: `offset` in bytes from the start of the io arena, `shape` at the bucket's sizes."""
+    """One array of a bucket's io block: `offset` in bytes from the start of the io arena,
+    `shape` at the bucket's sizes."""
 
     name: str
     dtype: str
@@ -32,7 +34,8 @@ class IoField(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class KernelRef(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`file` is a manifest path under code/ (on CPU `cpu`: the library chosen at load); `entry` the symbol in it."""
+    """`file` is a manifest path under code/ (on CPU `cpu`: the library chosen at load); `entry`
+    the symbol in it."""
 
     file: str
     entry: str
@@ -40,7 +43,8 @@ class KernelRef(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class Bucket(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Sizes one plan serves: at most `tokens` flat tokens, `seqs` sequences and logit rows, `pages` page-table columns."""
+    """Sizes one plan serves: at most `tokens` flat tokens, `seqs` sequences and logit rows,
+    `pages` page-table columns."""
 
     name: str
     tokens: int
@@ -58,8 +62,8 @@ class PlanHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     late: tuple[str, ...] = ()  # names of values known at load
 
 
-# Plan tables. A parameter is Bytes (value is the 8 little-endian bytes), Address (arena, value = offset) or Late (aux = index
-# into PlanHeader.late); TensorMap (aux = table index) is CUDA's.
+# Plan tables. A parameter is Bytes (value is the 8 little-endian bytes), Address (arena, value =
+# offset) or Late (aux = index into PlanHeader.late); TensorMap (aux = table index) is CUDA's.
 PARAM_BYTES, PARAM_ADDRESS, PARAM_LATE, PARAM_TENSORMAP = 0, 1, 2, 3
 PARAM = np.dtype(
     [("kind", "<u1"), ("arena", "<u1"), ("size", "<u2"), ("aux", "<u4"), ("value", "<u8")]
@@ -97,7 +101,8 @@ def encode_plan(plan: LaunchPlan) -> bytes:
 
 
 def decode_plan(data: bytes) -> LaunchPlan:
-    """The plan in `data`, or DamagedArtifact saying what is wrong with it (the caller adds artifact and file)."""
+    """The plan in `data`, or DamagedArtifact saying what is wrong with it (the caller adds
+    artifact and file)."""
     start = len(MAGIC) + _LENGTHS.size
     if len(data) < start + 4 or data[: len(MAGIC)] != MAGIC:
         raise DamagedArtifact(
@@ -176,8 +181,12 @@ def _check_tables(plan: LaunchPlan) -> None:
         header.upload_bytes,
     )
     for io in header.io:
-        need(io.dtype in IO_ITEMSIZE and all(d >= 0 for d in io.shape), f"io field {io.name}", "a known dtype and shape",
-             f"{io.dtype}{list(io.shape)}")  # fmt: skip
+        need(
+            io.dtype in IO_ITEMSIZE and all(d >= 0 for d in io.shape),
+            f"io field {io.name}",
+            "a known dtype and shape",
+            f"{io.dtype}{list(io.shape)}",
+        )
         end = io.offset + IO_ITEMSIZE[io.dtype] * int(np.prod(io.shape, dtype=object))
         low, high = (
             (header.upload_bytes, header.io_bytes) if io.output else (0, header.upload_bytes)

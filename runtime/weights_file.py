@@ -1,7 +1,8 @@
 """The weights file: a safetensors file whose data section is the weights arena, byte for byte.
 
-Comes in: the manifest's tensor entries. Goes out: the file's one possible header; a reader compares instead of parsing, so
-no length or offset in the file is ever believed. The compiler writes with it, `Artifact` checks with it.
+Comes in: the manifest's tensor entries. Goes out: the file's one possible header; a reader compares
+instead of parsing, so no length or offset in the file is ever believed. The compiler writes with
+it, `Artifact` checks with it.
 """
 
 from __future__ import annotations
@@ -15,8 +16,17 @@ from runtime.manifest import TensorEntry
 
 DATA_ALIGN = 4096  # of the data section in the file: reads into the arena stay page-aligned
 PADDING = "pad."  # entries that fill the gaps between aligned tensors; safetensors allows no holes
-_TYPES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2), "uint8": ("U8", 1), "int8": ("I8", 1),
-          "uint16": ("U16", 2), "int16": ("I16", 2), "int32": ("I32", 4), "uint32": ("U32", 4)}  # fmt: skip
+_TYPES = {
+    "float32": ("F32", 4),
+    "bfloat16": ("BF16", 2),
+    "float16": ("F16", 2),
+    "uint8": ("U8", 1),
+    "int8": ("I8", 1),
+    "uint16": ("U16", 2),
+    "int16": ("I16", 2),
+    "int32": ("I32", 4),
+    "uint32": ("U32", 4),
+}
 
 
 def itemsize(dtype: str) -> int:
@@ -24,7 +34,8 @@ def itemsize(dtype: str) -> int:
 
 
 def header(tensors: Sequence[TensorEntry]) -> bytes:
-    """Length prefix and JSON, padded with spaces so that the data section starts at a multiple of DATA_ALIGN."""
+    """Length prefix and JSON, padded with spaces so that the data section starts at a multiple
+    of DATA_ALIGN."""
     table = {
         t.name: {
             "dtype": _TYPES[t.dtype][0],
@@ -51,7 +62,8 @@ def check_tensors(tensors: Sequence[TensorEntry], total: int) -> None:
             size *= d
         if t.name in names or min(t.shape, default=1) < 0:
             raise DamagedArtifact(
-                f"tensor {t.name}: expected one entry with sizes of 0 or more, found {list(t.shape)} or a second"
+                f"tensor {t.name}: expected one entry with sizes of 0 or more, "
+                f"found {list(t.shape)} or a second"
             )
         if t.offset != end or t.size != size:
             raise DamagedArtifact(

@@ -1,0 +1,207 @@
+"""The stages of a compile, in order. Comes in: a config with the source of every value. Goes out:
+the path of a published artifact; progress and report go to stderr. Called by `compiler.__main__`.
+
+Libraries and weights are content-addressed: a compile that changes only the chat template links the
+weights of an earlier artifact and takes its libraries from the cache.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from compiler import report, weights_cache
+from compiler.design import Design, design
+from compiler.importer import Imported, import_model
+from compiler.model import constants
+from compiler.pack import Package
+from compiler.progress import Progress
+from compiler.store import write_weights
+from compiler.verify import check_accuracy, measure_accuracy
+from conf.resolve import check_supported, resolve
+from conf.schema import CompileConfig
+from kernels.toolchain import build_cpu, compiler_version, find_compiler, machine_levels
+from runtime.artifact import (
+    SCHEMA,
+    TOOL,
+    Artifact,
+    CpuLibrary,
+    Manifest,
+    ModelInfo,
+    Target,
+    TensorEntry,
+    encode_plan,
+    plan_path,
+    weights_path,
+)
+
+ABI = 1  # HS_ABI_VERSION of kernels/cpu/abi.h
+NOT_INPUTS = ("out", "cache")  # where things go does not change what they are
+
+
+def compile_model(config: CompileConfig, sources: Mapping[str, str], progress: Progress) -> Path:
+    check_supported(config)
+    with ThreadPoolExecutor(1) as background:
+        libraries = background.submit(build_libraries, Path(config.cache))
+        with progress.stage("import"):
+            model = import_model(config)
+            config, origins = resolve(
+                config, sources, checkpoint_dtype=model.dtype, context=model.spec.context
+            )
+        with progress.stage("design"):
+            made = design(model.spec, config)
+            figures = report.fit(made.weights_bytes, made.state, made.work_bytes, made.io_bytes)
+        progress.show(fit_report(made, figures, config))
+        with Package(Path(config.out), str(config.name)) as package:
+            with progress.stage("weights", made.weights_bytes) as advance:
+                tensors = store_weights(package, model, made, config, advance)
+            with progress.stage("accuracy"):
+                accuracy = measure_accuracy(made, model.weights)
+                check_accuracy(accuracy, config)
+            with progress.stage("kernels"):
+                packed = pack_libraries(package, libraries)
+            for name, data in sorted(model.text.files.items()):
+                package.add(f"text/{name}", "data", data)
+            for bucket in made.buckets:
+                plan = encode_plan(made.plans[bucket.name])
+                package.add(plan_path(0, bucket.name), "data", plan)
+            manifest = make_manifest(
+                config, origins, model, made, figures, tensors, packed, package, accuracy
+            )
+            with progress.stage("publish"):
+                path = package.publish(manifest)
+    remember_weights(path, made, model, config)
+    return path
+
+
+def build_libraries(cache: Path) -> list[tuple[CpuLibrary, bytes]]:
+    """One native library per instruction-set level of this machine's architecture, best last."""
+    built = []
+    for level in machine_levels():
+        data = build_cpu(level.name, cache).read_bytes()
+        library = CpuLibrary(
+            level=level.name, path=f"code/{level.name}.so", requires=level.requires
+        )
+        built.append((library, data))
+    return built
+
+
+def fit_report(made: Design, figures: Mapping[str, int], config: CompileConfig) -> str:
+    """What a person wants to know before memory is taken; NoSpace when it cannot run here."""
+    assert config.shape.context is not None
+    bandwidth = report.read_bandwidth(len(os.sched_getaffinity(0)))
+    return "\n".join(
+        (
+            report.check_fit(figures, config.shape.context, report.memory_bytes()),
+            report.render(made.buckets, made.costs, bandwidth),
+        )
+    )
+
+
+def store_weights(
+    package: Package, model: Imported, made: Design, config: CompileConfig, advance: Any
+) -> tuple[TensorEntry, ...]:
+    """Written from the model, or linked from an artifact that has the same ones."""
+    key = weights_cache.key(model.digests, made.weights, made.tensors)
+    cache = Path(config.cache).expanduser() / "weights"
+    found = weights_cache.find(cache, key)
+    if found is not None:
+        package.link(weights_path(0), "weights", found.path, found.entry)
+        return found.tensors
+    with package.create(weights_path(0), "weights") as file:
+        tensors = write_weights(
+            file, made.weights, made.tensors, model.weights, constants(model.spec), advance
+        )
+    return tensors
+
+
+def remember_weights(path: Path, made: Design, model: Imported, config: CompileConfig) -> None:
+    manifest = Artifact.open(path).manifest
+    (entry,) = (file for file in manifest.files if file.path == weights_path(0))
+    key = weights_cache.key(model.digests, made.weights, made.tensors)
+    weights_cache.remember(
+        Path(config.cache).expanduser() / "weights",
+        key,
+        path / weights_path(0),
+        entry,
+        manifest.tensors[0],
+    )
+
+
+def pack_libraries(
+    package: Package, libraries: Future[list[tuple[CpuLibrary, bytes]]]
+) -> tuple[CpuLibrary, ...]:
+    for library, data in libraries.result():
+        package.add(library.path, "binary", data)
+    return tuple(library for library, _ in libraries.result())
+
+
+def make_manifest(
+    config: CompileConfig,
+    origins: Mapping[str, str],
+    model: Imported,
+    made: Design,
+    figures: Mapping[str, int],
+    tensors: tuple[TensorEntry, ...],
+    libraries: tuple[CpuLibrary, ...],
+    package: Package,
+    accuracy: dict[str, float],
+) -> Manifest:
+    assert config.shape.context is not None
+    chosen = msgspec.to_builtins(config)
+    return Manifest(
+        schema=SCHEMA,
+        tool=TOOL,
+        versions={
+            **{name: metadata.version(name) for name in ("numpy", "torch", "torchao")},
+            "python": platform.python_version(),
+            "c++": compiler_version(find_compiler()),
+        },
+        name=str(config.name),
+        model=ModelInfo(
+            name=model.name,
+            family=model.spec.family,
+            architectures=model.architectures,
+            context=config.shape.context,
+            vocab=model.spec.vocab,
+            dim=model.spec.dim,
+            layers=len(model.spec.layers),
+            parameters=model.spec.parameters(),
+            eos_token_ids=model.text.eos_token_ids,
+            bos_token_id=model.text.bos_token_id,
+        ),
+        target=Target(
+            kind="cpu",
+            machine=platform.machine(),
+            levels=tuple(library.level for library in libraries),
+            abi=ABI,
+        ),
+        dtype=config.dtype,
+        quant=msgspec.to_builtins(config.quant),
+        kv_dtype=config.kv.dtype,
+        ranks=1,
+        config={key: value for key, value in chosen.items() if key not in NOT_INPUTS},
+        provenance={key: value for key, value in origins.items() if key not in NOT_INPUTS},
+        spec=msgspec.to_builtins(made.spec),
+        source=dict(model.digests),
+        buckets=made.buckets,
+        work_bytes=made.work_bytes,
+        io_bytes=made.io_bytes,
+        weights_bytes=made.weights_bytes,
+        edits=made.shape.edits,
+        max_seqs=config.shape.max_seqs,
+        max_tokens=config.shape.max_tokens,
+        state=made.state,
+        libraries=libraries,
+        files=tuple(sorted(package.files, key=lambda entry: entry.path)),
+        tensors=(tensors,),
+        report={"fit": dict(figures), "steps": {k: dict(v) for k, v in made.costs.items()}},
+        accuracy=accuracy,
+    )

@@ -1,0 +1,139 @@
+"""What a compile tells about its result before and after it is made: does it fit, what does a step
+cost, how long should it take.
+
+Comes in: the plan of a compile (program, buckets, layouts). Goes out: figures for the manifest
+(the same on every machine) and text for people. Called by the pipeline and by `inspect show`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from compiler.errors import NoSpace
+from compiler.lower import Node
+from compiler.memory import aligned
+from compiler.store import StoredWeight
+from kernels.op import OPS
+from runtime import weights_file
+from runtime.artifact import Bucket, StateLayout
+
+GIB = 1 << 30
+# What a process needs besides the arenas: interpreter, tokenizer, HTTP buffers.
+PROCESS_BYTES = 512 << 20
+
+
+def fit(weights: int, state: StateLayout, work: int, io: int) -> dict[str, int]:
+    """Bytes by arena; `kv_token` is what one token of context costs."""
+    return {
+        "weights": weights,
+        "token_state": state.pages_offset,
+        "kv_page": state.page_bytes,
+        "kv_token": state.page_bytes // state.page_size,
+        "work": work,
+        "io": io,
+        "fixed": weights + state.pages_offset + work + io,
+    }
+
+
+def step_cost(nodes: Sequence[Node], weights: Mapping[str, StoredWeight]) -> dict[str, int]:
+    """Launches, bytes and operations of one full step. Op contracts count what flows between calls;
+    weights are added here as they are stored."""
+    total = {"launches": len(nodes), "read": 0, "written": 0, "flops": 0}
+    for node in nodes:
+        cost = OPS[node.call.op].cost(dict(node.shape.shapes), dict(node.call.attrs))
+        total["read"] += cost.read + _weight_bytes(node, weights)
+        total["written"] += cost.written
+        total["flops"] += cost.flops
+    return total
+
+
+def _weight_bytes(node: Node, weights: Mapping[str, StoredWeight]) -> int:
+    """Stored bytes of the weights a node reads: all of them, of a looked-up table the rows."""
+    total = 0
+    for arg in OPS[node.call.op].args:
+        if arg.role == "weight" and arg.name in node.call.ins:
+            size = stored_bytes(weights[node.call.ins[arg.name]])
+            if node.call.op == "embed":
+                tokens, rows = node.shape.shapes["tokens"][0], node.shape.shapes["table"][0]
+                size = size * min(tokens, rows) // rows
+            total += size
+    return total
+
+
+def check_fit(figures: Mapping[str, int], context: int, memory: int) -> str:
+    """The fit report; NoSpace when not even one sequence of full length fits."""
+    room = memory - PROCESS_BYTES - figures["fixed"]
+    tokens = max(room, 0) // figures["kv_token"]
+    need = figures["fixed"] + PROCESS_BYTES + context * figures["kv_token"]
+    if tokens < context:
+        raise NoSpace(
+            f"target memory: {need / GIB:.2f} GiB are needed for one sequence of {context} tokens, "
+            f"{memory / GIB:.2f} GiB are there; choose a smaller shape.context, quant or model"
+        )
+    return (
+        f"fit  weights {_size(figures['weights'])} + token state {_size(figures['token_state'])} + "
+        f"work {_size(figures['work'])} + io {_size(figures['io'])}; "
+        f"{_size(figures['kv_token'])}/token of context\n"
+        f"     {_size(memory)} memory hold {tokens} tokens: "
+        f"{tokens // context} sequences of {context}"
+    )
+
+
+def predict(cost: Mapping[str, int], bandwidth: float) -> float:
+    """Seconds a memory-bound step takes at `bandwidth` bytes per second."""
+    return (cost["read"] + cost["written"]) / bandwidth
+
+
+def read_bandwidth(threads: int, size: int = 128 << 20) -> float:
+    """Bytes per second that `threads` threads read here, best of three."""
+    data = np.ones(aligned(size, 8 * threads) // 8, np.int64)
+    parts = np.array_split(data, threads)
+    best = float("inf")
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(4):  # the first one starts the threads
+            start = time.perf_counter()
+            list(pool.map(np.sum, parts))
+            best = min(best, time.perf_counter() - start)
+    return data.nbytes / best
+
+
+def memory_bytes() -> int:
+    """Memory of this machine."""
+    with open("/proc/meminfo") as file:
+        for line in file:
+            if line.startswith("MemTotal:"):
+                return int(line.split()[1]) * 1024
+    raise NoSpace("memory of this machine: /proc/meminfo has no MemTotal")
+
+
+def render(
+    buckets: Sequence[Bucket], costs: Mapping[str, Mapping[str, int]], bandwidth: float
+) -> str:
+    lines = []
+    for bucket in buckets:
+        cost = costs[bucket.name]
+        lines.append(
+            f"step {bucket.name}: {cost['launches']} launches, {_size(cost['read'])} read, "
+            f"{cost['flops'] / 1e9:.2f} GFLOP, {predict(cost, bandwidth) * 1e3:.2f} ms at "
+            f"{bandwidth / 1e9:.1f} GB/s"
+        )
+    return "\n".join(lines)
+
+
+def stored_bytes(weight: StoredWeight) -> int:
+    return sum(
+        int(np.prod(a.shape, dtype=np.int64)) * weights_file.itemsize(a.dtype)
+        for a in weight.arrays
+    )
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"

@@ -1,0 +1,154 @@
+"""Stored weights: which arrays a program's weights become, and writing them to the weights file.
+
+Comes in: a program, the storage format of every logical weight, a source of logical weights. Goes
+out: tensor entries with checksums. One weight is in memory at a time. Called by the pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import google_crc32c
+import msgspec
+import numpy as np
+import torch
+
+from compiler.errors import ProgramError
+from compiler.memory import Stored
+from compiler.pack import HashingFile
+from compiler.program import Program, Value
+from compiler.quantize import register  # noqa: F401  (fills SCHEMES)
+from compiler.quantize.scheme import dequantize, parse_format
+from compiler.weights import Weights, rows, stored
+from kernels.cpu import layout
+from runtime import weights_file
+from runtime.artifact import TensorEntry
+
+Constants = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredWeight:
+    """One weight of the program: `parts` are its logical weights, `arrays` what the file holds."""
+
+    name: str
+    format: str
+    swiglu: bool
+    parts: tuple[str, ...]
+    arrays: tuple[Stored, ...]
+
+
+def stored_weights(program: Program, formats: Mapping[str, str]) -> tuple[StoredWeight, ...]:
+    """In load order. `formats` knows the logical weights; everything else is a constant."""
+    return tuple(_stored_weight(program, value, formats) for value in program.weights())
+
+
+def weight_formats(weights: Sequence[StoredWeight]) -> dict[str, str]:
+    """Storage format by the program's own names, as kernels are asked with."""
+    return {weight.name: weight.format for weight in weights}
+
+
+def _stored_weight(program: Program, value: Value, formats: Mapping[str, str]) -> StoredWeight:
+    parts = value.parts or (value.name,)
+    kinds = {formats.get(part, "float32") for part in parts}
+    acts = {
+        call.attrs["act"] == "swiglu"
+        for call in program.consumers(value.name)
+        if call.op == "linear" and call.ins["w"] == value.name
+    }
+    if len(kinds) != 1 or len(acts) > 1:
+        raise ProgramError(f"weight {value.name} needs one stored form, found {sorted(kinds)}")
+    format, swiglu = kinds.pop(), acts == {True}
+    shape = tuple(dim for dim in value.dims if isinstance(dim, int))
+    fields = {"data": ("float32", shape)}
+    if len(shape) == 2:
+        fields = layout.fields(format, *shape, swiglu)
+    arrays = tuple(
+        Stored(name=f"{value.name}.{field}", dtype=dtype, shape=dims)
+        for field, (dtype, dims) in fields.items()
+    )
+    return StoredWeight(name=value.name, format=format, swiglu=swiglu, parts=parts, arrays=arrays)
+
+
+def pack(weight: StoredWeight, source: Weights, constants: Constants) -> dict[str, np.ndarray]:
+    """The arrays of one weight by full name."""
+    if weight.name in constants:
+        return {f"{weight.name}.data": constants[weight.name]}
+    logical = rows(source, weight.parts)
+    if logical.dim() == 1:
+        return {f"{weight.name}.data": stored(logical, "float32")}
+    quantized = parse_format(weight.format)
+    packed: Mapping[str, Any]
+    if quantized is None:
+        packed = layout.pack_linear(weight.format, stored(logical, weight.format), weight.swiglu)
+    else:
+        scheme, group = quantized
+        codes, scale = scheme.quantize(logical, group)
+        packed = layout.pack_linear(weight.format, (codes.numpy(), scale.numpy()), weight.swiglu)
+    return {f"{weight.name}.{field}": array for field, array in packed.items()}
+
+
+def exact(weight: StoredWeight, source: Weights, constants: Constants) -> torch.Tensor:
+    """The float32 numbers of the model itself."""
+    if weight.name in constants:
+        return torch.from_numpy(constants[weight.name])
+    return rows(source, weight.parts).float()
+
+
+def rounded(weight: StoredWeight, source: Weights, constants: Constants) -> torch.Tensor:
+    """The float32 numbers that the stored form stands for: what accuracy is measured with."""
+    logical = exact(weight, source, constants)
+    quantized = parse_format(weight.format)
+    if logical.dim() == 1 or weight.format == "float32":
+        return logical
+    if quantized is None:
+        return logical.to(torch.bfloat16).float()
+    scheme, group = quantized
+    codes, scale = scheme.quantize(logical, group)
+    return dequantize(codes, scale.half().float())  # scales are stored as float16
+
+
+def write_weights(
+    file: HashingFile,
+    weights: Sequence[StoredWeight],
+    tensors: Sequence[TensorEntry],
+    source: Weights,
+    constants: Constants,
+    progress: Callable[[int], None],
+) -> tuple[TensorEntry, ...]:
+    """Writes header and data; returns `tensors` with their checksums. `progress` hears bytes."""
+    file.write(weights_file.header(tensors))
+    done: list[TensorEntry] = []
+    pending = iter(tensors)
+
+    def put(data: memoryview, name: str) -> None:
+        entry = next(pending)
+        while entry.name.startswith(weights_file.PADDING):
+            done.append(_write(file, entry, memoryview(bytes(entry.size))))
+            entry = next(pending)
+        if entry.name != name or entry.size != data.nbytes:
+            raise ProgramError(
+                f"weights: {name} has {data.nbytes} bytes, "
+                f"the layout has {entry.name} with {entry.size}"
+            )
+        done.append(_write(file, entry, data))
+        progress(entry.size)
+
+    for weight in weights:
+        arrays = pack(weight, source, constants)
+        for array in weight.arrays:
+            put(np.ascontiguousarray(arrays[array.name]).data.cast("B"), array.name)
+    for entry in pending:
+        done.append(_write(file, entry, memoryview(bytes(entry.size))))
+    return tuple(done)
+
+
+def _write(file: HashingFile, entry: TensorEntry, data: memoryview) -> TensorEntry:
+    file.write(data)
+    # google_crc32c wants bytes: pieces keep the copies small.
+    crc = 0
+    for start in range(0, len(data), 1 << 20):
+        crc = google_crc32c.extend(crc, bytes(data[start : start + (1 << 20)]))
+    return msgspec.structs.replace(entry, crc32c=crc)
