@@ -20,6 +20,7 @@ from compiler.families.spec import ModelSpec
 from compiler.hub import locate
 from compiler.text import Text, made_up_text, read_text
 from compiler.weights import Weights, checkpoint_weights, random_weights
+from conf.resolve import model_name
 from conf.schema import CompileConfig
 
 
@@ -54,7 +55,7 @@ def import_model(config: CompileConfig) -> Imported:
     digests = checkpoint.digests()
     digests |= {f"text/{name}": _digest(data) for name, data in text.files.items()}
     return Imported(
-        name=_name(config),
+        name=model_name(config),
         architectures=tuple(checkpoint.config["architectures"]),
         spec=spec,
         dtype=checkpoint.dtype(),
@@ -80,7 +81,7 @@ def _random(config: CompileConfig) -> Imported:
         text = made_up_text(values, spec.vocab, template)
     shape = json.dumps(values, sort_keys=True).encode()
     return Imported(
-        name=_name(config),
+        name=model_name(config),
         architectures=tuple(values["architectures"]),
         spec=spec,
         dtype=str(values.get("dtype") or values.get("torch_dtype") or "float32"),
@@ -108,14 +109,6 @@ def _check_shape(config: CompileConfig, spec: ModelSpec, found: dict[str, Any]) 
                 f"model={config.model.name} and the checkpoint {config.model.source} disagree "
                 f"about {f.name}: {shown}; use model=hf model.source={config.model.source}"
             )
-
-
-def _name(config: CompileConfig) -> str:
-    if config.name:
-        return config.name
-    if config.model.name != "hf":
-        return config.model.name
-    return config.model.source.rstrip("/").rsplit("/", 1)[-1].lower()
 
 
 def _digest(data: bytes) -> str:

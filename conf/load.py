@@ -64,7 +64,8 @@ def run(
         for job in _jobs(schema, overrides, sweep):
             if sweep:
                 print(f"# {' '.join(job)}", file=sys.stderr)
-            code = code or _run_one(schema, config_name, main, job, show)
+            ended = _run_one(schema, config_name, main, job, show)
+            code = code or ended
     except ConfigError as e:
         print(f"error: {e}", file=sys.stderr)
         return ConfigError.exit_code
@@ -182,12 +183,12 @@ def _checked(schema: type[Any], o: Override) -> tuple[str, Override]:
     free = "dict" in str(node)  # entries of a dict may be added
     if len(path) < len(key.split(".")) and not free:
         raise ConfigError(f"unknown option {key}: {'.'.join(path)} has no parts")
+    if text[0] in "+~" and not free:
+        raise ConfigError(f"{text!r}: {key} is a fixed option; write it without {text[0]!r}")
     if is_dataclass(node):
         _check_choice(key, o.value(), text)
     if free and text[0] not in "+~":
         text = "++" + text
-    elif text[0] in "+~" and not free:
-        raise ConfigError(f"{text!r}: {key} is a fixed option; write it without {text[0]!r}")
     return text, o
 
 

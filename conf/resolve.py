@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 from conf.errors import ConfigError
@@ -69,17 +68,16 @@ def resolve(
             f"use at most {context}"
         )
     if config.name is None:
-        settle(config, "name", config.model.name, "model.name")
+        settle(config, "name", model_name(config), "model")
     return config, origin
 
 
-def flatten(config: Any, path: str = "") -> dict[str, Any]:
-    """`{"model.name": …, "quant.scheme": …}`: what the manifest stores."""
-    flat: dict[str, Any] = {}
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if is_dataclass(value):
-            flat |= flatten(value, f"{path}{f.name}.")
-        else:
-            flat[path + f.name] = value
-    return flat
+def model_name(config: CompileConfig) -> str:
+    """What the artifact is called: `name`, else the named model, else the last part of the
+    source.
+    """
+    if config.name:
+        return config.name
+    if config.model.name != "hf":
+        return config.model.name
+    return config.model.source.rstrip("/").rsplit("/", 1)[-1].rsplit(":", 1)[-1].lower()

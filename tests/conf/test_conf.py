@@ -1,0 +1,208 @@
+"""The option surface: every YAML composes and resolves; every kind of mistake is one line with
+exit code 2.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from conf.errors import ConfigError
+from conf.load import CONF, group_choices, load, run
+from conf.resolve import check_supported, resolve
+from conf.schema import CompileConfig, ServeConfig
+
+GROUPS = ("model", "quant", "parallel", "kv", "target", "shape")
+CHOICES = [(group, choice) for group in GROUPS for choice in group_choices(group)]
+REFUSED = {("quant", "fp8"), ("parallel", "tp2"), ("target", "h100"), ("target", "h200")}
+
+
+def compose(*overrides: str) -> CompileConfig:
+    return load(CompileConfig, "compile", overrides).config
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_group_file_composes_and_resolves(group: str, choice: str) -> None:
+    overrides = ["model=tiny"] if group != "model" else []
+    overrides += ["model.source=/some/dir"] if (group, choice) == ("model", "hf") else []
+    loaded = load(CompileConfig, "compile", [f"{group}={choice}", *overrides])
+    if (group, choice) in REFUSED:
+        with pytest.raises(ConfigError, match=f"{group}.*{choice[-1]}"):
+            check_supported(loaded.config)
+        return
+    resolved, origin = resolve(
+        loaded.config, loaded.sources, checkpoint_dtype="bfloat16", context=1 << 20
+    )
+    assert "auto" not in (
+        resolved.dtype,
+        resolved.kv.dtype,
+        resolved.target.kind,
+        resolved.target.name,
+        resolved.shape.context,
+    )
+    assert resolved.name
+    assert all(origin.values())
+
+
+def test_all_groups_of_the_defaults_list_are_tested() -> None:
+    assert {p.name for p in CONF.iterdir() if p.is_dir() and any(p.glob("*.yaml"))} >= set(GROUPS)
+    assert {f.name for f in fields(CompileConfig)} >= set(GROUPS)
+
+
+def test_resolution_of_auto_and_its_sources() -> None:
+    loaded = load(CompileConfig, "compile", ["model=qwen3-8b", "quant=int4", "kv.page_size=32"])
+    config, origin = resolve(
+        loaded.config, loaded.sources, checkpoint_dtype="float16", context=40960
+    )
+    assert (config.dtype, config.kv.dtype, config.shape.context) == ("float32", "float32", 8192)
+    assert (config.name, config.target.kind) == ("qwen3-8b", "cpu")
+    assert origin["quant.group_size"] == "conf/quant/int4.yaml"
+    assert origin["model.config.hidden_size"] == "conf/model/qwen3-8b.yaml"
+    assert origin["kv.page_size"] == "override"
+    assert origin["quant.head"] == "default"
+    assert origin["kv.dtype"] == "dtype"
+    assert "float16" in origin["dtype"] and "40960" in origin["shape.context"]
+    assert loaded.config.dtype == "auto", "the composed config is left as it was"
+
+
+def test_context_beyond_the_model_is_refused() -> None:
+    loaded = load(CompileConfig, "compile", ["model=tiny", "shape.context=4096"])
+    with pytest.raises(ConfigError, match=r"4096.*2048"):
+        resolve(loaded.config, loaded.sources, checkpoint_dtype="float32", context=2048)
+
+
+def test_name_of_a_local_model() -> None:
+    config = compose("model=hf", "model.source=/models/My-Model/")
+    resolved, _ = resolve(config, {}, checkpoint_dtype="float32", context=128)
+    assert resolved.name == "my-model"
+
+
+def test_dict_entries_can_be_added_and_changed() -> None:
+    config = compose("model=llama3-8b", "model.config.num_hidden_layers=2", "model.config.new=1")
+    assert config.model.config["num_hidden_layers"] == 2
+    assert config.model.config["new"] == 1
+    assert config.model.config["hidden_size"] == 4096
+
+
+MISTAKES = [
+    ((), "missing value: model=", "tiny"),
+    (("model=hf",), "missing value: model.source", ""),
+    (("model=tinny",), "model=tinny", "did you mean tiny?"),
+    (("model=tiny", "quant=itn8"), "quant=itn8", "did you mean int8?"),
+    (("model=tiny", "quan=int8"), "unknown option quan", "did you mean quant?"),
+    (("model=tiny", "shape.max_seq=1"), "unknown option shape.max_seq", "shape.max_seqs"),
+    (("model=tiny", "shape.max_seqs=many"), "shape.max_seqs=many", "whole number"),
+    (("model=tiny", "shape.max_seqs=1.5"), "shape.max_seqs=1.5", "whole number"),
+    (("model=tiny", "shape.max_seqs=0"), "shape.max_seqs=0", "1 to 4096"),
+    (("model=tiny", "quant.head=perhaps"), "quant.head=perhaps", "true or false"),
+    (("model=tiny", "dtype=fp16"), "dtype=fp16", "float32"),
+    (("model=tiny", "dtype=null"), "dtype=null", "text"),
+    (("model=tiny", "weights=rand"), "weights=rand", "random"),
+    (("model=tiny", "kv=int8"), "kv=int8", "bf16"),
+    (("model=tiny", "quant=int8,int4"), "several values", "-m"),
+    (("model=tiny", "accuracy=strict"), "accuracy", "group"),
+    (("model=tiny", "+quant.bits=3"), "unknown option quant.bits", "quant.scheme"),
+    (("model=tiny", "~quant"), "quant", "~"),
+    (("model=tiny", "name.first=x"), "name.first", "name"),
+    (("model=tiny", "verbose"), "verbose", "key=value"),
+    (("model=tiny", "--verbose"), "--verbose", "-m"),
+    (("model=tiny", "name=a=b"), "name=a=b", "quote"),
+    (("model=tiny", "seed=[1"), "seed=[1", "quote"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "named", "remedy"), MISTAKES, ids=lambda v: str(v)[:40])
+def test_mistakes_are_one_line_and_exit_code_2(
+    overrides: tuple[str, ...], named: str, remedy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def never(config: CompileConfig, sources: object) -> None:
+        raise AssertionError("main must not run")
+
+    assert run(CompileConfig, "compile", never, overrides) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: ") and said.err.count("\n") == 1
+    assert named in said.err and remedy in said.err
+
+
+def test_sweep_runs_every_point_and_keeps_the_first_failure() -> None:
+    seen: list[tuple[str, str]] = []
+
+    class Refused(Exception):
+        exit_code = 3
+
+    def main(config: CompileConfig, sources: object) -> int:
+        seen.append((config.quant.scheme, config.kv.dtype))
+        if config.quant.scheme == "int8":
+            raise Refused("no")
+        return 0
+
+    assert (
+        run(CompileConfig, "compile", main, ["-m", "model=tiny", "quant=int8,int4", "kv=bf16,auto"])
+        == 3
+    )
+    assert seen == [("int8", "bfloat16"), ("int8", "auto"), ("int4", "bfloat16"), ("int4", "auto")]
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    def main(config: ServeConfig, sources: object) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(ServeConfig, "serve", main, ["artifact=x"])
+
+
+def test_serve_options() -> None:
+    loaded = load(ServeConfig, "serve", ["artifact=a/b-1", "port=0", "limits.n=4", "overlap=false"])
+    assert (loaded.config.artifact, loaded.config.port) == ("a/b-1", 0)
+    assert (loaded.config.limits.n, loaded.config.overlap) == (4, False)
+    assert loaded.sources["port"] == "override" and loaded.sources["host"] == "default"
+    for wrong in ("port=65536", "policy=best", "artefact=x", "limits.nn=1", "drain_s=-1"):
+        with pytest.raises(ConfigError, match=wrong.split("=")[0]):
+            load(ServeConfig, "serve", ["artifact=x", wrong])
+    with pytest.raises(ConfigError, match="artifact"):
+        load(ServeConfig, "serve")
+
+
+def test_help_and_cfg(capsys: pytest.CaptureFixture[str]) -> None:
+    def never(config: CompileConfig, sources: object) -> None:
+        raise AssertionError("main must not run")
+
+    assert run(CompileConfig, "compile", never, ["--help"]) == 0
+    text = capsys.readouterr().out
+    assert "smollm-135m" in text and "shape.max_seqs=" in text
+    assert run(CompileConfig, "compile", never, ["--cfg", "model=tiny", "quant=int4"]) == 0
+    assert "scheme: int4" in capsys.readouterr().out
+
+
+def test_nothing_is_written_and_any_directory_works(tmp_path: Path) -> None:
+    code = (
+        "import sys; from conf.load import run; from conf.schema import CompileConfig\n"
+        "sys.exit(run(CompileConfig, 'compile', lambda c, s: print(c.quant.scheme)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "-m", "model=tiny", "quant=int8,int4"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(CONF.parent), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["int8", "int4"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_composing_imports_no_framework() -> None:
+    code = (
+        "import sys; from conf.load import load; from conf.schema import ServeConfig\n"
+        "load(ServeConfig, 'serve', ['artifact=x']); print(len(sys.modules))\n"
+        "assert not {'torch', 'numpy', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=CONF.parent, capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 500
