@@ -29,7 +29,8 @@ class Arg:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """Work of one call: bytes read and written, floating point operations."""
+    """Work of one call at its bucket's sizes: bytes read and written, floating point operations. `read` leaves the weights out:
+    each is read once, and how many bytes that is depends on its storage format, which the caller knows."""
 
     read: int
     written: int

@@ -1,0 +1,386 @@
+// Attention over paged keys and values for one ragged batch of decode rows and prefill chunks. Slots: kernels/cpu/attention.py.
+//
+// A query row's result is defined block by block: keys are cut at absolute positions 0, 128, 256, …; each block gives (max, sum,
+// weighted values) from scratch, and blocks are merged in order. No other split exists, so a row has the same bits whatever
+// chunk, batch or thread it is computed in, and blocks of one long sequence can be computed by different threads.
+//
+// Work items: (sequence, KV head, up to 24 query rows), where the rows of a sequence are its tokens times the query heads of the
+// KV head: keys and values are read once for all of them. A sequence with a single such item and several blocks is split by block;
+// the pieces are merged after a barrier.
+#include "abi.h"
+#include "kv_page.h"
+
+namespace {
+
+using namespace hs;
+
+constexpr int BLOCK = 128;                // keys
+constexpr int PAGES = BLOCK / PAGE;       // pages of a block
+constexpr int ROWS = 24;                  // query rows of a work item
+constexpr int MAX_DIM = 256;
+constexpr float LOWEST = -3e38f;          // below every score; finite, so that differences are never NaN
+
+// Register tiles: MR rows x (KP pages of keys | NV vectors of values). 32 vector registers with AVX-512, 16 elsewhere.
+constexpr int MR = VL == 16 ? 6 : VL == 8 ? 6 : 3;
+constexpr int KP = VL == 16 ? 4 : 1;
+constexpr int NV = VL == 16 ? 4 : VL == 8 ? 2 : 4;
+constexpr int W = PAGE / VL;  // vectors per 16 keys
+
+struct Call {
+    const int32_t *live, *seq_start, *seq_len, *pages;
+    const float* q;
+    float* out;
+    float* partial;          // room for `room` partial results
+    int64_t room, table;     // table: columns of `pages`
+    int64_t heads, kv_heads, group, dim, window;
+    char* kv;
+    int64_t page_bytes;
+    float scale;
+
+    int64_t partial_size() const { return dim + 2; }  // values, max, sum
+};
+
+// Query rows of one item: row r is token first_token + (first_row + r) / group, head (first_row + r) % group of the KV head.
+struct Item {
+    int64_t seq, kv_head, first_row, rows;
+    int64_t first_position;  // of the sequence's first token in this step
+
+    int64_t position(int64_t r, int64_t group) const { return first_position + (first_row + r) / group; }
+};
+
+struct alignas(64) Buffers {
+    float q[ROWS * MAX_DIM];
+    float scores[ROWS * BLOCK];
+    float values[ROWS * MAX_DIM];  // of one block
+    float total[ROWS * MAX_DIM];   // merged so far
+    float max[ROWS], sum[ROWS], total_max[ROWS], total_sum[ROWS];
+};
+
+HS_INLINE float* row_of(const Call& c, float* base, const Item& item, int64_t r) {
+    int64_t f = item.first_row + r;
+    return base + (c.seq_start[item.seq] + f / c.group) * c.heads * c.dim + (item.kv_head * c.group + f % c.group) * c.dim;
+}
+
+HS_INLINE vf widen(const float* p) { return loadf(p); }
+HS_INLINE vf widen(const uint16_t* p) { return bf16_to_float(load<vh>(p)); }
+
+// scores[r][key] = q[r] . k[key] for R rows and KP pages. AHEAD: also prefetch `ahead`, as many bytes as are read here.
+template <class T, int R, bool AHEAD>
+void score_tile(const float* q, int64_t dim, const T* const* k, const T* const* ahead, float* scores) {
+    constexpr int STEP = sizeof(T) == 4 ? 1 : 2;  // dims that share a row of a page
+    vf acc[R][KP * W] = {};
+    for (int64_t e = 0; e < dim; e += STEP) {
+        vf keys[STEP][KP * W];
+        HS_UNROLL
+        for (int j = 0; j < KP * W; j++) {
+            const T* p = k[j / W] + e * PAGE + j % W * VL * STEP;
+            if (AHEAD && j % W == 0) prefetch(ahead[j / W] + e * PAGE);
+            if (STEP == 1) {
+                keys[0][j] = load<vf>(p);
+            } else {
+                vu pair = load<vu>(p);
+                keys[0][j] = as_f(pair << 16);
+                keys[STEP - 1][j] = as_f(pair & 0xffff0000u);
+            }
+        }
+        HS_UNROLL
+        for (int s = 0; s < STEP; s++) {
+            HS_UNROLL
+            for (int r = 0; r < R; r++) {
+                vf x = splat(q[r * dim + e + s]);
+                HS_UNROLL
+                for (int j = 0; j < KP * W; j++) acc[r][j] = fma(x, keys[s][j], acc[r][j]);
+            }
+        }
+    }
+    HS_UNROLL
+    for (int r = 0; r < R; r++) {
+        HS_UNROLL
+        for (int j = 0; j < KP * W; j++) store(scores + r * BLOCK + j * VL, acc[r][j]);
+    }
+}
+
+// values[r][0:N*VL] = sum over keys of weights[r][key] * v[key][0:N*VL], in key order.
+template <class T, int R, int N, bool AHEAD>
+void value_tile(const float* weights, int64_t keys, const T* const* v, const T* const* ahead, int64_t column, int64_t dim,
+                float* values) {
+    vf acc[R][N] = {};
+    for (int64_t first = 0; first < keys; first += PAGE) {
+        const T* p = v[first / PAGE] + column;
+        const T* next = ahead[first / PAGE] + column;
+        int64_t n = keys - first < PAGE ? keys - first : PAGE;
+        for (int64_t i = 0; i < n; i++) {
+            vf x[N];
+            HS_UNROLL
+            for (int j = 0; j < N; j++) {
+                if (AHEAD && j * VL * sizeof(T) % 64 == 0) prefetch(next + i * dim + j * VL);
+                x[j] = widen(p + i * dim + j * VL);
+            }
+            HS_UNROLL
+            for (int r = 0; r < R; r++) {
+                vf w = splat(weights[r * BLOCK + first + i]);
+                HS_UNROLL
+                for (int j = 0; j < N; j++) acc[r][j] = fma(w, x[j], acc[r][j]);
+            }
+        }
+    }
+    HS_UNROLL
+    for (int r = 0; r < R; r++) {
+        HS_UNROLL
+        for (int j = 0; j < N; j++) store(values + r * dim + j * VL, acc[r][j]);
+    }
+}
+
+template <class T, int R, bool AHEAD>
+void score_rows(const float* q, int64_t dim, int64_t rows, const T* const* k, const T* const* ahead, float* scores) {
+    if constexpr (R > 1)
+        if (rows < R) return score_rows<T, R - 1, AHEAD>(q, dim, rows, k, ahead, scores);
+    score_tile<T, R, AHEAD>(q, dim, k, ahead, scores);
+}
+
+template <class T, int R, int N, bool AHEAD>
+void value_rows(const float* weights, int64_t rows, int64_t keys, const T* const* v, const T* const* ahead, int64_t column,
+                int64_t dim, float* values) {
+    if constexpr (R > 1)
+        if (rows < R) return value_rows<T, R - 1, N, AHEAD>(weights, rows, keys, v, ahead, column, dim, values);
+    value_tile<T, R, N, AHEAD>(weights, keys, v, ahead, column, dim, values);
+}
+
+template <class T, int N>
+void value_columns(const float* weights, int64_t rows, int64_t keys, const T* const* v, const T* const* ahead, int64_t column,
+                   int64_t dim, float* values) {
+    for (int64_t r = 0; r < rows; r += MR) {
+        const float* w = weights + r * BLOCK;
+        float* out = values + r * dim + column;
+        int64_t n = rows - r < MR ? rows - r : MR;
+        if (r == 0)
+            value_rows<T, MR, N, true>(w, n, keys, v, ahead, column, dim, out);
+        else
+            value_rows<T, MR, N, false>(w, n, keys, v, ahead, column, dim, out);
+    }
+}
+
+// Scores -> weights of the keys first..last-1 (of the block), zero elsewhere; their largest score and their sum.
+__attribute__((noinline)) void soften(float* scores, int64_t padded, int first, int last, float* max, float* sum) {
+    vi lane;
+    for (int i = 0; i < VL; i++) lane[i] = i;
+    vf top = splat(LOWEST);
+    for (int64_t j = 0; j < padded; j += VL) {
+        vi key = lane + (int32_t)j;
+        vi visible = (key >= first) & (key < last);
+        vf s = select(visible, loadf(scores + j), splat(LOWEST));
+        store(scores + j, s);
+        top = vmax(s, top);
+    }
+    *max = hmax(top);
+    vf total{};
+    for (int64_t j = 0; j < padded; j += VL) {
+        vi key = lane + (int32_t)j;
+        vi visible = (key >= first) & (key < last);
+        vf w = select(visible, vexp(loadf(scores + j) - *max), vf{});
+        store(scores + j, w);
+        total += w;
+    }
+    *sum = hsum(total);
+}
+
+// total := total joined with one more block.
+__attribute__((noinline)) void merge(float* total, float* total_max, float* total_sum, const float* values, float max, float sum,
+                                     int64_t dim) {
+    float top = max > *total_max ? max : *total_max;
+    vf old = vexp(splat(*total_max - top)), add = vexp(splat(max - top));
+    for (int64_t i = 0; i < dim; i += VL) store(total + i, fma(loadf(total + i), old, loadf(values + i) * add));
+    *total_sum = *total_sum * old[0] + sum * add[0];
+    *total_max = top;
+}
+
+void finish(const float* total, float sum, int64_t dim, float* out) {
+    for (int64_t i = 0; i < dim; i += VL) store(out + i, loadf(total + i) / sum);
+}
+
+// First and last key blocks that some row of the item sees.
+struct Span {
+    int64_t first, end;
+};
+Span blocks_of(const Call& c, const Item& item) {
+    int64_t low = c.window ? item.position(0, c.group) - c.window + 1 : 0;
+    return {(low > 0 ? low : 0) / BLOCK, item.position(item.rows - 1, c.group) / BLOCK + 1};
+}
+
+// One key block for all rows of an item: b.values, b.max, b.sum.
+template <class T>
+void run_block(const Call& c, const Item& item, int64_t block, int64_t end_block, Buffers& b) {
+    const KvLayer<T> layer{c.kv, c.page_bytes, c.dim};
+    const int32_t* table = c.pages + item.seq * c.table;
+    int64_t start = block * BLOCK, last_position = item.position(item.rows - 1, c.group);
+    int64_t keys = last_position + 1 - start < BLOCK ? last_position + 1 - start : BLOCK;
+    int64_t pages = (keys + PAGE - 1) / PAGE;
+
+    // Pages in the order they are read (keys, values, keys of the next block); each prefetches the one `AHEAD` places on.
+    constexpr int AHEAD = 4;
+    const T* stream[2 * PAGES + AHEAD];
+    const T *k[PAGES], *k_ahead[PAGES];
+    for (int64_t i = 0; i < pages; i++) {
+        int32_t page = table[start / PAGE + i];
+        stream[i] = k[i] = layer.k(page, item.kv_head);
+        stream[pages + i] = layer.v(page, item.kv_head);
+    }
+    for (int64_t i = 0; i < AHEAD; i++) {
+        bool more = block + 1 < end_block && (start + BLOCK) / PAGE + i <= last_position / PAGE;
+        stream[2 * pages + i] = more ? layer.k(table[(start + BLOCK) / PAGE + i], item.kv_head) : stream[2 * pages - 1];
+    }
+    for (int64_t i = 0; i < PAGES; i++) {  // a tile reads whole groups of pages: repeat the last one, its scores are masked
+        int64_t at = i < pages ? i : pages - 1;
+        k[i] = stream[at];
+        k_ahead[i] = stream[at + AHEAD];
+    }
+
+    for (int64_t p = 0; p < pages; p += KP)
+        for (int64_t r = 0; r < item.rows; r += MR) {
+            int64_t n = item.rows - r < MR ? item.rows - r : MR;
+            float* scores = b.scores + r * BLOCK + p * PAGE;
+            if (r == 0)
+                score_rows<T, MR, true>(b.q, c.dim, n, k + p, k_ahead + p, scores);
+            else
+                score_rows<T, MR, false>(b.q + r * c.dim, c.dim, n, k + p, k_ahead + p, scores);
+        }
+
+    int64_t padded = (pages + KP - 1) / KP * KP * PAGE;
+    for (int64_t r = 0; r < item.rows; r++) {
+        int64_t position = item.position(r, c.group);
+        int64_t last = position + 1 - start, first = c.window ? position - c.window + 1 - start : 0;
+        last = last < 0 ? 0 : last < BLOCK ? last : BLOCK;
+        first = first < 0 ? 0 : first < BLOCK ? first : BLOCK;
+        soften(b.scores + r * BLOCK, padded, (int)first, (int)last, b.max + r, b.sum + r);
+    }
+
+    const T* const* v = stream + pages;
+    int64_t column = 0;
+    for (; column + NV * VL <= c.dim; column += NV * VL)
+        value_columns<T, NV>(b.scores, item.rows, keys, v, v + AHEAD, column, c.dim, b.values);
+    if constexpr (NV > 1)
+        for (; column < c.dim; column += VL)
+            value_columns<T, 1>(b.scores, item.rows, keys, v, v + AHEAD, column, c.dim, b.values);
+}
+
+void load_queries(const Call& c, const Item& item, Buffers& b) {
+    for (int64_t r = 0; r < item.rows; r++) {
+        const float* q = row_of(c, const_cast<float*>(c.q), item, r);
+        for (int64_t i = 0; i < c.dim; i += VL) store(b.q + r * c.dim + i, loadf(q + i) * c.scale);
+    }
+}
+
+template <class T>
+void run_whole(const Call& c, const Item& item, Buffers& b) {
+    load_queries(c, item, b);
+    for (int64_t r = 0; r < item.rows; r++) b.total_max[r] = LOWEST, b.total_sum[r] = 0;
+    memset(b.total, 0, item.rows * c.dim * sizeof(float));
+    Span span = blocks_of(c, item);
+    for (int64_t block = span.first; block < span.end; block++) {
+        run_block<T>(c, item, block, span.end, b);
+        for (int64_t r = 0; r < item.rows; r++)
+            merge(b.total + r * c.dim, b.total_max + r, b.total_sum + r, b.values + r * c.dim, b.max[r], b.sum[r], c.dim);
+    }
+    for (int64_t r = 0; r < item.rows; r++) finish(b.total + r * c.dim, b.total_sum[r], c.dim, row_of(c, c.out, item, r));
+}
+
+// Computes one block and leaves it at partial[at + r].
+template <class T>
+void run_part(const Call& c, const Item& item, int64_t block, int64_t at, Buffers& b) {
+    load_queries(c, item, b);
+    run_block<T>(c, item, block, block + 1, b);
+    for (int64_t r = 0; r < item.rows; r++) {
+        float* p = c.partial + (at + r) * c.partial_size();
+        memcpy(p, b.values + r * c.dim, c.dim * sizeof(float));
+        p[c.dim] = b.max[r];
+        p[c.dim + 1] = b.sum[r];
+    }
+}
+
+void merge_parts(const Call& c, const Item& item, int64_t blocks, int64_t at, Buffers& b) {
+    for (int64_t r = 0; r < item.rows; r++) {
+        float max = LOWEST, sum = 0;
+        memset(b.total, 0, c.dim * sizeof(float));
+        for (int64_t block = 0; block < blocks; block++) {
+            const float* p = c.partial + (at + block * item.rows + r) * c.partial_size();
+            merge(b.total, &max, &sum, p, p[c.dim], p[c.dim + 1], c.dim);
+        }
+        finish(b.total, sum, c.dim, row_of(c, c.out, item, r));
+    }
+}
+
+// Calls visit(item, parts, at) for every (sequence, KV head, rows): parts is 0 for an item done whole, else its number of blocks,
+// with results from partial[at] on. Every thread walks the same list.
+template <class F>
+void each_item(const Call& c, F visit) {
+    int64_t used = 0;
+    for (int64_t s = 0; s < c.live[1]; s++) {
+        int64_t tokens = c.seq_start[s + 1] - c.seq_start[s], rows = tokens * c.group;
+        for (int64_t first = 0; first < rows; first += ROWS) {
+            int64_t n = rows - first < ROWS ? rows - first : ROWS;
+            Item item{s, 0, first, n, c.seq_len[s] - tokens};
+            Span span = blocks_of(c, item);
+            int64_t blocks = span.end - span.first;
+            bool split = rows <= ROWS && blocks > 1 && used + blocks * n * c.kv_heads <= c.room;
+            for (; item.kv_head < c.kv_heads; item.kv_head++) {
+                visit(item, split ? blocks : 0, used);
+                if (split) used += blocks * n;
+            }
+        }
+    }
+}
+
+template <class T>
+void attention(const hs_ctx* ctx, const hs_arg* a) {
+    enum {
+        LIVE, Q, KV, SEQ_START, SEQ_LEN, PAGE_TABLE, OUT, WORKSPACE,
+        LAYER_OFFSET, PAGE_BYTES, HEADS, KV_HEADS, HEAD_DIM, WINDOW, COLUMNS, ROOM, SCALE
+    };
+    Call c;
+    c.live = (const int32_t*)a[LIVE].p;
+    c.seq_start = (const int32_t*)a[SEQ_START].p;
+    c.seq_len = (const int32_t*)a[SEQ_LEN].p;
+    c.pages = (const int32_t*)a[PAGE_TABLE].p;
+    c.q = (const float*)a[Q].p;
+    c.out = (float*)a[OUT].p;
+    c.partial = (float*)a[WORKSPACE].p;
+    c.room = a[ROOM].i;
+    c.table = a[COLUMNS].i;
+    c.heads = a[HEADS].i;
+    c.kv_heads = a[KV_HEADS].i;
+    c.group = c.heads / c.kv_heads;
+    c.dim = a[HEAD_DIM].i;
+    c.window = a[WINDOW].i;
+    c.kv = (char*)a[KV].p + a[LAYER_OFFSET].i;
+    c.page_bytes = a[PAGE_BYTES].i;
+    c.scale = (float)a[SCALE].f;
+
+    Buffers b;
+    int64_t mine = hs_next(ctx), seen = 0;
+    bool parts = false;
+    each_item(c, [&](const Item& item, int64_t blocks, int64_t at) {
+        int64_t first = blocks_of(c, item).first;
+        parts |= blocks > 0;
+        for (int64_t i = 0; i < (blocks ? blocks : 1); i++, seen++) {
+            if (seen != mine) continue;
+            mine = hs_next(ctx);
+            if (blocks)
+                run_part<T>(c, item, first + i, at + i * item.rows, b);
+            else
+                run_whole<T>(c, item, b);
+        }
+    });
+    if (!parts) return;
+    hs_barrier(ctx);
+    mine = hs_next(ctx), seen = 0;
+    each_item(c, [&](const Item& item, int64_t blocks, int64_t at) {
+        if (!blocks || seen++ != mine) return;
+        mine = hs_next(ctx);
+        merge_parts(c, item, blocks, at, b);
+    });
+}
+
+}  // namespace
+
+HS_EXPORT void hs_attention_f32(const hs_ctx* ctx, const hs_arg* a) { attention<float>(ctx, a); }
+HS_EXPORT void hs_attention_bf16(const hs_ctx* ctx, const hs_arg* a) { attention<uint16_t>(ctx, a); }

@@ -1,0 +1,69 @@
+// Row-wise kernels: embedding, gather, norms, elementwise. Slots of each entry: kernels/cpu/basic.py.
+#include "linear_call.h"
+
+namespace {
+
+using namespace hs;
+
+struct Piece {
+    int64_t begin, end;
+};
+
+// This thread's share of n units.
+Piece share(const hs_ctx* ctx, int64_t n) { return {n * ctx->thread / ctx->threads, n * (ctx->thread + 1) / ctx->threads}; }
+
+int64_t live(const hs_arg& a, int index) { return ((const int32_t*)a.p)[index]; }
+
+// out[i] = f(x[i], y[i]) over the live rows, split without regard to row ends.
+template <class F>
+void elementwise(const hs_ctx* ctx, const hs_arg* a, F f) {
+    const float *x = (const float*)a[1].p, *y = (const float*)a[2].p;
+    float* out = (float*)a[3].p;
+    Piece piece = share(ctx, live(a[0], 0) * a[4].i);
+    int64_t i = piece.begin;
+    for (; i + VL <= piece.end; i += VL) store(out + i, f(loadf(x + i), loadf(y + i)));
+    if (int n = (int)(piece.end - i)) store_part(out + i, f(load_part(x + i, n), load_part(y + i, n)), n);
+}
+
+}  // namespace
+
+HS_EXPORT void hs_embed(const hs_ctx* ctx, const hs_arg* a) {
+    enum { LIVE, TOKENS, LAST_TOKEN, OUT, SCALE_BY, FORMAT, D, GROUP, DATA, SCALE };
+    const int32_t *tokens = (const int32_t*)a[TOKENS].p, *last_token = (const int32_t*)a[LAST_TOKEN].p;
+    bool grouped = a[GROUP].i != 0;
+    Weight table{(int)a[FORMAT].i, a[D].i, a[GROUP].i, a[DATA].p, grouped ? (const uint16_t*)a[SCALE].p : nullptr};
+    float scale = (float)a[SCALE_BY].f;
+    Piece piece = share(ctx, live(a[LIVE], 0));
+    for (int64_t t = piece.begin; t < piece.end; t++) {
+        float* out = (float*)a[OUT].p + t * table.k;
+        unpack_row(table, tokens[t] < 0 ? last_token[-1 - tokens[t]] : tokens[t], out);
+        if (scale != 1.0f)
+            for (int64_t i = 0; i < table.k; i++) out[i] *= scale;
+    }
+}
+
+HS_EXPORT void hs_gather(const hs_ctx* ctx, const hs_arg* a) {
+    enum { LIVE, X, ROWS, OUT, D };
+    const int32_t* rows = (const int32_t*)a[ROWS].p;
+    int64_t dim = a[D].i;
+    Piece piece = share(ctx, live(a[LIVE], 2));
+    for (int64_t r = piece.begin; r < piece.end; r++)
+        memcpy((float*)a[OUT].p + r * dim, (const float*)a[X].p + rows[r] * dim, dim * sizeof(float));
+}
+
+// rms_norm is the same with one head per row.
+HS_EXPORT void hs_rms_norm(const hs_ctx* ctx, const hs_arg* a) {
+    enum { LIVE, X, W, OUT, HEADS, D, EPS };
+    int64_t dim = a[D].i;
+    Piece piece = share(ctx, live(a[LIVE], 0) * a[HEADS].i);
+    for (int64_t i = piece.begin; i < piece.end; i++)
+        rms_norm((const float*)a[X].p + i * dim, (const float*)a[W].p, (float)a[EPS].f, dim, (float*)a[OUT].p + i * dim);
+}
+
+HS_EXPORT void hs_swiglu(const hs_ctx* ctx, const hs_arg* a) {
+    elementwise(ctx, a, [](vf gate, vf up) { return silu(gate) * up; });
+}
+
+HS_EXPORT void hs_add(const hs_ctx* ctx, const hs_arg* a) {
+    elementwise(ctx, a, [](vf x, vf y) { return x + y; });
+}

@@ -1,0 +1,120 @@
+"""Registration of the row-wise CPU kernels of basic.cpp: embed, gather, norms, swiglu, add.
+
+Imported by kernels/cpu/register.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kernels.cpu.layout import FORMAT_CODES, parse_format
+from kernels.kernel import CallShape, Kernel, register
+
+# Activations, norms and biases are float32 on CPU.
+FLOATS = frozenset({"x", "gate", "up", "a", "b", "q", "k", "v", "qkv", "table", "logits", "inv_freq", "out"})
+
+
+def not_float32(call: CallShape) -> str | None:
+    wrong = [f"{name} is {call.dtypes[name]}" for name in call.dtypes if name in FLOATS and call.dtypes[name] != "float32"]
+    return f"activations are float32 on CPU: {', '.join(wrong)}" if wrong else None
+
+
+def _accepts_table(kind: str) -> Callable[[CallShape], str | None]:
+    def accepts(call: CallShape) -> str | None:
+        name = call.formats.get("table", "float32")
+        try:
+            stored, group = parse_format(name)
+        except ValueError as error:
+            return str(error)
+        if stored != kind:
+            return f"stored as {name}, this kernel reads {kind}"
+        dim = call.shapes["table"][1]
+        return f"D={dim} is not a multiple of the quantization group {group}" if group and dim % group else None
+
+    return accepts
+
+
+def _embed_scalars(call: CallShape) -> dict[str, int | float]:
+    kind, group = parse_format(call.formats.get("table", "float32"))
+    dim = call.shapes["table"][1]
+    return {"scale": float(call.attrs["scale"]), "format": FORMAT_CODES[kind], "d": dim, "group": group}
+
+
+for _kind in FORMAT_CODES:
+    register(
+        Kernel(
+            name=f"embed_{_kind}",
+            op="embed",
+            target="cpu",
+            entry="hs_embed",
+            params=(
+                "ptr:live",
+                "ptr:tokens",
+                "ptr:last_token",
+                "ptr:out",
+                "f64:scale",
+                "i64:format",
+                "i64:d",
+                "i64:group",
+                "ptr:table.data",
+                *(("ptr:table.scale",) if _kind.startswith("int") else ()),
+            ),
+            accepts=_accepts_table(_kind),
+            scalars=_embed_scalars,
+        )
+    )
+
+register(
+    Kernel(
+        name="gather",
+        op="gather",
+        target="cpu",
+        entry="hs_gather",
+        params=("ptr:live", "ptr:x", "ptr:rows", "ptr:out", "i64:d"),
+        accepts=not_float32,
+        scalars=lambda call: {"d": call.shapes["x"][1]},
+    )
+)
+
+_NORM_PARAMS = ("ptr:live", "ptr:x", "ptr:w", "ptr:out", "i64:heads", "i64:d", "f64:eps")
+
+register(
+    Kernel(
+        name="rms_norm",
+        op="rms_norm",
+        target="cpu",
+        entry="hs_rms_norm",
+        params=_NORM_PARAMS,
+        accepts=not_float32,
+        scalars=lambda call: {"heads": 1, "d": call.shapes["x"][1], "eps": float(call.attrs["eps"])},
+    )
+)
+
+register(
+    Kernel(
+        name="head_norm",
+        op="head_norm",
+        target="cpu",
+        entry="hs_rms_norm",
+        params=_NORM_PARAMS,
+        accepts=not_float32,
+        scalars=lambda call: {
+            "heads": call.attrs["heads"],
+            "d": call.shapes["x"][1] // call.attrs["heads"],
+            "eps": float(call.attrs["eps"]),
+        },
+    )
+)
+
+for _name, _first, _second in (("swiglu", "gate", "up"), ("add", "a", "b")):
+    register(
+        Kernel(
+            name=_name,
+            op=_name,
+            target="cpu",
+            entry=f"hs_{_name}",
+            params=("ptr:live", f"ptr:{_first}", f"ptr:{_second}", "ptr:out", "i64:d"),
+            accepts=not_float32,
+            scalars=lambda call: {"d": call.shapes["out"][1]},
+        )
+    )

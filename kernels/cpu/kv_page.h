@@ -1,0 +1,44 @@
+// Where a key or value lives. The pool is page-major; a page holds every layer; one layer of a page is, per KV head:
+//   K  float32 [E][16]      bfloat16 [E/2][16][2]      16 keys side by side, so that one vector holds one dim of 16 keys
+//   V  [16][E]              both dtypes
+// kernels/cpu/layout.py (pack_kv, unpack_kv) writes the same in numpy.
+#pragma once
+#include "vec.h"
+
+namespace hs {
+
+constexpr int PAGE = 16;  // tokens
+
+template <class T>
+struct KvLayer {
+    char* base;  // pool + layer offset
+    int64_t page_bytes;
+    int64_t dim;  // E
+
+    T* k(int64_t page, int64_t head) const { return (T*)(base + page * page_bytes) + head * 2 * PAGE * dim; }
+    T* v(int64_t page, int64_t head) const { return k(page, head) + PAGE * dim; }
+};
+
+HS_INLINE void narrow(float x, float* out) { *out = x; }
+HS_INLINE void narrow(float x, uint16_t* out) {  // bfloat16, nearest even; NaN stays NaN
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    *out = x != x ? (uint16_t)(u >> 16 | 0x40) : (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+
+HS_INLINE int64_t k_index(const float*, int64_t e, int64_t key) { return e * PAGE + key; }
+HS_INLINE int64_t k_index(const uint16_t*, int64_t e, int64_t key) { return (e / 2 * PAGE + key) * 2 + e % 2; }
+
+// Key and value of one head of one token, into slot = page * 16 + offset.
+template <class T>
+HS_INLINE void kv_store_k(const KvLayer<T>& layer, int64_t slot, int64_t head, const float* x) {
+    T* k = layer.k(slot / PAGE, head);
+    for (int64_t e = 0; e < layer.dim; e++) narrow(x[e], k + k_index(k, e, slot % PAGE));
+}
+template <class T>
+HS_INLINE void kv_store_v(const KvLayer<T>& layer, int64_t slot, int64_t head, const float* x) {
+    T* v = layer.v(slot / PAGE, head) + slot % PAGE * layer.dim;
+    for (int64_t e = 0; e < layer.dim; e++) narrow(x[e], v + e);
+}
+
+}  // namespace hs

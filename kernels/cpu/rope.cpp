@@ -1,0 +1,98 @@
+// Rotary embedding and the write into the KV pages, apart or as one pass over a merged qkv row. Slots of each entry:
+// kernels/cpu/rope.py.
+#include "kv_page.h"
+#include "linear_call.h"
+
+namespace {
+
+using namespace hs;
+
+constexpr int MAX_DIM = 256;
+
+// x rotated by the table row (cos, then sin); dims beyond `rotary` pass through. `out` may be `x`.
+void rotate(const float* x, const float* table, int64_t rotary, bool interleaved, int64_t dim, float* out) {
+    int64_t half = rotary / 2;
+    const float *cos = table, *sin = table + half;
+    int64_t step = interleaved ? 2 : 1, apart = interleaved ? 1 : half;
+    for (int64_t i = 0; i < half; i++) {
+        float a = x[i * step], b = x[i * step + apart];
+        out[i * step] = a * cos[i] - b * sin[i];
+        out[i * step + apart] = b * cos[i] + a * sin[i];
+    }
+    if (out != x) memcpy(out + rotary, x + rotary, (dim - rotary) * sizeof(float));
+}
+
+template <class T>
+void kv_write(const hs_ctx* ctx, const hs_arg* a) {
+    enum { LIVE, K, V, KV_SLOTS, KV, LAYER_OFFSET, PAGE_BYTES, KV_HEADS, HEAD_DIM };
+    KvLayer<T> layer{(char*)a[KV].p + a[LAYER_OFFSET].i, a[PAGE_BYTES].i, a[HEAD_DIM].i};
+    int64_t heads = a[KV_HEADS].i, units = ((const int32_t*)a[LIVE].p)[0] * heads;
+    Range range = split(units, 1, ctx);
+    for (int64_t u = range.begin; u < range.end; u++) {
+        int64_t slot = ((const int32_t*)a[KV_SLOTS].p)[u / heads];
+        kv_store_k(layer, slot, u % heads, (const float*)a[K].p + u * layer.dim);
+        kv_store_v(layer, slot, u % heads, (const float*)a[V].p + u * layer.dim);
+    }
+}
+
+template <class T>
+void rope_kv(const hs_ctx* ctx, const hs_arg* a) {
+    enum {
+        LIVE, QKV, TABLE, Q_NORM, K_NORM, KV_SLOTS, KV, Q,
+        LAYER_OFFSET, PAGE_BYTES, HEADS, KV_HEADS, HEAD_DIM, ROTARY, INTERLEAVED, EPS
+    };
+    int64_t heads = a[HEADS].i, kv_heads = a[KV_HEADS].i, dim = a[HEAD_DIM].i, rotary = a[ROTARY].i;
+    int64_t all = heads + 2 * kv_heads;
+    KvLayer<T> layer{(char*)a[KV].p + a[LAYER_OFFSET].i, a[PAGE_BYTES].i, dim};
+    Range range = split(((const int32_t*)a[LIVE].p)[0] * all, 1, ctx);
+    float buffer[MAX_DIM];
+    for (int64_t u = range.begin; u < range.end; u++) {
+        int64_t t = u / all, head = u % all;
+        const float* x = (const float*)a[QKV].p + u * dim;
+        if (head >= heads + kv_heads) {
+            kv_store_v(layer, ((const int32_t*)a[KV_SLOTS].p)[t], head - heads - kv_heads, x);
+            continue;
+        }
+        float* out = head < heads ? (float*)a[Q].p + (t * heads + head) * dim : buffer;
+        if (const float* norm = (const float*)a[head < heads ? Q_NORM : K_NORM].p) {
+            rms_norm(x, norm, (float)a[EPS].f, dim, out);
+            x = out;
+        }
+        if (a[TABLE].p)
+            rotate(x, (const float*)a[TABLE].p + t * rotary, rotary, a[INTERLEAVED].i, dim, out);
+        else if (x != out)
+            memcpy(out, x, dim * sizeof(float));
+        if (head >= heads) kv_store_k(layer, ((const int32_t*)a[KV_SLOTS].p)[t], head - heads, out);
+    }
+}
+
+}  // namespace
+
+HS_EXPORT void hs_rope_table(const hs_ctx* ctx, const hs_arg* a) {
+    enum { LIVE, POSITIONS, INV_FREQ, OUT, HALF, SCALE };
+    int64_t half = a[HALF].i;
+    float scale = (float)a[SCALE].f;
+    Range range = split(((const int32_t*)a[LIVE].p)[0] * half, 1, ctx);
+    for (int64_t u = range.begin; u < range.end; u++) {
+        int64_t t = u / half, i = u % half;
+        // Rounded to float32 before the sine, as every published implementation does.
+        float angle = (float)((const int32_t*)a[POSITIONS].p)[t] * ((const float*)a[INV_FREQ].p)[i];
+        float* row = (float*)a[OUT].p + t * 2 * half;
+        row[i] = std::cos(angle) * scale;
+        row[half + i] = std::sin(angle) * scale;
+    }
+}
+
+HS_EXPORT void hs_rope(const hs_ctx* ctx, const hs_arg* a) {
+    enum { LIVE, X, TABLE, OUT, HEADS, HEAD_DIM, ROTARY, INTERLEAVED };
+    int64_t heads = a[HEADS].i, dim = a[HEAD_DIM].i, rotary = a[ROTARY].i;
+    Range range = split(((const int32_t*)a[LIVE].p)[0] * heads, 1, ctx);
+    for (int64_t u = range.begin; u < range.end; u++)
+        rotate((const float*)a[X].p + u * dim, (const float*)a[TABLE].p + u / heads * rotary, rotary, a[INTERLEAVED].i, dim,
+               (float*)a[OUT].p + u * dim);
+}
+
+HS_EXPORT void hs_kv_write_f32(const hs_ctx* ctx, const hs_arg* a) { kv_write<float>(ctx, a); }
+HS_EXPORT void hs_kv_write_bf16(const hs_ctx* ctx, const hs_arg* a) { kv_write<uint16_t>(ctx, a); }
+HS_EXPORT void hs_rope_kv_f32(const hs_ctx* ctx, const hs_arg* a) { rope_kv<float>(ctx, a); }
+HS_EXPORT void hs_rope_kv_bf16(const hs_ctx* ctx, const hs_arg* a) { rope_kv<uint16_t>(ctx, a); }

@@ -1,0 +1,124 @@
+"""Registration of the CPU kernels of rope.cpp: the angle table, the rotation, the KV write and all of it in one pass.
+
+Imported by kernels/cpu/register.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kernels.cpu.basic import not_float32
+from kernels.kernel import CallShape, Kernel, register
+
+PAGE_SIZE = 16  # PAGE in kv_page.h
+MAX_HEAD_DIM = 256  # MAX_DIM in attention.cpp and rope.cpp
+KV_SUFFIXES = {"float32": "f32", "bfloat16": "bf16"}
+
+
+def refuse_pages(call: CallShape, kv_dtype: str) -> str | None:
+    """Why a kernel for pages of `kv_dtype` cannot serve a call on the KV pool, or None."""
+    attrs = call.attrs
+    if attrs["kv_dtype"] != kv_dtype:
+        return f"the KV pool is {attrs['kv_dtype']}, this kernel reads {kv_dtype}"
+    if attrs["page_size"] != PAGE_SIZE:
+        return f"page_size {attrs['page_size']} is not {PAGE_SIZE}"
+    dim = attrs["head_dim"]
+    if dim % 16 or not 16 <= dim <= MAX_HEAD_DIM:
+        return f"head_dim {dim} is not a multiple of 16 in 16..{MAX_HEAD_DIM}"
+    if "heads" in attrs and attrs["heads"] % attrs["kv_heads"]:
+        return f"{attrs['heads']} heads cannot be shared out evenly over {attrs['kv_heads']} kv heads"
+    return not_float32(call)
+
+
+def accepts_pages(kv_dtype: str) -> Callable[[CallShape], str | None]:
+    return lambda call: refuse_pages(call, kv_dtype)
+
+
+def page_scalars(call: CallShape) -> dict[str, int | float]:
+    names = ("layer_offset", "page_bytes", "kv_heads", "head_dim")
+    return {name: int(call.attrs[name]) for name in names}
+
+
+def _rope_scalars(call: CallShape) -> dict[str, int | float]:
+    return {
+        "heads": call.attrs["heads"],
+        "head_dim": call.attrs["head_dim"],
+        "rotary": call.shapes["table"][1] if "table" in call.shapes else 0,
+        "interleaved": int(call.attrs["interleaved"]),
+    }
+
+
+register(
+    Kernel(
+        name="rope_table",
+        op="rope_table",
+        target="cpu",
+        entry="hs_rope_table",
+        params=("ptr:live", "ptr:positions", "ptr:inv_freq", "ptr:out", "i64:half", "f64:scale"),
+        accepts=not_float32,
+        scalars=lambda call: {"half": call.shapes["inv_freq"][0], "scale": float(call.attrs["scale"])},
+    )
+)
+
+register(
+    Kernel(
+        name="rope",
+        op="rope",
+        target="cpu",
+        entry="hs_rope",
+        params=("ptr:live", "ptr:x", "ptr:table", "ptr:out", "i64:heads", "i64:head_dim", "i64:rotary", "i64:interleaved"),
+        accepts=not_float32,
+        scalars=_rope_scalars,
+    )
+)
+
+for _dtype, _suffix in KV_SUFFIXES.items():
+    register(
+        Kernel(
+            name=f"kv_write_{_suffix}",
+            op="kv_write",
+            target="cpu",
+            entry=f"hs_kv_write_{_suffix}",
+            params=(
+                "ptr:live",
+                "ptr:k",
+                "ptr:v",
+                "ptr:kv_slots",
+                "ptr:kv",
+                "i64:layer_offset",
+                "i64:page_bytes",
+                "i64:kv_heads",
+                "i64:head_dim",
+            ),
+            accepts=accepts_pages(_dtype),
+            scalars=page_scalars,
+        )
+    )
+    register(
+        Kernel(
+            name=f"rope_kv_{_suffix}",
+            op="rope_kv",
+            target="cpu",
+            entry=f"hs_rope_kv_{_suffix}",
+            params=(
+                "ptr:live",
+                "ptr:qkv",
+                "ptr:table",
+                "ptr:q_norm",
+                "ptr:k_norm",
+                "ptr:kv_slots",
+                "ptr:kv",
+                "ptr:q",
+                "i64:layer_offset",
+                "i64:page_bytes",
+                "i64:heads",
+                "i64:kv_heads",
+                "i64:head_dim",
+                "i64:rotary",
+                "i64:interleaved",
+                "f64:eps",
+            ),
+            accepts=accepts_pages(_dtype),
+            scalars=lambda call: page_scalars(call) | _rope_scalars(call) | {"eps": float(call.attrs.get("eps", 0.0))},
+        )
+    )

@@ -1,0 +1,174 @@
+"""Attention over paged keys and values, and the write that fills the pages.
+
+A step is one flat batch: sequence s owns tokens seq_start[s] .. seq_start[s+1], the last of which sees seq_len[s] keys.
+T tokens, S sequences, P pages of a sequence, H heads, K KV heads, E head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.op import Arg, Cost, Op, Sample, register
+from kernels.ops.embed import LIVE, live_count
+from kernels.ops.kv import KV_ATTRS, KV_DTYPES, KvState, layer_bytes
+from kernels.ops.samples import EMPTY, LONG_DECODE, MIXED, ONE_TOKEN, Ragged, floats, generator
+
+KV_ARG = Arg(name="kv", role="state", dims=("kv_bytes",), dtypes=("uint8",))
+SEQ_ARGS = (
+    Arg(name="seq_start", role="input", dims=("seqs+1",), dtypes=("int32",)),
+    Arg(name="seq_len", role="input", dims=("seqs",), dtypes=("int32",)),
+    Arg(name="pages", role="input", dims=("seqs", "pages"), dtypes=("int32",)),
+)
+
+
+def kv_write_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str, Tensor]:
+    n = live_count(args, 0)
+    layer = args["kv"].layer(attrs)
+    slots = args["kv_slots"][:n].long()
+    page, offset = slots // attrs["page_size"], slots % attrs["page_size"]
+    for i, name in enumerate(("k", "v")):
+        layer[page, i, :, offset] = args[name][:n].unflatten(1, (attrs["kv_heads"], -1)).to(layer.dtype)
+    return {}
+
+
+def _kv_write_cost(shapes: dict[str, tuple[int, ...]], attrs: dict[str, Any]) -> Cost:
+    tokens, width = shapes["k"]
+    return Cost(read=2 * tokens * width * 4, written=tokens * layer_bytes(attrs) // attrs["page_size"], flops=0)
+
+
+def _kv_write_samples() -> list[Sample]:
+    out = []
+    for label, ragged, kv_heads, dim, dtype in (
+        ("mixed", MIXED, 2, 32, "float32"),
+        ("bf16", MIXED, 3, 16, "bfloat16"),
+        ("one", ONE_TOKEN, 1, 48, "float32"),
+    ):
+        g = generator(40)
+        steps = ragged.arrays(ragged.page_tables(g, 16), 16)
+        n = int(steps["live"][0])
+        attrs = _attrs(kv_heads, dim, dtype)
+        args = {
+            "live": steps["live"],
+            "k": floats(g, ragged.tokens, kv_heads * dim, used=n),
+            "v": floats(g, ragged.tokens, kv_heads * dim, used=n),
+            "kv_slots": steps["kv_slots"],
+            "kv": KvState(ragged.pool_pages),
+        }
+        out.append(Sample(label=label, args=args, attrs=attrs))
+    return out
+
+
+def _attrs(kv_heads: int, dim: int, dtype: str) -> dict[str, Any]:
+    """Attributes of the middle one of three layers."""
+    attrs: dict[str, Any] = {"kv_heads": kv_heads, "head_dim": dim, "page_size": 16, "kv_dtype": dtype}
+    layer = layer_bytes(attrs)
+    return {**attrs, "layer_offset": layer, "page_bytes": 3 * layer}
+
+
+KV_WRITE = register(
+    Op(
+        name="kv_write",
+        args=(
+            LIVE,
+            Arg(name="k", role="input", dims=("tokens", "K*E"), dtypes=("float",)),
+            Arg(name="v", role="input", dims=("tokens", "K*E"), dtypes=("float",)),
+            Arg(name="kv_slots", role="input", dims=("tokens",), dtypes=("int32",)),
+            KV_ARG,
+        ),
+        attrs=dict(KV_ATTRS),
+        reference=kv_write_reference,
+        cost=_kv_write_cost,
+        samples=_kv_write_samples,
+    )
+)
+
+
+def attention_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str, Tensor]:
+    q = args["q"]
+    layer = args["kv"].layer(attrs)
+    group = attrs["heads"] // attrs["kv_heads"]
+    out = torch.zeros_like(q)
+    for s in range(live_count(args, 1)):
+        first, last, length = int(args["seq_start"][s]), int(args["seq_start"][s + 1]), int(args["seq_len"][s])
+        pages = args["pages"][s, : -(-length // attrs["page_size"])].long()
+        # [pages, K, page_size, E] -> [K, keys, E], one copy per query head
+        k, v = (
+            layer[pages, i].transpose(0, 1).flatten(1, 2)[:, :length].float().repeat_interleave(group, 0) for i in (0, 1)
+        )
+        q_HTE = q[first:last].unflatten(1, (attrs["heads"], -1)).transpose(0, 1)
+        position = torch.arange(length - (last - first), length)[:, None]
+        key = torch.arange(length)[None, :]
+        visible = key <= position
+        if attrs["window"]:
+            visible &= key > position - attrs["window"]
+        scores = (q_HTE @ k.transpose(1, 2)) * attrs["scale"]
+        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+        out[first:last] = (weights @ v).transpose(0, 1).flatten(1)
+    return {"out": out}
+
+
+def _attention_cost(shapes: dict[str, tuple[int, ...]], attrs: dict[str, Any]) -> Cost:
+    """An upper bound: every sequence at the bucket's full length, every token one query of it."""
+    tokens, width = shapes["q"]
+    seqs, pages = shapes["pages"]
+    keys = min(pages * attrs["page_size"], attrs["window"] or pages * attrs["page_size"])
+    kv = min(tokens, seqs) * keys * layer_bytes(attrs) // attrs["page_size"]
+    return Cost(read=kv + tokens * width * 4, written=tokens * width * 4, flops=4 * tokens * width * keys)
+
+
+def _attention_sample(
+    seed: int, label: str, ragged: Ragged, *, heads: int, kv_heads: int, dim: int, window: int = 0, dtype: str = "float32"
+) -> Sample:
+    g = generator(seed)
+    tables = ragged.page_tables(g, 16)
+    steps = ragged.arrays(tables, 16)
+    attrs = {**_attrs(kv_heads, dim, dtype), "heads": heads, "scale": dim**-0.5 * 1.5, "window": window}
+    kv = KvState(ragged.pool_pages)
+    layer = kv.layer(attrs)
+    for (before, new), table in zip(ragged.lengths, tables, strict=True):
+        for p in range(before + new):
+            layer[table[p // 16], :, :, p % 16] = floats(g, 2, kv_heads, dim).to(KV_DTYPES[dtype])
+    args = {
+        "live": steps["live"],
+        "q": floats(g, ragged.tokens, heads * dim, used=int(steps["live"][0])),
+        "kv": kv,
+        "seq_start": steps["seq_start"],
+        "seq_len": steps["seq_len"],
+        "pages": steps["pages"],
+    }
+    return Sample(label=label, args=args, attrs=attrs)
+
+
+def _attention_samples() -> list[Sample]:
+    return [
+        _attention_sample(50, "gqa", MIXED, heads=6, kv_heads=2, dim=64),
+        _attention_sample(51, "mha", MIXED, heads=2, kv_heads=2, dim=48),
+        _attention_sample(52, "mqa", MIXED, heads=30, kv_heads=1, dim=16),
+        _attention_sample(53, "bf16", MIXED, heads=8, kv_heads=2, dim=80, dtype="bfloat16"),
+        _attention_sample(54, "window", MIXED, heads=3, kv_heads=1, dim=32, window=21),
+        _attention_sample(55, "long decode", LONG_DECODE, heads=9, kv_heads=3, dim=64),
+        _attention_sample(56, "long window", LONG_DECODE, heads=2, kv_heads=1, dim=128, window=300, dtype="bfloat16"),
+        _attention_sample(57, "one", ONE_TOKEN, heads=1, kv_heads=1, dim=256),
+        _attention_sample(58, "empty", EMPTY, heads=2, kv_heads=1, dim=16),
+    ]
+
+
+ATTENTION = register(
+    Op(
+        name="attention",
+        args=(
+            LIVE,
+            Arg(name="q", role="input", dims=("tokens", "H*E"), dtypes=("float",)),
+            KV_ARG,
+            *SEQ_ARGS,
+            Arg(name="out", role="output", dims=("tokens", "H*E"), dtypes=("float",)),
+        ),
+        attrs={"heads": int, "scale": float, "window": int, **KV_ATTRS},
+        reference=attention_reference,
+        cost=_attention_cost,
+        samples=_attention_samples,
+    )
+)

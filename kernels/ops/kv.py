@@ -1,0 +1,42 @@
+"""The KV cache as references see it: one tensor per layer, in the plain order [page, 2, kv head, token of page, dim].
+
+Kernels keep the same values in their own page layout (kernels/cpu/attention.h); tests convert between the two.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+KV_ATTRS: dict[str, type] = {
+    "kv_heads": int,
+    "head_dim": int,
+    "page_size": int,
+    "layer_offset": int,
+    "page_bytes": int,
+    "kv_dtype": str,
+}
+
+
+class KvState:
+    """Layers appear when first used, filled with NaN: a key or value read before it was written shows."""
+
+    def __init__(self, pages: int) -> None:
+        self.pages = pages
+        self.layers: dict[int, Tensor] = {}
+
+    def layer(self, attrs: dict[str, Any]) -> Tensor:
+        key = attrs["layer_offset"]
+        if key not in self.layers:
+            shape = (self.pages, 2, attrs["kv_heads"], attrs["page_size"], attrs["head_dim"])
+            self.layers[key] = torch.full(shape, float("nan"), dtype=KV_DTYPES[attrs["kv_dtype"]])
+        return self.layers[key]
+
+
+def layer_bytes(attrs: dict[str, Any]) -> int:
+    """Bytes of one layer in one page."""
+    size = KV_DTYPES[attrs["kv_dtype"]].itemsize
+    return 2 * attrs["kv_heads"] * attrs["page_size"] * attrs["head_dim"] * size

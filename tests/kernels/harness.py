@@ -1,0 +1,143 @@
+"""From an op's sample to a kernel's call and arrays, and back: torch on one side, numpy and packed layouts on the other.
+
+Used by the tests that run every kernel on every sample of its op.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from kernels.cpu.layout import FORMAT_CODES, pack_kv, pack_linear, parse_format, unpack_kv
+from kernels.kernel import CallShape
+from kernels.op import Op, Sample
+from kernels.ops.kv import KvState, layer_bytes
+
+GROUP = 32
+
+
+@dataclass(slots=True, kw_only=True)
+class Case:
+    """A sample as a kernel sees it. `expected` are the reference's outputs, `state` the reference's state afterwards."""
+
+    op: Op
+    sample: Sample
+    call: CallShape
+    arrays: dict[str, Any]
+    expected: dict[str, torch.Tensor]
+    state: dict[str, Any]
+
+
+def formats(op: Op) -> list[str]:
+    """Storage formats worth testing: one per kind when the op has a matrix weight."""
+    if not any(a.role == "weight" and len(a.dims) == 2 for a in op.args):
+        return [""]
+    return [f"{kind}g{GROUP}" if kind.startswith("int") else kind for kind in FORMAT_CODES]
+
+
+def cases(op: Op) -> Iterator[tuple[str, Case]]:
+    for sample in op.samples():
+        for fmt in formats(op):
+            yield f"{sample.label} {fmt}".strip(), make_case(op, sample, fmt)
+
+
+def _stored(weight: torch.Tensor, fmt: str, swiglu: bool) -> tuple[dict[str, np.ndarray], torch.Tensor]:
+    """Packed fields of a weight, and the values they stand for."""
+    kind, group = parse_format(fmt)
+    if kind == "float32":
+        return pack_linear(fmt, weight.numpy(), swiglu), weight
+    if kind == "bfloat16":
+        rounded = weight.bfloat16()
+        return pack_linear(fmt, rounded.view(torch.int16).numpy().view(np.uint16), swiglu), rounded.float()
+    limit = 127 if kind == "int8" else 7
+    groups = weight.reshape(len(weight), -1, group)
+    scale = (groups.abs().amax(-1) / limit).clamp(min=1e-6).half().float()  # stored as float16
+    q = (groups / scale[..., None]).round().clamp(-limit, limit)
+    packed = pack_linear(fmt, (q.reshape(weight.shape).to(torch.int8).numpy(), scale.numpy()), swiglu)
+    return packed, (q * scale[..., None]).reshape(weight.shape)
+
+
+def make_case(op: Op, sample: Sample, fmt: str = "") -> Case:
+    args, attrs = copy.deepcopy(sample.args), sample.attrs
+    arrays: dict[str, Any] = {}
+    stored: dict[str, str] = {}
+    swiglu = attrs.get("act", "") == "swiglu"
+    for arg in op.args:
+        value = args.get(arg.name)
+        if value is None:
+            continue
+        if isinstance(value, KvState):
+            layer = value.layer(attrs)
+            bits = layer.view(torch.int16).numpy().view(np.uint16) if layer.dtype == torch.bfloat16 else layer.numpy()
+            pool = np.full((value.pages, attrs["page_bytes"]), 0xFF, np.uint8)
+            pool[:, attrs["layer_offset"] : attrs["layer_offset"] + layer_bytes(attrs)] = pack_kv(bits)
+            arrays[arg.name] = pool
+        elif arg.role == "weight" and len(arg.dims) == 2:
+            packed, args[arg.name] = _stored(value, fmt, swiglu)
+            arrays |= {f"{arg.name}.{field}": data for field, data in packed.items()}
+            stored[arg.name] = fmt
+        else:
+            arrays[arg.name] = value.numpy().copy()
+    state = copy.deepcopy(args)
+    expected = op.reference(state, attrs)
+    shapes = {n: tuple(v.shape) for n, v in args.items() if isinstance(v, torch.Tensor)}
+    dtypes = {n: str(v.dtype).removeprefix("torch.") for n, v in args.items() if isinstance(v, torch.Tensor)}
+    for name, value in expected.items():
+        arrays[name] = np.full_like(value.numpy(), 77)
+        shapes[name], dtypes[name] = tuple(value.shape), str(value.dtype).removeprefix("torch.")
+    call = CallShape(op=op.name, shapes=shapes, dtypes=dtypes, formats=stored, attrs=attrs)
+    return Case(op=op, sample=sample, call=call, arrays=arrays, expected=expected, state=state)
+
+
+def live_rows(case: Case) -> int:
+    """Rows of the outputs that exist."""
+    per_row = case.op.name in ("gather", "sample") or case.sample.attrs.get("live_index") == 2
+    return int(case.sample.args["live"][2 if per_row else 0])
+
+
+def check_case(case: Case, slack: float = 1.0) -> None:
+    """The arrays a kernel left against the reference; integers exactly, floats within the op's tolerance."""
+    n = live_rows(case)
+    for name, value in case.expected.items():
+        _close(case, name, case.arrays[name][:n], value[:n].numpy(), slack)
+        if n < len(value):
+            assert (case.arrays[name][n:] == 77).all(), f"{name}: rows beyond the live ones were written"
+    for arg in case.op.args:
+        if arg.role != "state":
+            continue
+        after = case.state[arg.name]
+        if isinstance(after, KvState):
+            _check_kv(case, case.arrays[arg.name], after)
+        else:
+            _close(case, arg.name, case.arrays[arg.name], after.numpy(), slack)
+
+
+def _close(case: Case, name: str, got: np.ndarray, want: np.ndarray, slack: float) -> None:
+    if got.dtype != np.float32:
+        np.testing.assert_array_equal(got, want, err_msg=name)
+        return
+    tolerance = case.op.tolerance["float32"] * slack
+    finite = want[np.isfinite(want)]
+    scale = max(1.0, float(np.abs(finite).max(initial=0.0)))
+    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * scale, err_msg=name)
+
+
+def _check_kv(case: Case, pool: np.ndarray, after: KvState) -> None:
+    attrs = case.sample.attrs
+    first, size = attrs["layer_offset"], layer_bytes(attrs)
+    others = np.delete(pool, np.s_[first : first + size], axis=1)
+    assert (others == 0xFF).all(), "bytes of other layers were written"
+    want = after.layer(attrs)
+    dtype = "uint16" if want.dtype == torch.bfloat16 else "float32"
+    got = unpack_kv(pool[:, first : first + size], attrs["kv_heads"], attrs["page_size"], attrs["head_dim"], dtype)
+    tensor = torch.from_numpy(got.view(np.int16)).view(torch.bfloat16) if dtype == "uint16" else torch.from_numpy(got)
+    rtol = 2**-7 if dtype == "uint16" else 1e-5  # a value next to a rounding border may fall either way
+    torch.testing.assert_close(tensor.float(), want.float(), rtol=rtol, atol=1e-5, equal_nan=True)
+
+
+def with_args(sample: Sample, **changes: Any) -> Sample:
+    return replace(sample, args={**sample.args, **changes})
