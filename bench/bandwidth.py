@@ -1,0 +1,110 @@
+"""Measured read bandwidth: how fast this machine's cores can stream a buffer of a given size from
+memory.
+
+`Bandwidth(bytes, threads)` holds a huge-page buffer (the size of a model's weights, so that the
+same caches help or do not); `read()` times passes over it. Used by `bench.latency` and
+`bench.peers` for their per-cent-of-bound columns. `python -m bench.bandwidth` prints the table.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.errors import BenchError
+
+SOURCE = Path(__file__).with_name("bandwidth.cpp")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread")
+PREFETCH_BYTES = (1024, 2048, 4096, 8192)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rate:
+    """Bytes per second: the best pass (the machine's limit) and the median one (what it gave, other
+    load included)."""
+
+    best: float
+    median: float
+
+    def bound(self, read_bytes: float) -> float:
+        """Seconds no step that reads `read_bytes` can beat."""
+        return read_bytes / self.best
+
+
+def _library(cache: Path) -> ctypes.CDLL:
+    compiler = os.environ.get("CXX", "c++")
+    key = hashlib.sha256(SOURCE.read_bytes() + repr((compiler, FLAGS)).encode()).hexdigest()[:16]
+    path = cache / f"bandwidth-{key}.so"
+    if not path.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        command = [compiler, *FLAGS, str(SOURCE), "-o", str(temporary)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise BenchError(f"{compiler} cannot build {SOURCE.name}: {done.stderr.strip()[-500:]}")
+        os.replace(temporary, path)
+    library = ctypes.CDLL(str(path))
+    library.hs_bandwidth_open.restype = ctypes.c_void_p
+    library.hs_bandwidth_open.argtypes = [ctypes.c_size_t]
+    library.hs_bandwidth_close.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    library.hs_bandwidth_read.argtypes = [
+        *(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_size_t, ctypes.c_int),
+        ctypes.POINTER(ctypes.c_double),
+    ]
+    return library
+
+
+class Bandwidth:
+    """A buffer to read. `read` may be called between the things measured; `rate` covers all passes
+    so far."""
+
+    def __init__(self, size: int, threads: int, cache: Path | None = None) -> None:
+        self._library = _library(cache or Path("~/.cache/headstart/bench").expanduser())
+        self._size, self._threads = max(size, 1 << 20), threads
+        self._base = self._library.hs_bandwidth_open(self._size)
+        if not self._base:
+            raise BenchError(f"no memory for a buffer of {self._size} bytes to read: free some")
+        self._seconds: dict[int, list[float]] = {ahead: [] for ahead in PREFETCH_BYTES}
+
+    def read(self, passes: int = 4) -> Rate:
+        """`passes` more reads at every prefetch distance; the rate of all reads so far."""
+        for ahead, seconds in self._seconds.items():
+            out = (ctypes.c_double * passes)()
+            self._library.hs_bandwidth_read(
+                self._base, self._size, self._threads, ahead, passes, out
+            )
+            seconds += list(out)
+        return self.rate
+
+    @property
+    def rate(self) -> Rate:
+        """Of the best prefetch distance."""
+        fastest = min(self._seconds.values(), key=min)
+        middle = sorted(fastest)[len(fastest) // 2]
+        return Rate(best=self._size / min(fastest), median=self._size / middle)
+
+    def close(self) -> None:
+        if self._base:
+            self._library.hs_bandwidth_close(self._base, self._size)
+            self._base = None
+
+
+def main() -> int:
+    threads = len(os.sched_getaffinity(0))
+    print(f"{'MiB':>8} {'threads':>8} {'best GB/s':>10} {'median GB/s':>12}")
+    for mebibytes in (64, 128, 256, 512, 1024, 2048):
+        for count in sorted({1, threads}):
+            buffer = Bandwidth(mebibytes << 20, count)
+            rate = buffer.read(8)
+            buffer.close()
+            print(f"{mebibytes:>8} {count:>8} {rate.best / 1e9:>10.1f} {rate.median / 1e9:>12.1f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
