@@ -16,7 +16,7 @@ from compiler import report
 from compiler.check_plan import ArenaSizes, check_plan
 from compiler.families.spec import ModelSpec
 from compiler.fuse import fuse
-from compiler.lower import lower
+from compiler.lower import Node, lower
 from compiler.memory import state_layout, weights_layout
 from compiler.model import StepShape, build
 from compiler.program import Program, verify
@@ -41,6 +41,7 @@ class Design:
     weights: tuple[StoredWeight, ...]
     tensors: tuple[TensorEntry, ...]
     state: StateLayout
+    state_offsets: Mapping[str, int]
     buckets: tuple[Bucket, ...]
     plans: Mapping[str, LaunchPlan]
     costs: Mapping[str, Mapping[str, int]]
@@ -74,23 +75,15 @@ def design(spec: ModelSpec, config: CompileConfig) -> Design:
     addresses = Addresses(weights={t.name: t.offset for t in tensors}, state=state_offsets)
     plans: dict[str, LaunchPlan] = {}
     costs: dict[str, Mapping[str, int]] = {}
-    work_bytes = io_bytes = 0
+    work_bytes = 0
     by_name = {weight.name: weight for weight in weights}
     buckets = choose_buckets(config)
     for bucket in buckets:
-        nodes = lower(program, bucket_sizes(bucket), weight_formats(weights), "cpu")
-        plan, work = record(program, nodes, bucket, addresses)
-        sizes = ArenaSizes(
-            weights=tensors[-1].offset + tensors[-1].size,
-            state=state_offsets,
-            pages_offset=state.pages_offset,
-            work=work,
-            fields={t.name: (t.offset, t.size) for t in tensors},
-        )
-        plans[bucket.name] = check_plan(plan, program, nodes, sizes)
+        nodes = nodes_of(program, weights, bucket)
+        plans[bucket.name], work = record(program, nodes, bucket, addresses)
         costs[bucket.name] = report.step_cost(nodes, by_name)
-        work_bytes, io_bytes = max(work_bytes, work), max(io_bytes, plan.header.io_bytes)
-    return Design(
+        work_bytes = max(work_bytes, work)
+    made = Design(
         spec=spec,
         shape=shape,
         program=program,
@@ -98,11 +91,32 @@ def design(spec: ModelSpec, config: CompileConfig) -> Design:
         weights=weights,
         tensors=tensors,
         state=state,
+        state_offsets=state_offsets,
         buckets=buckets,
         plans=plans,
         costs=costs,
         work_bytes=work_bytes,
-        io_bytes=io_bytes,
+        io_bytes=max(plan.header.io_bytes for plan in plans.values()),
+    )
+    for bucket in buckets:
+        nodes = nodes_of(program, weights, bucket)
+        check_plan(plans[bucket.name], program, nodes, arena_sizes(made))
+    return made
+
+
+def nodes_of(
+    program: Program, weights: tuple[StoredWeight, ...], bucket: Bucket
+) -> tuple[Node, ...]:
+    return lower(program, bucket_sizes(bucket), weight_formats(weights), "cpu")
+
+
+def arena_sizes(made: Design) -> ArenaSizes:
+    return ArenaSizes(
+        weights=made.weights_bytes,
+        state=made.state_offsets,
+        pages_offset=made.state.pages_offset,
+        work=made.work_bytes,
+        fields={tensor.name: (tensor.offset, tensor.size) for tensor in made.tensors},
     )
 
 

@@ -1,0 +1,71 @@
+"""Every fusion rule alone, every subset and any order give the results of the unfused program."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy_specs import FAMILIES, SHAPE, ragged_run, toy
+
+from compiler.fuse import RULES, fuse
+from compiler.model import build
+from compiler.program import Program, verify
+
+SUBSETS = [subset for size in range(1, 6) for subset in combinations(range(len(RULES)), size)]
+EXPECTED: dict[str, list[dict[str, torch.Tensor]]] = {}
+
+
+def same_results(program: Program, family: str) -> None:
+    spec = toy(family)
+    if family not in EXPECTED:
+        EXPECTED[family] = ragged_run(build(spec, SHAPE), spec)
+    for found, expected in zip(ragged_run(verify(program), spec), EXPECTED[family], strict=True):
+        rows = 2
+        torch.testing.assert_close(
+            found["logits"][:rows], expected["logits"][:rows], rtol=1e-5, atol=1e-5
+        )
+        assert torch.equal(found["token"][:rows], expected["token"][:rows])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_each_rule_alone(rule, family: str) -> None:
+    program = build(toy(family), SHAPE)
+    fused = rule(program)
+    assert len(fused.calls) < len(program.calls)
+    same_results(fused, family)
+
+
+@pytest.mark.parametrize("subset", SUBSETS, ids=str)
+def test_every_subset(subset: tuple[int, ...]) -> None:
+    program = build(toy("qwen3"), SHAPE)
+    for index in subset:
+        program = RULES[index](program)
+    same_results(program, "qwen3")
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.permutations(range(len(RULES))), st.sampled_from(FAMILIES))
+def test_any_order(order: list[int], family: str) -> None:
+    program = build(toy(family), SHAPE)
+    for index in order:
+        program = RULES[index](program)
+    same_results(program, family)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fused_layer_is_six_calls(family: str) -> None:
+    one, two = (fuse(build(toy(family, layers=n), SHAPE)) for n in (1, 2))
+    tables = {"mistral": 1}.get(family, 0)  # the second layer brings its own rope
+    assert len(two.calls) - len(one.calls) == 6 + tables
+    assert fuse(two).calls == two.calls
+
+
+def test_a_value_with_two_readers_is_not_swallowed() -> None:
+    """norm feeds a linear and something else: the rule must leave it alone."""
+    program = build(toy("llama", layers=1), SHAPE)
+    names = {call.op for call in RULES[3](RULES[4](program)).calls}
+    assert "rms_norm" in names  # the final norm is read by gather

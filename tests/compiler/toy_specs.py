@@ -1,0 +1,98 @@
+"""Small models for compiler tests: one spec per structural variant, random logical weights, and a
+helper that runs any program on the reference interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from compiler.families.names import logical_weights
+from compiler.families.spec import Attention, GatedFfn, LayerSpec, ModelSpec, NormSpec, RopeSpec
+from compiler.interpret import Chunk, greedy_step, new_state, run
+from compiler.model import StepShape, constants
+from compiler.program import Program
+from conf.schema import CompileConfig
+
+SHAPE = StepShape(slots=4, edits=70, page_size=16, kv_dtype="float32")
+ROPE = RopeSpec(rotary_dim=16, inv_freq=tuple(10000.0 ** (-i / 8) for i in range(8)))
+WIDE = RopeSpec(rotary_dim=8, inv_freq=(1.0, 0.5, 0.25, 0.125), scale=1.25, interleaved=True)
+
+
+def toy(family: str, layers: int = 2, tied: bool = True) -> ModelSpec:
+    """`llama`, `mistral` (window, two ropes), `qwen2` (biases), `qwen3` (head norms), `norope`."""
+    norm = NormSpec(eps=1e-5)
+
+    def layer(index: int) -> LayerSpec:
+        rope = {"norope": None, "mistral": (ROPE, WIDE)[index % 2]}.get(family, ROPE)
+        mixer = Attention(
+            heads=4,
+            kv_heads=2,
+            head_dim=16,
+            rope=rope,
+            scale=0.25,
+            qkv_bias=family == "qwen2",
+            out_bias=family == "qwen2",
+            head_norm=norm if family == "qwen3" else None,
+            window=5 if family == "mistral" else None,
+        )
+        return LayerSpec(mixer=mixer, ffn=GatedFfn(width=96, bias=family == "qwen2"), norm=norm)
+
+    return ModelSpec(
+        family=family,
+        dim=64,
+        vocab=97,
+        context=64,
+        layers=tuple(layer(i) for i in range(layers)),
+        final_norm=norm,
+        tied_head=tied,
+    )
+
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "norope")
+
+
+def toy_config(spec: ModelSpec, scheme: str = "none", dtype: str = "float32") -> CompileConfig:
+    config = CompileConfig(name="toy", dtype=dtype)
+    config.quant.scheme, config.kv.dtype = scheme, "float32"
+    config.shape.context, config.shape.max_seqs, config.shape.max_tokens = spec.context, 4, 24
+    return config
+
+
+def weight_of(program: Program, spec: ModelSpec) -> Callable[[str], torch.Tensor]:
+    """Any weight of the program: constants, seeded logical weights, and concatenations of them."""
+    fixed = {name: torch.from_numpy(value) for name, value in constants(spec).items()}
+    logical = {}
+    for index, (name, shape) in enumerate(logical_weights(spec).items()):
+        g = torch.Generator().manual_seed(index)
+        logical[name] = torch.randn(*shape, generator=g) * (0.3 if len(shape) == 1 else 0.12)
+        if name.endswith("norm"):
+            logical[name] += 1
+
+    def weight(name: str) -> torch.Tensor:
+        if name in fixed:
+            return fixed[name]
+        parts = program.values[name].parts or (name,)
+        return torch.cat([logical[part] for part in parts])
+
+    return weight
+
+
+def ragged_run(program: Program, spec: ModelSpec) -> list[dict[str, torch.Tensor]]:
+    """A prefill of two sequences, then a step that mixes a decode row and a prefill chunk."""
+    state = new_state(program, 8)
+    weight = weight_of(program, spec)
+    steps: list[Sequence[Chunk]] = [
+        [
+            Chunk(tokens=[5, 90, 13, 2, 2, 40, 61], pages=[3, 1], slot=0),
+            Chunk(tokens=[7, 7, 31] * 6, pages=[0, 5], slot=1),
+        ],
+        [
+            Chunk(tokens=[-1], pages=[3, 1], before=7, slot=0),
+            Chunk(tokens=[8, 9, 10, 11], pages=[0, 5], before=18, slot=1),
+        ],
+    ]
+    return [
+        run(program, greedy_step(chunks, 16, SHAPE.edits), state, weight, keep=("logits",))
+        for chunks in steps
+    ]
