@@ -37,6 +37,8 @@ def decoder_spec(config: ConfigReader, parts: Parts) -> ModelSpec:
             f"{config.where}: hidden_size {dim} is no multiple of {heads} heads"
         )
     head_dim = config.integer("head_dim", parts.head_dim or dim // heads)
+    if head_dim % 2:
+        raise DamagedCheckpoint(f"{config.where}: head_dim {head_dim} is odd; rope turns pairs")
     if heads % kv_heads:
         raise DamagedCheckpoint(
             f"{config.where}: {heads} heads are no multiple of {kv_heads} kv heads"

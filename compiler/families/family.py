@@ -14,17 +14,22 @@ from compiler.families.spec import ModelSpec
 # switches.
 IGNORABLE_KEYS = frozenset(
     """
-    _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash
-    _name_or_path add_cross_attention attention_dropout auto_map bad_words_ids
-    begin_suppress_tokens bos_token_id chunk_size_feed_forward cross_attention_hidden_size
-    decoder_start_token_id dtype embd_pdrop eos_token_id experts_implementation finetuning_task
-    forced_bos_token_id forced_eos_token_id hidden_dropout id2label initializer_range is_decoder
-    is_encoder_decoder is_llama_config keys_to_ignore_at_inference label2id max_length
-    model_type num_labels output_attentions output_hidden_states pad_token_id prefix
-    pretraining_tp problem_type pruned_heads resid_pdrop return_dict sep_token_id
-    suppress_tokens task_specific_params tf_legacy_loss tie_encoder_decoder tokenizer_class
-    torch_dtype torchscript transformers_version unk_token_id unsloth_fixed unsloth_version
-    use_bfloat16 use_cache vocab_file
+    _attn_implementation _attn_implementation_autoset _attn_implementation_internal
+    _commit_hash _name_or_path add_cross_attention architectures attention_dropout
+    attention_probs_dropout_prob auto_map bad_words_ids begin_suppress_tokens bos_token_id
+    chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id
+    diversity_penalty do_sample dtype early_stopping embd_pdrop encoder_no_repeat_ngram_size
+    eos_token_id experts_implementation exponential_decay_length_penalty finetuning_task
+    forced_bos_token_id forced_eos_token_id hidden_dropout hidden_dropout_prob id2label
+    initializer_range is_decoder is_encoder_decoder is_llama_config
+    keys_to_ignore_at_inference label2id length_penalty max_length max_new_tokens min_length
+    min_p mlp_dropout model_type no_repeat_ngram_size num_beam_groups num_beams num_labels
+    num_return_sequences output_attentions output_hidden_states output_scores pad_token_id
+    prefix pretraining_tp problem_type pruned_heads remove_invalid_values repetition_penalty
+    resid_pdrop return_dict return_dict_in_generate sep_token_id suppress_tokens
+    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class
+    top_k top_p torch_dtype torchscript transformers_version typical_p unk_token_id
+    unsloth_fixed unsloth_version use_bfloat16 use_cache use_return_dict vocab_file
     """.split()  # noqa: SIM905
 )
 
@@ -32,8 +37,7 @@ IGNORABLE_KEYS = frozenset(
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """`spec` reads every key of a config.json that matters; `names` locates every weight; `unused`
-    are patterns of tensors a checkpoint may hold beyond that; `defaults` are the class's values
-    for keys a file may omit.
+    are patterns of tensors a checkpoint may hold beyond that.
     """
 
     name: str

@@ -1,0 +1,261 @@
+"""Families against transformers at toy size: specs, every weight, rope frequencies, and logits of
+a plain forward over the spec.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toy_models
+from torch.nn import functional as F
+
+import compiler.families.register  # noqa: F401 - fills FAMILIES
+from compiler.checkpoint import Checkpoint, ConfigReader
+from compiler.errors import CompileError, DamagedCheckpoint, ProgramError
+from compiler.families.family import FAMILIES, family_of
+from compiler.families.names import Source, bind, logical_weights
+from compiler.families.spec import Attention, LayerSpec, ModelSpec, NormSpec, RopeSpec
+from compiler.weights import Weights, checkpoint_weights
+from conf.load import group_choices, load
+from conf.schema import CompileConfig
+
+pytest.importorskip("transformers")
+CASES = [
+    pytest.param(recipe, old, id=f"{family}-{recipe.label}-{'v4' if old else 'v5'}")
+    for family, recipes in toy_models.RECIPES.items()
+    for recipe in recipes
+    for old in (False, True)
+]
+
+
+def read(directory: Path) -> tuple[ModelSpec, Weights]:
+    checkpoint = Checkpoint.open(directory)
+    reader = ConfigReader(checkpoint.config, "config.json")
+    family = family_of(reader)
+    spec = family.read(reader)
+    return spec, checkpoint_weights(family, spec, checkpoint)
+
+
+def test_every_family_has_recipes() -> None:
+    assert toy_models.RECIPES.keys() == FAMILIES.keys()
+
+
+# --- a forward pass written from the spec's documentation, one sequence, no cache -----------------
+
+
+def forward(spec: ModelSpec, weights: Weights, tokens: list[int]) -> torch.Tensor:
+    def w(name: str) -> torch.Tensor:
+        return weights.fetch(name).double()
+
+    def linear(x: torch.Tensor, name: str, bias: bool) -> torch.Tensor:
+        return F.linear(x, w(name), w(name + "_bias") if bias else None)
+
+    h = w("embed")[tokens]
+    for i, layer in enumerate(spec.layers):
+        own = f"layers.{i}."
+        x = rms(h, w(own + "attn_norm"), layer.norm)
+        h = h + linear(attention(layer, own, x, w, linear), own + "o", layer.mixer.out_bias)
+        x = rms(h, w(own + "ffn_norm"), layer.norm)
+        bias = layer.ffn.bias
+        gated = F.silu(linear(x, own + "gate", bias)) * linear(x, own + "up", bias)
+        h = h + linear(gated, own + "down", bias)
+    h = rms(h, w("final_norm"), spec.final_norm)
+    return h @ w("embed" if spec.tied_head else "head").T
+
+
+def attention(layer: LayerSpec, own: str, x: torch.Tensor, w: Any, linear: Any) -> torch.Tensor:
+    a: Attention = layer.mixer
+    q, k, v = (linear(x, own + n, a.qkv_bias) for n in "qkv")
+    q, k, v = (y.unflatten(-1, (-1, a.head_dim)) for y in (q, k, v))
+    if a.head_norm is not None:
+        q, k = rms(q, w(own + "q_norm"), a.head_norm), rms(k, w(own + "k_norm"), a.head_norm)
+    assert a.rope is not None
+    q, k = rotate(q, a.rope), rotate(k, a.rope)
+    k, v = (y.repeat_interleave(a.heads // a.kv_heads, 1) for y in (k, v))
+    scores = torch.einsum("qhe,khe->hqk", q, k) * a.scale
+    distance = torch.arange(len(x))[:, None] - torch.arange(len(x))
+    hidden = (distance < 0) | (distance >= (a.window or len(x)))
+    return torch.einsum(
+        "hqk,khe->qhe", scores.masked_fill(hidden, -torch.inf).softmax(-1), v
+    ).flatten(1)
+
+
+def rms(x: torch.Tensor, weight: torch.Tensor, norm: NormSpec) -> torch.Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * weight
+
+
+def rotate(x: torch.Tensor, rope: RopeSpec) -> torch.Tensor:
+    angle = torch.arange(len(x))[:, None, None] * torch.tensor(rope.inv_freq, dtype=torch.float64)
+    cos, sin = angle.cos() * rope.scale, angle.sin() * rope.scale
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+@pytest.mark.parametrize(("recipe", "old"), CASES)
+def test_equals_transformers(recipe: toy_models.Recipe, old: bool, tmp_path: Path) -> None:
+    model = toy_models.save(recipe, tmp_path, old_config=old)
+    spec, weights = read(tmp_path)
+    assert spec.parameters() == model.num_parameters()
+    rope = spec.layers[0].mixer.rope
+    assert rope is not None
+    reference = model.model.rotary_emb
+    assert rope.inv_freq == tuple(reference.inv_freq.tolist())
+    assert rope.scale == pytest.approx(reference.attention_scaling, rel=1e-12)
+    tokens = torch.randint(128, (200,), generator=torch.Generator().manual_seed(1)).tolist()
+    with torch.no_grad():
+        expected = model(torch.tensor([tokens])).logits[0]
+    torch.testing.assert_close(forward(spec, weights, tokens).float(), expected, rtol=0, atol=1e-4)
+
+
+def test_weights_are_those_of_the_file(tmp_path: Path) -> None:
+    model = toy_models.save(toy_models.RECIPES["qwen3"][0], tmp_path, shards=True)
+    spec, weights = read(tmp_path)
+    state = model.state_dict()
+    assert torch.equal(weights.fetch("layers.1.down"), state["model.layers.1.mlp.down_proj.weight"])
+    assert torch.equal(
+        weights.fetch("layers.0.q_norm"), state["model.layers.0.self_attn.q_norm.weight"]
+    )
+    for name, shape in logical_weights(spec).items():
+        assert tuple(weights.fetch(name).shape) == shape
+
+
+# --- named shapes ---------------------------------------------------------------------------------
+
+PUBLISHED = {  # parameters in millions, as the publishers' weight files hold them
+    "llama3-8b": 8030.3,
+    "llama3.1-8b": 8030.3,
+    "llama3.2-1b": 1235.8,
+    "llama3-70b": 70553.7,
+    "llama3.1-405b": 405853.4,
+    "smollm-135m": 134.5,
+    "smollm2-1.7b": 1711.4,
+    "tinyllama-1.1b": 1100.0,
+    "mistral-7b": 7248.0,
+    "qwen2-0.5b": 494.0,
+    "qwen2-1.5b": 1543.7,
+    "qwen2-7b": 7615.6,
+    "qwen3-0.6b": 596.0,
+    "qwen3-8b": 8190.7,
+}
+
+
+def test_every_named_shape_is_published() -> None:
+    assert set(group_choices("model")) - {"hf", "tiny"} == PUBLISHED.keys()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_named_shapes(name: str) -> None:
+    values = load(CompileConfig, "compile", [f"model={name}"]).config.model.config
+    reader = ConfigReader(values, name)
+    spec = family_of(reader).read(reader)
+    assert spec.parameters() / 1e6 == pytest.approx(PUBLISHED[name], rel=0.001)
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("plain")
+    toy_models.save(toy_models.RECIPES["llama"][0], directory, old_config=True)
+    return directory
+
+
+REFUSALS = [
+    ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel.*LlamaForCausalLM"),
+    ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    ({"residual_multiplier": 0.3}, "'residual_multiplier'"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'.*yarn"),
+    ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}}, "'longrope'"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0, "extra": 1}}, "'extra'"),
+    ({"rope_interleaved": True}, "rope_interleaved"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ({"quantization_config": {"quant_method": "awq"}}, "quantized"),
+    ({"num_key_value_heads": 3}, "4 heads.*3"),
+    ({"hidden_size": 66, "head_dim": None}, "66.*4"),
+    ({"hidden_size": "64"}, "hidden_size is '64'"),
+    ({"hidden_size": None}, "'hidden_size' is missing"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+    ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1"),
+    ({"intermediate_size": 97}, r"mlp.gate_proj.weight \[96, 64\].*layers.0.gate \[97, 64\]"),
+    ({"num_hidden_layers": 3}, r"tensor model.layers.2.\S+ is missing"),
+    ({"num_hidden_layers": 1}, r"tensor model.layers.1.\S+ .* not used"),
+    ({"attention_bias": True}, "q_proj.bias is missing"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSALS, ids=lambda v: str(v)[:50])
+def test_refused_by_name(plain: Path, change: dict[str, Any], message: str) -> None:
+    checkpoint = Checkpoint.open(plain)
+    reader = ConfigReader(checkpoint.config | change, "config.json")
+    with pytest.raises((CompileError, DamagedCheckpoint), match=message) as caught:
+        family = family_of(reader)
+        checkpoint_weights(family, family.read(reader), checkpoint)
+    assert "\n" not in str(caught.value)
+
+
+def test_mistral_window_missing_null_or_zero(tmp_path: Path) -> None:
+    toy_models.save(toy_models.RECIPES["mistral"][0], tmp_path, old_config=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for value, window in (("absent", 4096), (None, None), (0, None), (7, 7)):
+        changed = {**config, "sliding_window": value}
+        if value == "absent":
+            del changed["sliding_window"]
+        reader = ConfigReader(changed, "c")
+        spec = family_of(reader).read(reader)
+        assert {layer.mixer.window for layer in spec.layers} == {window}
+
+
+def test_name_maps_can_split_reorder_and_join() -> None:
+    """A packed tensor as some families store it: per kv head its query heads, key, value."""
+    packed = torch.arange(8 * 3, dtype=torch.float32).view(8, 3)  # 2 groups x (2 q + k + v) x 1
+    q = Source(tensor="w", view=(2, 4, 1, 3)).apply(packed)[:, :2].reshape(4, 3)
+    rows = Source(tensor="w", rows=(0, 2)).apply(packed)
+    assert torch.equal(q[:2], rows)
+    transposed = Source(tensor="w", view=(8, 3), order=(1, 0)).apply(packed)
+    assert torch.equal(transposed, packed.T)
+
+
+class Shapes(dict[str, tuple[int, ...]]):
+    def names(self) -> list[str]:
+        return list(self)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self[name]
+
+
+def test_bind_counts_every_element(plain: Path) -> None:
+    spec, _ = read(plain)
+    family = FAMILIES["llama"]
+    names = dict(family.names(spec))
+    shapes = Shapes({s[0].tensor: logical_weights(spec)[n] for n, s in names.items()})
+    bind(spec, names, shapes, ())
+    packed = dict(names)
+    for start, part in ((0, "q"), (64, "k"), (96, "v")):
+        del shapes[names[f"layers.0.{part}"][0].tensor]
+        packed[f"layers.0.{part}"] = (
+            Source(tensor="qkv", rows=(start, start + (64 if part == "q" else 32))),
+        )
+    shapes["qkv"] = (128, 64)
+    bind(spec, packed, shapes, ())
+    shapes["qkv"] = (129, 64)
+    with pytest.raises(ProgramError, match="8192 of 8256 elements of qkv"):
+        bind(spec, packed, shapes, ())
+    with pytest.raises(ProgramError, match="embed"):
+        bind(spec, {k: v for k, v in packed.items() if k != "embed"}, shapes, ())
+
+
+def test_tied_head_may_be_stored_twice_and_inv_freq_is_ignored(plain: Path) -> None:
+    spec, _ = read(plain)
+    ignorable = FAMILIES["llama"].ignorable_tensors(spec)
+    names = FAMILIES["llama"].names(spec)
+    shapes = Shapes({s[0].tensor: logical_weights(spec)[n] for n, s in names.items()})
+    shapes["model.layers.0.self_attn.rotary_emb.inv_freq"] = (8,)
+    bind(spec, names, shapes, ignorable)
+    shapes["model.layers.0.self_attn.lora_A.weight"] = (8, 64)
+    with pytest.raises(CompileError, match=r"lora_A.weight \[8, 64\] is not used"):
+        bind(spec, names, shapes, ignorable)
