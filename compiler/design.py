@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import kernels.cpu.register  # noqa: F401  (fills KERNELS)
-
 from compiler import report
 from compiler.check_plan import ArenaSizes, check_plan
 from compiler.families.spec import ModelSpec
