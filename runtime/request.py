@@ -67,8 +67,12 @@ class Finish(msgspec.Struct, frozen=True, kw_only=True):
 TopLogprobs = list[tuple[float, int]]
 
 
-class Event(msgspec.Struct, frozen=True, kw_only=True):
-    """News of one request: new tokens since the last event (with logprobs if asked), prompt logprobs once, the finish last."""
+class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
+    """News of one request: new tokens since the last event (with logprobs if asked), prompt logprobs once, the finish last.
+
+    `prompt_logprobs` has one entry per prompt position from `prompt_logprobs_from` on (None for position 0); `cached_tokens`
+    is told with the first tokens and with the finish, `retractions` with the finish.
+    """
 
     id: int
     tokens: list[int] = []

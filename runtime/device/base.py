@@ -6,11 +6,18 @@ before it collects n-1), in which tokens sampled by step n-1 feed step n on the 
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from runtime.errors import IncompatibleTarget, UsageError
+
+if TYPE_CHECKING:
+    from runtime.artifact import Artifact
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
@@ -42,7 +49,7 @@ class StepInput:
     kv_slots[n]    where its key and value go: page * page_size + offset
     seq_start[s+1] first token of each sequence in the flat batch
     seq_len[s]     keys visible to the last token of the sequence in this step (its length after the step)
-    pages          one int32 array per sequence: its page table
+    pages          page tables, one row per sequence: a 2-D array or a list of arrays; entries past seq_len are ignored
     row_token[r]   flat index of the token whose logits are wanted
     row_slot[r]    token-state slot (last token, counts, bias)
     row_target[r]  -1: sample; otherwise only report this token's logprob (prompt scoring)
@@ -60,7 +67,7 @@ class StepInput:
     kv_slots: I32
     seq_start: I32
     seq_len: I32
-    pages: list[I32]
+    pages: I32 | list[I32]
     row_token: I32
     row_slot: I32
     row_target: I32
@@ -101,3 +108,46 @@ class Session(Protocol):
     def collect(self, ticket: Ticket) -> StepOutput: ...
 
     def close(self) -> None: ...
+
+
+def open_session(
+    artifact: Artifact | None,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    kv_tokens: int | None = None,
+    trust: str | None = None,
+    null_step_s: float = 0.0,
+    mark: Callable[[str], None] = lambda phase: None,
+) -> Session:
+    """The session for an artifact on this machine. `device`: auto (what the artifact was compiled for) or null (no kernels;
+    then `artifact` may be None). `mark` hears the phases of the start."""
+    if device == "null":
+        from runtime.device.null import NullSession, null_capacity
+
+        return NullSession(null_capacity(artifact, kv_tokens), step_s=null_step_s)
+    if artifact is None:
+        raise UsageError("artifact: expected a path, got none")
+    check_trust(artifact, trust)
+    if artifact.manifest.ranks != 1:
+        raise IncompatibleTarget(
+            f"artifact {artifact.path} was compiled for {artifact.manifest.ranks} ranks, this runtime drives 1; compile it with "
+            "parallel.tp=1"
+        )
+    from runtime.device.cpu import CpuSession
+
+    return CpuSession(artifact, threads=threads, kv_tokens=kv_tokens, mark=mark)
+
+
+def check_trust(artifact: Artifact, trust: str | None) -> None:
+    """An artifact brings binaries, and binaries are programs: one that another user wrote runs only when its digest is named."""
+    if trust is not None and trust != artifact.digest:
+        raise UsageError(
+            f"trust_artifact: {trust} is not this artifact's digest {artifact.digest}; check where it comes from"
+        )
+    owner = artifact.path.stat().st_uid
+    if trust is None and owner not in (0, os.getuid()):
+        raise UsageError(
+            f"artifact {artifact.path} belongs to user {owner}, not to {os.getuid()}, and holds programs; give "
+            f"trust_artifact={artifact.digest} if you trust it"
+        )

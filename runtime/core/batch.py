@@ -1,0 +1,117 @@
+"""A `Step` as the arrays a session takes.
+
+Comes in: what the scheduler decided, and the slots it decided on (lengths already moved on). Goes out: a `StepInput`, valid
+until the next call: arrays that do not change while the same sequences decode are kept on `Rows` and handed out again.
+Called by the engine loop; sessions copy what they are given.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import numpy as np
+
+from runtime.core.sequence import LOGPROB, Chunk, Index, Rows, Slots, Step
+from runtime.device.base import I32, StepInput
+
+NO_EDITS = np.zeros((0, 4), np.int32)
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "frequency", "presence", "repetition", "seed")
+
+
+def build(step: Step, slots: Slots) -> StepInput:
+    edits = np.concatenate(step.edits) if step.edits else NO_EDITS
+    rows, positions, size = step.rows, step.positions, slots.page_size
+    if rows.pages is None:
+        rows.pages = page_tables(slots, rows.slots)
+    if rows.params is None:
+        rows.params = _params(slots, rows.slots)
+    kv_slots = slots.table.take(rows.base + positions // size)
+    kv_slots *= size
+    kv_slots += positions % size
+    if step.chunks:
+        return _mixed(step, slots, kv_slots, edits)
+    return StepInput(
+        tokens=rows.tokens,
+        positions=positions,
+        kv_slots=kv_slots,
+        seq_start=rows.starts,
+        seq_len=positions + 1,
+        pages=rows.pages,
+        row_token=rows.starts[:-1],
+        edits=edits,
+        **rows.params,  # type: ignore[arg-type]
+    )
+
+
+def page_tables(slots: Slots, index: Index) -> I32:
+    columns = int(slots.room[index].max(initial=0)) // slots.page_size
+    return slots.table[index, :columns]
+
+
+def _mixed(step: Step, slots: Slots, kv_slots: I32, edits: I32) -> StepInput:
+    rows, chunks = step.rows, step.chunks
+    seqs = np.concatenate([rows.slots, np.array([c.slot for c in chunks], np.intp)])
+    positions = [np.arange(c.start, c.end, dtype=np.int32) for c in chunks]
+    sizes = [c.end - c.start for c in chunks]
+    starts = list(accumulate(sizes, initial=len(rows)))
+    return StepInput(
+        tokens=np.concatenate(
+            [rows.tokens, *(slots.history[c.slot, c.start : c.end] for c in chunks)]
+        ),
+        positions=np.concatenate([step.positions, *positions]),
+        kv_slots=np.concatenate(
+            [
+                kv_slots,
+                *(_kv_slots(slots, c.slot, p) for c, p in zip(chunks, positions, strict=True)),
+            ]
+        ),
+        seq_start=np.concatenate([rows.starts[:-1], np.array(starts, np.int32)]),
+        seq_len=slots.length[seqs],
+        pages=page_tables(slots, seqs),
+        edits=edits,
+        **_mixed_rows(rows, chunks, starts, slots),  # type: ignore[arg-type]
+    )
+
+
+def _kv_slots(slots: Slots, slot: int, positions: I32) -> I32:
+    size = slots.page_size
+    return slots.table[slot, positions // size] * size + positions % size
+
+
+def _mixed_rows(
+    rows: Rows, chunks: list[Chunk], starts: list[int], slots: Slots
+) -> dict[str, np.ndarray]:
+    """Decode rows as they are; then for each chunk its scoring rows and its sampling row."""
+    token, slot, target = [rows.starts[:-1]], [rows.slots], [np.full(len(rows), -1, np.int32)]
+    scoring: list[tuple[int, Chunk]] = []  # first row of a chunk's scoring rows
+    row = len(rows)
+    for chunk, start in zip(chunks, starts, strict=False):
+        if chunk.score:
+            at = start - chunk.start + chunk.score_at - 1
+            token.append(np.arange(at, at + chunk.score, dtype=np.int32))
+            history = slots.history[chunk.slot]
+            target.append(history[chunk.score_at : chunk.score_at + chunk.score])
+            scoring.append((row, chunk))
+        if chunk.samples:
+            token.append(np.array([start + chunk.end - chunk.start - 1], np.int32))
+            target.append(np.array([-1], np.int32))
+        count = chunk.score + chunk.samples
+        slot.append(np.full(count, chunk.slot, np.intp))
+        row += count
+    params = _params(slots, np.concatenate(slot))
+    for first, chunk in scoring:
+        end = first + chunk.score
+        params["row_flags"][first:end] = LOGPROB
+        params["row_top"][first:end] = chunk.seq.request.top_logprobs
+    params["row_token"] = np.concatenate(token)
+    params["row_target"] = np.concatenate(target)
+    return params
+
+
+def _params(slots: Slots, index: Index) -> dict[str, np.ndarray]:
+    params = {name: getattr(slots, name)[index] for name in SAMPLING}
+    params["row_slot"] = index.astype(np.int32)
+    params["row_target"] = np.full(len(index), -1, np.int32)
+    params["row_flags"] = slots.flags[index]
+    params["row_top"] = slots.top[index]
+    return params

@@ -1,0 +1,140 @@
+"""Results of a step back to the sequences, and what the clients hear of it.
+
+Comes in: a step as scheduled and the device's output, one or more steps later. Goes out: events. Rows whose sequence has left
+its slot meanwhile (finished one step ago, preempted, aborted) are dropped: what was computed for them is speculation that
+did not come true. Called by the engine loop.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from runtime.core.sequence import Chunk, Sequence, Step
+from runtime.device.base import StepOutput
+from runtime.request import Event, Finish, TopLogprobs
+
+if TYPE_CHECKING:
+    from runtime.core.scheduler import Scheduler
+
+NOT_FINITE = "The model produced numbers that are not finite for this request."
+
+
+def commit_step(scheduler: Scheduler, step: Step, output: StepOutput) -> list[Event]:
+    events = _commit_rows(scheduler, step, output) if len(step.rows) else []
+    row = len(step.rows)
+    for chunk in step.chunks:
+        if scheduler.slots.life[chunk.slot] == chunk.life:
+            event = _commit_chunk(scheduler, chunk, output, row)
+            if event is not None:
+                events.append(event)
+        row += chunk.score + chunk.samples
+    return events
+
+
+def _commit_rows(scheduler: Scheduler, step: Step, output: StepOutput) -> list[Event]:
+    """The common case is one plain token for each of many sequences: arrays, and one small object per event."""
+    rows, slots = step.rows, scheduler.slots
+    n = len(rows)
+    index, seqs, ids, special = rows.slots, rows.seqs, rows.ids, rows.special
+    tokens, status, at = output.token[:n], output.status[:n], None
+    if scheduler.held.lives != step.lives:
+        at = np.flatnonzero(slots.life.take(index) == rows.life)
+        index, tokens, status = index[at], tokens[at], status[at]
+        seqs = [rows.seqs[i] for i in at]
+        ids = [seq.request.id for seq in seqs]
+        special = [i for i, seq in enumerate(seqs) if seq.special]
+    known = slots.known.take(index)
+    slots.history[index, known] = tokens
+    known += 1
+    slots.known[index] = known
+    done = known >= slots.limit.take(index)
+    for eos in scheduler.eos:
+        hit = tokens == eos
+        if hit.any():
+            done |= hit & slots.eos.take(index)
+    done |= status != 0
+    listed = tokens.tolist()
+    events = [Event(id=i, tokens=[t]) for i, t in zip(ids, listed, strict=True)]
+    scheduler.count.generation_tokens += len(events)
+    for i in special:
+        seq = seqs[i]
+        events[i] = Event(id=ids[i], **_news(seq, output, i if at is None else int(at[i])))
+        done[i] |= listed[i] in seq.stops
+    if done.any():
+        for i in np.flatnonzero(done).tolist():
+            events[i] = _finished(scheduler, seqs[i], events[i], listed[i], int(status[i]))
+    return events
+
+
+def _commit_chunk(scheduler: Scheduler, chunk: Chunk, output: StepOutput, row: int) -> Event | None:
+    seq, slots = chunk.seq, scheduler.slots
+    last = row + chunk.score
+    if output.status[row : last + chunk.samples].any():
+        return _finished(scheduler, seq, Event(id=seq.request.id), -1, 1)
+    if chunk.score:
+        seq.prompt_logprobs += output.logprob[row:last].tolist()
+        seq.prompt_top += [_top(seq, output, i) for i in range(row, last)]
+    if not chunk.final:
+        return None
+    request = seq.request
+    news: dict[str, Any] = {}
+    token = -1
+    if chunk.samples:
+        token = int(output.token[last])
+        known = int(slots.known[chunk.slot])
+        slots.history[chunk.slot, known] = token
+        slots.known[chunk.slot] = known + 1
+        scheduler.count.generation_tokens += 1
+        news = _news(seq, output, last)
+    if not seq.started:  # a second time, after a preemption, these are old news
+        seq.started = True
+        news["cached_tokens"] = seq.cached
+        if seq.scores:
+            news["prompt_logprobs"] = seq.prompt_logprobs
+            if request.top_logprobs:
+                news["prompt_top_logprobs"] = seq.prompt_top
+    event = Event(id=request.id, **news)
+    if token in seq.stops or slots.known[chunk.slot] >= slots.limit[chunk.slot]:
+        return _finished(scheduler, seq, event, token, 0)
+    return event
+
+
+def _news(seq: Sequence, output: StepOutput, row: int) -> dict[str, Any]:
+    news: dict[str, Any] = {"tokens": [int(output.token[row])]}
+    if seq.request.logprobs:
+        news["logprobs"] = [float(output.logprob[row])]
+        if seq.request.top_logprobs:
+            news["top_logprobs"] = [_top(seq, output, row)]
+    return news
+
+
+def _top(seq: Sequence, output: StepOutput, row: int) -> TopLogprobs:
+    k = seq.request.top_logprobs
+    logprobs, ids = output.top_logprobs[row, :k].tolist(), output.top_ids[row, :k].tolist()
+    return list(zip(logprobs, ids, strict=True))
+
+
+def _finished(scheduler: Scheduler, seq: Sequence, event: Event, token: int, status: int) -> Event:
+    """The sequence's last event: `event` with the finish, or the finish alone when the numbers cannot be trusted."""
+    if status:
+        scheduler.count.aborted += 1
+        scheduler.end(seq, keep=False)
+        event = Event(id=event.id)
+        finish = Finish(reason="abort", message=NOT_FINITE, status=500)
+    else:
+        scheduler.end(seq)
+        stopped = token in seq.stops
+        finish = Finish(reason="stop", matched=token) if stopped else Finish(reason="length")
+    return Event(
+        id=event.id,
+        tokens=event.tokens,
+        logprobs=event.logprobs,
+        top_logprobs=event.top_logprobs,
+        prompt_logprobs=event.prompt_logprobs,
+        prompt_top_logprobs=event.prompt_top_logprobs,
+        cached_tokens=seq.cached,
+        retractions=seq.retractions,
+        finish=finish,
+    )

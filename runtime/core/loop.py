@@ -1,0 +1,187 @@
+"""The engine loop: receive, schedule, submit step n, collect step n-1, emit. Everything above the device and below processes.
+
+Comes in: a session, options, requests and aborts. Goes out: events and control replies. `worker.py` drives it over a socket,
+`runtime/engine.py` in a thread; both call `step` while `has_work` and `idle` when there is none.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import time
+from collections import deque
+from collections.abc import Callable
+
+from runtime.core.admission import check
+from runtime.core.batch import build
+from runtime.core.commit import commit_step
+from runtime.core.options import EngineOptions
+from runtime.core.scheduler import Policy, Scheduler
+from runtime.core.sequence import Step
+from runtime.device.base import Capacity, Session, Ticket
+from runtime.errors import InvalidRequest, UsageError
+from runtime.request import Abort, Control, ControlReply, Event, Finish, Request, Stats, ToEngine
+
+log = logging.getLogger("headstart.engine")
+
+QUEUE_FACTOR = 4  # default bounds of the line: so many times the running slots, and the KV pool
+
+
+class EngineLoop:
+    def __init__(
+        self,
+        session: Session,
+        options: EngineOptions,
+        *,
+        eos: tuple[int, ...],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.session = session
+        self.replies: list[ControlReply] = []
+        self.stopping = False
+        self.scheduler = Scheduler(
+            session.capacity,
+            resolve_policy(options, session.capacity),
+            eos=eos,
+            secret=os.urandom(32),
+            seeds=random.Random(options.seed),
+        )
+        self._eos = len(eos)
+        self._clock = clock
+        self._depth = 1 if options.overlap else 0
+        self._in_flight: deque[tuple[Step, Ticket]] = deque()
+        self._drain: Control | None = None
+        self._checked = True
+        self._last_step_s = 0.0
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work or bool(self._in_flight)
+
+    def receive(self, message: ToEngine) -> None:
+        if isinstance(message, Request):
+            self.add(message)
+        elif isinstance(message, Abort):
+            self.abort(message.id)
+        else:
+            self.control(message)
+
+    def add(self, request: Request) -> None:
+        """Refusals are events too: whatever is wrong with a request concerns that request."""
+        try:
+            check(request, self.session.capacity, self._eos)
+            if self._drain is not None:
+                raise InvalidRequest("The server is shutting down.", status=503)
+            self.scheduler.add(request, self._clock())
+        except InvalidRequest as error:
+            self._refuse(request, str(error), error.status)
+        except Exception:  # noqa: BLE001 - request-scoped by rule: nothing is on the books before `add` succeeds
+            log.exception("admission failed request=%d", request.id)
+            self._refuse(request, "The engine could not admit this request.", 500)
+
+    def abort(self, request: int) -> None:
+        self.scheduler.abort(request)
+
+    def control(self, control: Control) -> None:
+        """The answer appears in `replies`, for `drain` once everything has ended."""
+        verb, ok, message = control.verb, True, ""
+        if verb == "drain":
+            self._drain = control
+            self._finish_drain()
+            return
+        if verb == "shutdown":
+            self.stopping = True
+        elif verb == "flush_cache":
+            ok = not self._in_flight and self.scheduler.flush()
+            message = "" if ok else "Requests are running; the cache is in use."
+        elif verb != "stats":
+            ok, message = False, f"unknown control verb {verb[:32]!r}"
+        self.replies.append(ControlReply(id=control.id, ok=ok, message=message, stats=self.stats()))
+
+    def step(self) -> list[Event]:
+        """One step: submit n, collect n - 1. Raises what the device or the books raise: then the engine must end."""
+        scheduler, flying = self.scheduler, self._in_flight
+        self._checked = False
+        step = scheduler.schedule(self._clock())
+        if step is not None:
+            flying.append((step, self.session.submit(build(step, scheduler.slots))))
+        events = scheduler.outbox
+        if flying and (step is None or len(flying) > self._depth):
+            oldest, ticket = flying.popleft()
+            output = self.session.collect(ticket)
+            self._last_step_s = output.seconds
+            news = commit_step(scheduler, oldest, output)
+            events = events + news if events else news
+        if scheduler.outbox:
+            scheduler.outbox = []
+        if self._drain is not None:
+            self._finish_drain()
+        return events
+
+    def idle(self) -> None:
+        """Called when there has been no work for a while: the books are checked once per pause."""
+        if not self._checked and not self.has_work:
+            self.scheduler.check()
+            self._checked = True
+
+    def stats(self) -> Stats:
+        s, pool, count = self.scheduler, self.scheduler.held.pool, self.scheduler.count
+        return Stats(
+            steps=count.steps,
+            running=len(s.running),
+            waiting=len(s.waiting),
+            waiting_tokens=s.waiting.tokens,
+            pages_total=pool.total,
+            pages_used=pool.used,
+            pages_cached=pool.cached,
+            page_size=s.capacity.page_size,
+            prompt_tokens=count.prompt_tokens,
+            cached_tokens=count.cached_tokens,
+            generation_tokens=count.generation_tokens,
+            retractions=count.retractions,
+            aborted=count.aborted,
+            evicted_pages=pool.evicted,
+            last_step_ms=self._last_step_s * 1e3,
+        )
+
+    def close(self) -> None:
+        self.session.close()
+
+    def _finish_drain(self) -> None:
+        if self._drain is not None and not self.has_work and self._drain.id >= 0:
+            self.replies.append(ControlReply(id=self._drain.id, ok=True, stats=self.stats()))
+            self._drain = Control(id=-1, verb="drain")  # answered; new work stays refused
+
+    def _refuse(self, request: Request, message: str, status: int) -> None:
+        finish = Finish(reason="abort", message=message, status=status)
+        self.scheduler.outbox.append(Event(id=request.id, finish=finish))
+
+
+def resolve_policy(options: EngineOptions, capacity: Capacity) -> Policy:
+    """No `auto` and no default survives; contradictions are refused."""
+    sizes = {"max_running": (capacity.max_seqs, "sequences"), "max_step_tokens": (capacity.max_tokens, "tokens")}  # fmt: skip
+    for name, (most, unit) in sizes.items():
+        wanted = getattr(options, name)
+        if wanted is not None and wanted > most:
+            raise UsageError(
+                f"{name}: asked for {wanted}, the artifact was compiled for steps of {most} {unit}; ask for less or compile "
+                f"with a larger shape"
+            )
+    tokens = options.max_step_tokens or capacity.max_tokens
+    running = options.max_running or min(capacity.max_seqs, capacity.slots, tokens)
+    if running > tokens:
+        raise UsageError(
+            f"max_running {running} is more than max_step_tokens {tokens}: every running sequence takes a token of a step"
+        )
+    pool = capacity.pages * capacity.page_size
+    return Policy(
+        order=options.policy,
+        max_running=running,
+        max_step_tokens=tokens,
+        waiting_requests=options.waiting_requests or QUEUE_FACTOR * running,
+        waiting_tokens=options.waiting_tokens or QUEUE_FACTOR * pool,
+        queue_wait_s=options.queue_wait_s,
+        request_s=options.request_s,
+        prefix_cache=options.prefix_cache,
+    )

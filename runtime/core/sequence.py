@@ -1,0 +1,234 @@
+"""The scheduler's nouns: a `Sequence` (one request and how far it got), `Slots` (the device-side rows of the running ones),
+and `Step` (what the scheduler decided). Plain data; made by scheduler.py, read by batch.py and commit.py.
+
+Lengths of a running sequence, in tokens:
+
+    computed <= known, until the last prompt token is submitted; then computed counts on, known follows one step later
+    `length`  tokens whose keys and values are submitted     `known`  tokens the host has seen     `limit`  prompt + max_new_tokens
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.device.base import F32, I32, I64, Capacity
+from runtime.request import Request, TopLogprobs
+
+Index = npt.NDArray[np.intp]
+
+WAITING, PREFILL, DECODE, DRAIN, DONE = range(
+    5
+)  # DRAIN: everything submitted, results on their way
+
+PENALTIES, LOGPROB = 1, 2  # row_flags
+
+
+class Sequence:
+    """`life` of its slot is part of every step record: results for an earlier life are dropped."""
+
+    __slots__ = (
+        "arrival",
+        "ban",
+        "cached",
+        "deadline",
+        "keys",
+        "order",
+        "passed",
+        "prefill",
+        "prompt_logprobs",
+        "prompt_top",
+        "request",
+        "retractions",
+        "score_next",
+        "seed",
+        "slot",
+        "special",
+        "started",
+        "state",
+        "stops",
+        "tokens",
+        "wait_deadline",
+    )
+
+    def __init__(
+        self,
+        request: Request,
+        *,
+        arrival: int,
+        seed: int,
+        stops: frozenset[int],
+        wait_deadline: float,
+        deadline: float,
+    ) -> None:
+        sampling = request.sampling
+        self.request = request
+        self.arrival = arrival
+        self.seed = seed
+        self.stops = stops
+        self.wait_deadline = wait_deadline
+        self.deadline = deadline
+        self.tokens: I32 = np.array(request.tokens, np.int32)  # all known tokens, while not running
+        self.keys: list[bytes] = []  # prefix keys of full pages of `tokens`
+        self.state = WAITING
+        self.slot = -1
+        self.order = -1  # of admission; the youngest is preempted first
+        self.passed = 0  # younger requests admitted past this one
+        self.prefill = 0  # tokens to compute before decoding goes on
+        self.cached = 0  # prompt tokens found in the cache at first admission
+        self.started = False  # the client has heard of cached tokens and prompt logprobs
+        self.retractions = 0
+        # Banned until min_new_tokens are out.
+        self.ban = tuple(sorted(stops)) if sampling.min_new_tokens > 0 else ()
+        self.special = bool(request.logprobs or sampling.stop_token_ids)
+        self.score_next = max(request.prompt_logprobs_from, 1) if self.scores else 0
+        self.prompt_logprobs: list[float | None] = []
+        self.prompt_top: list[TopLogprobs | None] = []
+        if request.prompt_logprobs_from == 0:
+            self.prompt_logprobs.append(None)
+            self.prompt_top.append(None)
+
+    @property
+    def scores(self) -> bool:
+        return self.request.prompt_logprobs_from >= 0
+
+    @property
+    def prompt_size(self) -> int:
+        return len(self.request.tokens)
+
+    @property
+    def limit(self) -> int:
+        return len(self.request.tokens) + self.request.sampling.max_new_tokens
+
+    @property
+    def edits(self) -> bool:
+        """Penalties, bias or bans: the token state of its slot matters."""
+        s = self.request.sampling
+        return bool(
+            s.frequency_penalty
+            or s.presence_penalty
+            or s.repetition_penalty != 1.0
+            or s.logit_bias
+            or self.ban
+        )
+
+
+class Slots:
+    """One row per token-state slot, as arrays, so that a decode step costs a few numpy calls and not a loop."""
+
+    def __init__(self, capacity: Capacity) -> None:
+        n = capacity.slots
+        self.page_size = capacity.page_size
+        self.columns = -(-capacity.context // capacity.page_size)
+        self.length: I32 = np.zeros(n, np.int32)
+        self.known: I32 = np.zeros(n, np.int32)
+        self.limit: I32 = np.zeros(n, np.int32)
+        self.room: I32 = np.zeros(n, np.int32)  # tokens its pages hold
+        self.life: I32 = np.zeros(n, np.int32)
+        self.eos: npt.NDArray[np.bool_] = np.zeros(n, np.bool_)  # ends at the model's eos tokens
+        self.flags: I32 = np.zeros(n, np.int32)
+        self.top: I32 = np.zeros(n, np.int32)
+        self.top_k: I32 = np.zeros(n, np.int32)
+        self.temperature: F32 = np.zeros(n, np.float32)
+        self.top_p: F32 = np.zeros(n, np.float32)
+        self.min_p: F32 = np.zeros(n, np.float32)
+        self.frequency: F32 = np.zeros(n, np.float32)
+        self.presence: F32 = np.zeros(n, np.float32)
+        self.repetition: F32 = np.zeros(n, np.float32)
+        self.seed: I64 = np.zeros(n, np.int64)
+        self.table: I32 = np.zeros((n, self.columns), np.int32)  # page tables
+        # Zero pages of memory until a row is used that far.
+        self.history: I32 = np.zeros((n, capacity.context), np.int32)
+        self.sequences: list[Sequence | None] = [None] * n
+
+    def enter(self, slot: int, seq: Sequence) -> None:
+        s = seq.request.sampling
+        known = len(seq.tokens)
+        self.sequences[slot] = seq
+        self.history[slot, :known] = seq.tokens
+        self.known[slot] = known
+        self.limit[slot] = seq.limit
+        self.eos[slot] = not s.ignore_eos
+        self.flags[slot] = PENALTIES * seq.edits + LOGPROB * seq.request.logprobs
+        self.top[slot] = seq.request.top_logprobs if seq.request.logprobs else 0
+        self.top_k[slot] = s.top_k
+        # Clipped to where float32 still tells them apart: below 1e-6 is greedy, above 1e6 uniform.
+        self.temperature[slot] = 0.0 if s.temperature < 1e-6 else min(s.temperature, 1e6)
+        self.top_p[slot] = max(s.top_p, 1e-6)
+        self.min_p[slot] = s.min_p
+        self.frequency[slot] = s.frequency_penalty
+        self.presence[slot] = s.presence_penalty
+        self.repetition[slot] = max(s.repetition_penalty, 1e-4)
+        self.seed[slot] = seq.seed
+
+    def leave(self, slot: int) -> None:
+        self.sequences[slot] = None
+        self.room[slot] = 0
+        self.life[slot] += 1
+
+    def held(self, slot: int) -> list[int]:
+        return self.table[slot, : self.room[slot] // self.page_size].tolist()
+
+    def seen(self, slot: int) -> I32:
+        return self.history[slot, : self.known[slot]].copy()
+
+
+class Rows:
+    """The decoding sequences, fixed: made anew when one joins or leaves, shared by every step in between.
+
+    `pages` and `params` are batch.py's, kept here because they stay valid exactly as long."""
+
+    def __init__(self, seqs: list[Sequence], slots: Slots) -> None:
+        n = len(seqs)
+        self.seqs = seqs
+        self.slots: Index = np.array([s.slot for s in seqs], np.intp)
+        self.life = slots.life[self.slots]
+        self.ids = [s.request.id for s in seqs]
+        self.special = [i for i, s in enumerate(seqs) if s.special]
+        self.row_slot = self.slots.astype(np.int32)
+        self.tokens = -1 - self.row_slot
+        self.base = self.slots * slots.columns
+        self.starts = np.arange(n + 1, dtype=np.int32)
+        # Steps until the first of them has everything it may get.
+        self.left = (
+            int((slots.limit[self.slots] - 1 - slots.length[self.slots]).min()) if n else 1 << 30
+        )
+        self.pages: I32 | None = None
+        self.params: dict[str, npt.NDArray[np.generic]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.seqs)
+
+
+@dataclass(slots=True, kw_only=True)
+class Chunk:
+    """Tokens [start, end) of one prompt. Rows: `score` targets (prompt positions score_at .. score_at + score), then one sampling
+    row if `samples`. `final`: the prompt is complete with it."""
+
+    seq: Sequence
+    slot: int
+    life: int
+    start: int
+    end: int
+    score_at: int = 0
+    score: int = 0
+    samples: bool = False
+    final: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class Step:
+    """Decode rows first, then chunks. `positions`: of the decode rows. `lives`: how often a sequence had left a slot when this
+    was made; equal at commit means every row is still wanted."""
+
+    rows: Rows
+    positions: I32
+    lives: int
+    chunks: list[Chunk] = field(default_factory=list)
+    edits: list[I32] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.rows) + sum(c.end - c.start for c in self.chunks)

@@ -1,0 +1,334 @@
+"""The null device: no kernels, deterministic tokens, and every promise of `StepInput` checked. The scheduler's test oracle.
+
+Comes in: steps. Goes out: `next_token` of everything a sequence has computed so far. The KV pool holds, per token, the running
+hash of its sequence, so a wrong page, position or prefix changes the answer; `strict` also reads back every visible key. Opened
+by `open_session` for `device=null` (load tests of everything above a device) and directly by tests.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.device.base import I32, I64, TOP, Capacity, StepInput, StepOutput, Ticket
+
+if TYPE_CHECKING:
+    from runtime.artifact import Artifact
+
+U64 = npt.NDArray[np.uint64]
+CLEAR, MARK, COUNT, BIAS = range(4)
+
+
+def mix(values: npt.NDArray[np.generic]) -> U64:
+    """splitmix64."""
+    with np.errstate(over="ignore"):
+        x = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def digests(tokens: npt.NDArray[np.generic], positions: npt.NDArray[np.generic]) -> U64:
+    """What each token adds to its sequence's hash; sums wrap."""
+    with np.errstate(over="ignore"):
+        return mix(mix(tokens) + positions.astype(np.uint64))
+
+
+class TokenState:
+    """Counts and bias of one slot, as the edits and the samples made them."""
+
+    def __init__(self) -> None:
+        self.counts: dict[int, int] = {}
+        self.marks: set[int] = set()
+        self.bias: dict[int, float] = {}
+
+    def hash(self, frequency: float, repetition: float) -> int:
+        """Changes with every count that the penalties in force would notice."""
+        counted = (hash((t, n)) for t, n in self.counts.items() if n) if frequency else ()
+        marked = (hash((t, -1)) for t in self.marks) if repetition != 1.0 else ()
+        return (sum(counted) + sum(marked)) & (2**63 - 1)
+
+
+def choose(value: int, vocab: int, bias: dict[int, float]) -> int:
+    """A token by hash; forbidden ones are stepped over, a strong wish is granted."""
+    if bias:
+        best = max(bias.values())
+        if best >= 100:
+            return min(t for t, b in bias.items() if b == best)
+    token = value % vocab
+    while bias.get(token, 0.0) <= -100:
+        token = (token + 1) % vocab
+    return token
+
+
+class NullSession:
+    """`poison`: a token whose presence in the input makes the logits of its sequence's rows not finite."""
+
+    def __init__(
+        self,
+        capacity: Capacity,
+        *,
+        step_s: float = 0.0,
+        strict: bool = False,
+        poison: int | None = None,
+    ) -> None:
+        self.capacity = capacity
+        self.steps = 0
+        self._step_s = step_s
+        self._strict = strict
+        self._poison = poison
+        size = capacity.pages * capacity.page_size
+        self._hash = np.zeros(size, np.uint64)  # of the sequence up to the token in this KV slot
+        self._position = np.full(size, -1, np.int32)
+        self._last = np.zeros(capacity.slots, np.int32)
+        self._state = [TokenState() for _ in range(capacity.slots)]
+        self._bad = np.zeros(size, np.bool_)
+        self._done: deque[tuple[Ticket, float, StepOutput]] = deque()
+        self._busy_until = 0.0
+
+    def submit(self, step: StepInput) -> Ticket:
+        """Computes at once; `collect` waits until the fake clock has got there."""
+        if len(self._done) >= 2:
+            raise ValueError(f"{len(self._done)} steps are in flight, a session holds two")
+        self._check(step)
+        self.steps += 1
+        out = self._run(step)
+        start = max(time.perf_counter(), self._busy_until) if self._step_s else 0.0
+        self._busy_until = start + self._step_s
+        self._done.append((self.steps, self._busy_until, out))
+        return self.steps
+
+    def collect(self, ticket: Ticket) -> StepOutput:
+        if not self._done or self._done[0][0] != ticket:
+            raise ValueError(f"ticket {ticket} is not the oldest step in flight")
+        _, ready, out = self._done.popleft()
+        if self._step_s and (left := ready - time.perf_counter()) > 0:
+            time.sleep(left)
+        return out
+
+    def close(self) -> None:
+        self._done.clear()
+
+    # --- a step ---------------------------------------------------------------------------------
+
+    def _run(self, step: StepInput) -> StepOutput:
+        starts, size = step.seq_start.astype(np.int64), self.capacity.page_size
+        fed = step.tokens < 0
+        tokens = np.where(fed, self._last.take(np.where(fed, -1 - step.tokens, 0)), step.tokens)
+        added = digests(tokens, step.positions)
+        first = starts[:-1]
+        before = step.positions[first] - 1  # the key each sequence goes on from
+        pages = self._column(step, before // size)
+        parents = np.where(before >= 0, pages.astype(np.int64) * size + before % size, 0)
+        hashes = np.where(before >= 0, self._hash[parents], np.uint64(0))
+        bad = np.where(before >= 0, self._bad[parents], False)
+        if self._strict and (self._position[parents] != before)[before >= 0].any():
+            raise ValueError("a sequence goes on from a key that is not its own")
+        lengths = np.diff(starts)
+        with np.errstate(over="ignore"):
+            sums = np.cumsum(added, dtype=np.uint64)
+            offset = sums[first] - added[first]
+            chained = sums + np.repeat(hashes - offset, lengths)
+        poisoned = np.repeat(bad, lengths)
+        if self._poison is not None:
+            for s in range(len(first)):
+                hit = np.cumsum(tokens[starts[s] : starts[s + 1]] == self._poison) > 0
+                poisoned[starts[s] : starts[s + 1]] |= hit
+        self._hash[step.kv_slots] = chained
+        self._position[step.kv_slots] = step.positions
+        self._bad[step.kv_slots] = poisoned
+        if self._strict:
+            self._check_keys(step, chained)
+        self._edit(step.edits)
+        return self._sample(step, chained, poisoned)
+
+    def _sample(self, step: StepInput, chained: U64, poisoned: npt.NDArray[np.bool_]) -> StepOutput:
+        rows, vocab = len(step.row_token), self.capacity.vocab
+        state = chained[step.row_token]
+        seeds = np.where(step.temperature > 0, step.seed, 0)
+        with np.errstate(over="ignore"):
+            values = mix(state + mix(seeds))
+        status = poisoned[step.row_token].astype(np.int32)
+        token = (values % np.uint64(vocab)).astype(np.int32)
+        for r in np.flatnonzero((step.row_flags & 1) & (step.row_target < 0)).tolist():
+            slot = self._state[int(step.row_slot[r])]
+            penalty = slot.hash(
+                float(abs(step.frequency[r]) + abs(step.presence[r])), float(step.repetition[r])
+            )
+            token[r] = choose(int(values[r]) + penalty, vocab, slot.bias)
+        sampled = (step.row_target < 0) & (status == 0)
+        token[status != 0] = 0
+        self._last[step.row_slot[sampled]] = token[sampled]
+        for r in np.flatnonzero(sampled & ((step.row_flags & 1) != 0)).tolist():
+            counts = self._state[int(step.row_slot[r])].counts
+            counts[int(token[r])] = counts.get(int(token[r]), 0) + 1
+        token = np.where(step.row_target >= 0, step.row_target, token).astype(np.int32)
+        return self._outputs(step, state, token, status, rows)
+
+    def _outputs(
+        self, step: StepInput, state: U64, token: I32, status: I32, rows: int
+    ) -> StepOutput:
+        wanted = (step.row_flags & 2) != 0
+        logprob = np.full(rows, np.nan, np.float32)
+        top_ids = np.zeros((rows, TOP), np.int32)
+        top_logprobs = np.full((rows, TOP), np.nan, np.float32)
+        if wanted.any():
+            logprob[wanted] = logprobs(state[wanted], token[wanted])
+            for r in np.flatnonzero(wanted & (step.row_top > 0)).tolist():
+                k = int(step.row_top[r])
+                ids = (
+                    int(state[r] % np.uint64(self.capacity.vocab)) + np.arange(k)
+                ) % self.capacity.vocab
+                top_ids[r, :k] = ids
+                top_logprobs[r, :k] = logprobs(np.repeat(state[r : r + 1], k), ids.astype(np.int32))
+        return StepOutput(
+            token=token,
+            logprob=logprob,
+            top_ids=top_ids,
+            top_logprobs=top_logprobs,
+            status=status,
+            seconds=self._step_s,
+        )
+
+    def _edit(self, edits: I32) -> None:
+        for slot, token, kind, value in edits.tolist():
+            state = self._state[slot]
+            if kind == CLEAR:
+                state.__init__()  # type: ignore[misc]
+            elif kind == MARK:
+                state.marks.add(token)
+            elif kind == COUNT:
+                state.counts[token] = state.counts.get(token, 0) + value
+            else:
+                state.bias[token] = float(np.int32(value).view(np.float32))
+
+    # --- the promises of StepInput --------------------------------------------------------------
+
+    def _column(self, step: StepInput, columns: npt.NDArray[np.generic]) -> npt.NDArray[np.int64]:
+        columns = np.maximum(columns, 0)
+        if isinstance(step.pages, np.ndarray):
+            return step.pages[np.arange(len(columns)), columns].astype(np.int64)
+        return np.array([p[c] for p, c in zip(step.pages, columns, strict=True)], np.int64)
+
+    def _check(self, step: StepInput) -> None:
+        c, n, s, r = self.capacity, len(step.tokens), len(step.seq_len), len(step.row_token)
+        _need(0 < n <= c.max_tokens, f"{n} tokens in a step of at most {c.max_tokens}")
+        _need(
+            0 < s <= c.max_seqs and r <= c.max_seqs,
+            f"{s} sequences, {r} rows, at most {c.max_seqs}",
+        )
+        _need(len(step.edits) <= c.edits, f"{len(step.edits)} edits, at most {c.edits}")
+        _need(len(step.pages) == s and len(step.seq_start) == s + 1, "arrays of unequal length")
+        starts = step.seq_start
+        lengths = np.diff(starts)
+        _need(starts[0] == 0 and starts[-1] == n and (lengths > 0).all(), "sequence starts")
+        _need(((step.tokens >= -c.slots) & (step.tokens < c.vocab)).all(), "a token out of range")
+        last = step.positions[starts[1:] - 1]
+        _need((last + 1 == step.seq_len).all(), "a length that is not its last position")
+        _need(((step.seq_len > 0) & (step.seq_len <= c.context)).all(), "a length out of range")
+        index = np.arange(n) - np.repeat(starts[:-1], lengths)
+        _need(
+            (step.positions - index == np.repeat(step.positions[starts[:-1]], lengths)).all(),
+            "positions with a gap",
+        )
+        owner = np.repeat(np.arange(s), lengths)
+        pages = self._pages_of(step, owner, step.positions // c.page_size)
+        _need(
+            (pages * c.page_size + step.positions % c.page_size == step.kv_slots).all(),
+            "kv slots off the page table",
+        )
+        _need(len(np.unique(step.kv_slots)) == n, "two tokens in one kv slot")
+        _need(((step.row_token >= 0) & (step.row_token < n)).all(), "a row of no token")
+        _need(((step.row_slot >= 0) & (step.row_slot < c.slots)).all(), "a slot out of range")
+        _need((step.row_target < c.vocab).all(), "a target out of range")
+        _need(((step.row_top >= 0) & (step.row_top <= TOP)).all(), "too many top logprobs")
+        sampled = step.row_slot[step.row_target < 0]
+        _need(len(np.unique(sampled)) == len(sampled), "two samples for one slot")
+        e = step.edits
+        _need(((e[:, :2] >= 0) & (e[:, :2] < (c.slots, c.vocab))).all(), "an edit out of range")
+        if self._strict:
+            self._check_sharing(step, owner)
+
+    def _pages_of(self, step: StepInput, owner: I64, columns: I32) -> npt.NDArray[np.int64]:
+        if isinstance(step.pages, np.ndarray):
+            _need(int(columns.max()) < step.pages.shape[1], "page table too short")
+            pages = step.pages[owner, columns].astype(np.int64)
+        else:
+            pages = np.array(
+                [step.pages[s][k] for s, k in zip(owner, columns, strict=True)], np.int64
+            )
+        _need(((pages >= 0) & (pages < self.capacity.pages)).all(), "a page out of range")
+        return pages
+
+    def _check_sharing(self, step: StepInput, owner: I64) -> None:
+        """A page that is written belongs to one sequence of the step."""
+        size = self.capacity.page_size
+        users: dict[int, set[int]] = {}
+        for s in range(len(step.seq_len)):
+            for page in step.pages[s][: -(-int(step.seq_len[s]) // size)].tolist():
+                users.setdefault(page, set()).add(s)
+        for page, s in zip((step.kv_slots // size).tolist(), owner.tolist(), strict=True):
+            _need(users[page] == {s}, f"page {page} is written while others read it")
+
+    def _check_keys(self, step: StepInput, chained: U64) -> None:
+        """Every key a sequence can see stands at its position, and together they are its text."""
+        size = self.capacity.page_size
+        for s, length in enumerate(step.seq_len.tolist()):
+            at = np.arange(length)
+            keys = step.pages[s][at // size].astype(np.int64) * size + at % size
+            _need((self._position[keys] == at).all(), "a visible key of another position")
+            _need(
+                self._hash[keys[-1]] == chained[step.seq_start[s + 1] - 1], "a key of another text"
+            )
+
+
+def logprobs(state: U64, token: I32) -> npt.NDArray[np.float32]:
+    with np.errstate(over="ignore"):
+        return -((mix(state + mix(token)) % np.uint64(1000)).astype(np.float32) + 1) / np.float32(
+            100
+        )
+
+
+def _need(ok: bool | np.bool_, what: str) -> None:
+    if not ok:
+        raise ValueError(f"step breaks its contract: {what}")
+
+
+# What the null device offers without an artifact.
+ALONE = Capacity(
+    context=4096,
+    vocab=32000,
+    page_size=16,
+    pages=4096,
+    max_seqs=64,
+    max_tokens=512,
+    slots=64,
+    edits=4096 + 2048,
+)
+
+
+def null_capacity(artifact: Artifact | None, kv_tokens: int | None) -> Capacity:
+    """The artifact's sizes; the KV pool, which costs nothing here, holds `kv_tokens` or every sequence at full length."""
+    if artifact is None:
+        pages = ALONE.pages if kv_tokens is None else max(kv_tokens // ALONE.page_size, 1)
+        context = min(ALONE.context, pages * ALONE.page_size)
+        return replace(ALONE, pages=pages, context=context)
+    m = artifact.manifest
+    size = m.state.page_size
+    most = -(-m.model.context // size) * m.max_seqs
+    pages = min(most, 1 << 20) if kv_tokens is None else max(kv_tokens // size, 1)
+    return Capacity(
+        context=min(m.model.context, pages * size),
+        vocab=m.model.vocab,
+        page_size=size,
+        pages=pages,
+        max_seqs=m.max_seqs,
+        max_tokens=m.max_tokens,
+        slots=m.state.slots,
+        edits=m.edits,
+    )
