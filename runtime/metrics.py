@@ -10,7 +10,8 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Sequence as Values
+from collections.abc import Iterable
+from collections.abc import Sequence as Values
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -27,11 +28,11 @@ from runtime.text.sequence import Sequence
 PREFIX = "headstart:"
 
 # Finer than SGLang's below 100 ms, where small models live; its bounds are all kept.
-TTFT_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1, 2, 4, 6, 8, 10, 20, 40, 60, 80)
-TTFT_S += (100, 200, 400)
-E2E_S = (*TTFT_S, 600, 1200, 1800, 2400)
-ITL_S = (0.0005, 0.001, 0.002, 0.004, 0.006, 0.008, 0.010, 0.015, 0.020, 0.025, 0.030, 0.035)
-ITL_S += (0.040, 0.060, 0.080, 0.1, 0.2, 0.4, 0.6, 0.8, 1, 2, 4, 6, 8)
+_SECONDS = (0.1, 0.2, 0.4, 0.6, 0.8, 1, 2, 4, 6, 8)
+TTFT_S: Values[float] = (0.005, 0.01, 0.02, 0.05, *_SECONDS, 10, 20, 40, 60, 80, 100, 200, 400)
+E2E_S: Values[float] = (*TTFT_S, 600, 1200, 1800, 2400)
+_MS = (0.5, 1, 2, 4, 6, 8, 10, 15, 20, 25, 30, 35, 40, 60, 80)
+ITL_S: Values[float] = (*(ms / 1e3 for ms in _MS), *_SECONDS)
 TOKENS = (1, 10, 50, 100, 200, 500, 1000, 2000, 4000, 8000, 16000, 32000, 64000, 128000)
 
 
@@ -58,7 +59,7 @@ class Histogram:
             running += count
             buckets.append(("+Inf" if bound == float("inf") else str(float(bound)), running))
         family = HistogramMetricFamily(PREFIX + self.name, self.help, labels=["model_name"])
-        family.add_metric([model], buckets=buckets, sum_value=self.total)  # type: ignore[arg-type]
+        family.add_metric([model], buckets=buckets, sum_value=self.total)
         return family
 
 

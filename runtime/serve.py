@@ -1,7 +1,8 @@
 """`python -m runtime.serve artifact=…`: the HTTP process.
 
-Comes in: ServeConfig. Goes out: an exit code, after a life of serving. The engine process is started
-before anything slow is imported here, so that weights load while aiohttp and the tokenizer do.
+Comes in: ServeConfig. Goes out: an exit code, after a life of serving. The engine process is
+started before anything slow is imported here, so that weights load while aiohttp and the tokenizer
+do.
 """
 
 from __future__ import annotations

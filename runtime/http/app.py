@@ -140,7 +140,9 @@ class Gate:
             if route.works and not self._server.accepting:
                 draining = self._server.draining
                 raise EngineDead(
-                    "The server is shutting down." if draining else "The engine is starting; try again."
+                    "The server is shutting down."
+                    if draining
+                    else "The engine is starting; try again."
                 )
             return await route.handler(self._server, request)
 

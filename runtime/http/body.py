@@ -1,7 +1,7 @@
 """Request bodies: read with a clock running, parsed without trust.
 
-Comes in: an aiohttp request. Goes out: the parsed JSON object, or `InvalidRequest` with 400, 408, 413
-or 415. Called by every route that takes a body.
+Comes in: an aiohttp request. Goes out: the parsed JSON object, or `InvalidRequest` with 400, 408,
+413 or 415. Called by every route that takes a body.
 """
 
 from __future__ import annotations

@@ -19,8 +19,10 @@ from runtime.http.openai_schema import ChatBody, Message, read_body, sampling
 from runtime.http.replies import encode, json_reply
 from runtime.http.server import INLINE, Server
 from runtime.request import MAX_TOP_LOGPROBS
+from runtime.text.call import Call, Logprobs, Prompt, salt
 from runtime.text.chat import KWARGS
-from runtime.text.generate import Call, Logprobs, Prompt, read_rids, salt, tokenize
+from runtime.text.generate import read_rids
+from runtime.text.model import tokenize
 from runtime.text.sampling import Sampling
 from runtime.text.schema import convert, show
 from runtime.text.sequence import Sequence
@@ -64,7 +66,9 @@ async def chat_completions(server: Server, request: web.Request) -> web.StreamRe
 
 
 async def chat_ids(server: Server, body: ChatBody) -> list[int]:
-    """The prompt's token ids, rendered in the template process and tokenized off the loop when long."""
+    """The prompt's token ids, rendered in the template process and tokenized off the loop when
+    long.
+    """
     tokenizer, renderer = server.model.tokenizer, server.renderer
     if tokenizer is None or renderer is None:
         raise InvalidRequest(
@@ -127,11 +131,12 @@ def _part(part: dict[str, Any], where: str) -> str:
 
 def _tool_call(call: Any) -> Any:
     function = call.get("function") if isinstance(call, dict) else None
-    arguments = function.get("arguments") if isinstance(function, dict) else None
-    if not isinstance(arguments, str):
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
     try:
-        return call | {"function": function | {"arguments": msgspec.json.decode(arguments)}}
+        return call | {
+            "function": function | {"arguments": msgspec.json.decode(function["arguments"])}
+        }
     except (ValueError, RecursionError):
         return call  # not JSON: the template gets the text the model once wrote
 
@@ -152,7 +157,8 @@ def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
-        # Not the fields' own names; what a client names itself (tool parameters) can hold a spelling too.
+        # Not the fields' own names; what a client names itself (tool parameters) can hold a
+        # spelling too.
         return {change(key): _map_strings(item, change) for key, item in value.items()}
     if isinstance(value, list):
         return [_map_strings(item, change) for item in value]
@@ -202,8 +208,7 @@ def _logprobs(server: Server, seq: Sequence, start: int) -> dict[str, Any]:
     """From output token `start` on."""
     tops = seq.top[start:] if seq.request.top_logprobs else [[]] * (len(seq.ids) - start)
     content = [
-        _token(server, token, logprob)
-        | {"top_logprobs": [_token(server, i, p) for p, i in top]}
+        _token(server, token, logprob) | {"top_logprobs": [_token(server, i, p) for p, i in top]}
         for token, logprob, top in zip(seq.ids[start:], seq.logprobs[start:], tops, strict=False)
     ]
     return {"content": content, "refusal": None}
@@ -217,7 +222,7 @@ def _token(server: Server, token: int, logprob: float) -> dict[str, Any]:
 class _ChatEncoder:
     """The first chunk carries the role, as OpenAI's does."""
 
-    __slots__ = ("_body", "_close", "_first", "_open", "_server", "_told", "_tokens")
+    __slots__ = ("_body", "_close", "_first", "_open", "_server", "_tokens", "_told")
 
     def __init__(self, server: Server, body: ChatBody, head: Head, seq: Sequence) -> None:
         self._server = server
@@ -268,9 +273,7 @@ async def tokenize_text(server: Server, request: web.Request) -> web.StreamRespo
             raise InvalidRequest("This model has no tokenizer.", param="prompt")
         special = plain.add_special_tokens is not False
         ids = await asyncio.to_thread(tokenizer.encode, plain.prompt, add_special_tokens=special)
-    return json_reply(
-        {"tokens": ids, "count": len(ids), "max_model_len": server.model.context}
-    )
+    return json_reply({"tokens": ids, "count": len(ids), "max_model_len": server.model.context})
 
 
 async def detokenize(server: Server, request: web.Request) -> web.StreamResponse:

@@ -7,6 +7,7 @@ Protocol errors are answered in our error shape instead of aiohttp's echo of the
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,9 @@ HEADERS = 64
 KEEPALIVE_S = 75.0
 SWEEP_S = 0.5
 NEVER = float("inf")
+
+_NO_ACCESS_LOG = logging.getLogger("headstart.aiohttp")  # app.py writes the access log
+_NO_ACCESS_LOG.disabled = True
 
 
 class Connections:
@@ -63,7 +67,7 @@ class Connection(RequestHandler):
             server,
             loop=loop,
             keepalive_timeout=KEEPALIVE_S,
-            access_log=None,
+            access_log=_NO_ACCESS_LOG,
             max_line_size=LINE,
             max_field_size=LINE,
             max_headers=HEADERS,

@@ -30,7 +30,7 @@ from runtime.http.render import Renderer
 from runtime.http.server import Server
 from runtime.request import Failed
 from runtime.spawn import EngineProcess
-from runtime.text.generate import TextModel
+from runtime.text.model import TextModel
 from runtime.text.tokenizer import Tokenizer
 
 log = logging.getLogger("headstart.serve")

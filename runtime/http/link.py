@@ -1,4 +1,5 @@
-"""The HTTP process's end of the engine: sends requests, hands events to their owners, keeps it alive.
+"""The HTTP process's end of the engine: sends requests, hands events to their owners, keeps it
+alive.
 
 `EngineLink` owns the child process and the socket. Death is seen as end of file on the socket, a
 stall by the heartbeat; either way every request in flight hears of it once and a new engine is
@@ -13,11 +14,11 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
-from runtime.spawn import EngineProcess
 from runtime.errors import EngineDead
-from runtime.http.frames import EngineProtocol
+from runtime.ipc import EngineProtocol
 from runtime.request import (
     Abort,
     Control,
@@ -30,6 +31,7 @@ from runtime.request import (
     Request,
     Stats,
 )
+from runtime.spawn import EngineProcess
 
 log = logging.getLogger("headstart.engine")
 
@@ -83,18 +85,23 @@ class EngineLink:
             raise EngineDead("The engine is starting; try again.")
         if not self._owners:
             self._progress = time.monotonic()
-        self._owners[request.id] = owner
         self._protocol.send(request)
+        self._owners[request.id] = owner
 
     def abort(self, request: int) -> None:
         """The owner hears nothing more."""
-        if self._owners.pop(request, None) is not None and self._protocol is not None:
-            self._protocol.send(Abort(id=request))
+        if self._owners.pop(request, None) is not None:
+            self._send_abort(request)
 
     def abort_softly(self, request: int) -> None:
         """The owner hears the engine's own end of it."""
-        if request in self._owners and self._protocol is not None:
-            self._protocol.send(Abort(id=request))
+        if request in self._owners:
+            self._send_abort(request)
+
+    def _send_abort(self, request: int) -> None:
+        if self._protocol is not None:
+            with suppress(EngineDead):  # then there is nothing left to abort
+                self._protocol.send(Abort(id=request))
 
     def flush(self) -> None:
         """Write what the streams gathered since the last call."""

@@ -22,9 +22,7 @@ async def generate(server: Server, request: web.Request) -> web.StreamResponse:
     if call.stream:
         delta = server.config.incremental_stream
         many = not call.single
-        return await server.stream(
-            request, call, sequences, lambda seq: _encoder(seq, delta, many)
-        )
+        return await server.stream(request, call, sequences, lambda seq: _encoder(seq, delta, many))
     await server.gather(call, sequences)
     answers = [seq.response() for seq in sequences]
     return json_reply(answers[0] if call.single else answers)
@@ -62,11 +60,13 @@ async def server_info(server: Server, request: web.Request) -> web.StreamRespons
         "capacity": link.capacity,
         "in_flight": link.in_flight,
     }
-    return json_reply({**server.info["server"], "internal_states": [states]})  # type: ignore[dict-item]
+    return json_reply({**server.info["server"], "internal_states": [states]})
 
 
 async def health(server: Server, request: web.Request) -> web.StreamResponse:
-    """By the engine's heartbeat: never by a generation, which would be one more thing to go wrong."""
+    """By the engine's heartbeat: never by a generation, which would be one more thing to go
+    wrong.
+    """
     if not server.accepting or server.link.stalled():
         raise EngineDead("Draining." if server.draining else "The engine is not ready.")
     return web.Response()
@@ -115,7 +115,16 @@ class _TextEncoder:
     """The common stream (no log-probabilities): escaped text and ids grow by what is new; only the
     counters around them are written anew."""
 
-    __slots__ = ("_delta", "_escaped", "_ids", "_ids_told", "_last", "_middle", "_tail", "_text_told")
+    __slots__ = (
+        "_delta",
+        "_escaped",
+        "_ids",
+        "_ids_told",
+        "_last",
+        "_middle",
+        "_tail",
+        "_text_told",
+    )
 
     def __init__(self, seq: Sequence, delta: bool, many: bool) -> None:
         self._delta = delta

@@ -17,7 +17,9 @@ from runtime.http.openai_schema import CommonBody, CompletionBody, read_body, sa
 from runtime.http.replies import encode, json_reply
 from runtime.http.server import Server
 from runtime.request import MAX_TOP_LOGPROBS
-from runtime.text.generate import Call, Logprobs, Prompt, TextModel, read_rids, salt, split_prompts
+from runtime.text.call import Call, Logprobs, Prompt, salt
+from runtime.text.generate import read_rids, split_prompts
+from runtime.text.model import TextModel
 from runtime.text.schema import show
 from runtime.text.sequence import Sequence
 
@@ -78,7 +80,9 @@ def finish(seq: Sequence) -> tuple[str, int | str | None]:
 
 
 def usage_suffix(body: CommonBody, seq: Sequence) -> bytes:
-    """The usage field of a chunk that is not the last: OpenAI sends null when usage was asked for."""
+    """The usage field of a chunk that is not the last: OpenAI sends null when usage was asked
+    for.
+    """
     if body.continuous_usage:
         return b',"usage":' + encode(usage([seq], 1))
     return b',"usage":null' if body.include_usage else b""
@@ -171,7 +175,9 @@ def _choice(server: Server, body: CompletionBody, seq: Sequence, echo: str) -> d
     return {
         "index": seq.index,
         "text": echo + seq.text,
-        "logprobs": _logprobs(server, seq, 0, "", bool(body.echo)) if seq.request.logprobs else None,
+        "logprobs": _logprobs(server, seq, 0, "", bool(body.echo))
+        if seq.request.logprobs
+        else None,
         "finish_reason": reason,
         "matched_stop": matched,
     }
@@ -204,7 +210,7 @@ def _logprobs(server: Server, seq: Sequence, start: int, before: str, echo: bool
 
 
 class _CompletionEncoder:
-    __slots__ = ("_body", "_close", "_echo", "_open", "_server", "_told", "_tokens")
+    __slots__ = ("_body", "_close", "_echo", "_open", "_server", "_tokens", "_told")
 
     def __init__(
         self, server: Server, body: CompletionBody, head: Head, seq: Sequence, echo: str
@@ -236,5 +242,3 @@ class _CompletionEncoder:
         reason, matched = finish(seq) if final else (None, None)
         fields = {"logprobs": logprobs, "finish_reason": reason, "matched_stop": matched}
         return b"," + encode(fields)[1:] + b"]"
-
-

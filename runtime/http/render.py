@@ -1,7 +1,7 @@
 """Chat templates rendered in a child process with a time and memory bound.
 
-Comes in: messages of one request. Goes out: the prompt, or `InvalidRequest`. A render that hangs ends
-its child; the next request starts another. Used by the chat and tokenize routes.
+Comes in: messages of one request. Goes out: the prompt, or `InvalidRequest`. A render that hangs
+ends its child; the next request starts another. Used by the chat and tokenize routes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""What every route needs, in one object: the model's text layer, the engine, limits, keys, counters.
+"""What every route needs, in one object: the model's text layer, the engine, limits, keys,
+counters.
 
-`Server` turns a checked `Call` into a finished answer: tokenize off the loop when long, submit, then
-gather or stream. native.py and openai.py differ only in what they read and write.
+`Server` turns a checked `Call` into a finished answer: tokenize off the loop when long, submit,
+then gather or stream. native.py and openai.py differ only in what they read and write.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from runtime.http.render import Renderer
 from runtime.http.replies import error_reply
 from runtime.http.stream import DONE, Encoder, EventStream, Job, StreamTrack, Track
 from runtime.metrics import RequestMetrics
-from runtime.text.generate import Call, Prompt, TextModel, tokenize
-from runtime.text.sequence import Sequence
+from runtime.text.call import Call, Prompt
+from runtime.text.model import TextModel, tokenize
 from runtime.text.schema import show
+from runtime.text.sequence import Sequence
 
 INLINE = 4096  # characters or ids that are quick enough to tokenize on the event loop
 
@@ -72,9 +74,10 @@ class Server:
         else:
             tokens = await asyncio.to_thread(lambda: [encode(source) for source in sources])
         budget = sum(p.sampling.n for p in call.prompts)
-        if budget > self.model.limits.prompts_per_request:
+        most = self.model.limits.prompts_per_request
+        if budget > most:
             raise InvalidRequest(
-                f"prompts x n must be at most {self.model.limits.prompts_per_request}, got {budget}.",
+                f"prompts x n must be at most {most}, got {budget}.",
                 param="n",
             )
         return call.build(self.model, tokens)
@@ -129,9 +132,8 @@ class Server:
             self._rids[prompt.rid] = ids
             for seq in group:
                 self._rids.setdefault(seq.rid, {seq.request.id})
-        job = Job(
-            self.link, self.metrics, sequences, deadline_s=self.config.limits.request_s + DEADLINE_SLACK_S
-        )
+        slack = self.config.limits.request_s + DEADLINE_SLACK_S
+        job = Job(self.link, self.metrics, sequences, deadline_s=slack)
         self.jobs.add(job)
         try:
             yield job

@@ -1,8 +1,8 @@
 """Answers under way: one `Job` per HTTP request, gathering or streaming the sequences it asked for.
 
 Events come straight from the engine link, inside its read callback. A streaming job turns each into
-bytes and writes them to the transport there and then: no queue, no task wakes per token. The handler
-task sleeps until the end, or until a disconnect cancels it.
+bytes and writes them to the transport there and then: no queue, no task wakes per token. The
+handler task sleeps until the end, or until a disconnect cancels it.
 """
 
 from __future__ import annotations
@@ -150,7 +150,9 @@ class StreamTrack(Track):
 
 
 class EventStream:
-    """A server-sent event response, opened by the first news so that an early error gets its status."""
+    """A server-sent event response, opened by the first news so that an early error gets its
+    status.
+    """
 
     def __init__(self, request: web.Request, link: EngineLink) -> None:
         connection = request.protocol
@@ -211,10 +213,9 @@ class EventStream:
 
     async def close(self, last: bytes) -> web.StreamResponse:
         assert self._response is not None
-        self._parts.append(last)
         self.flush()
         self._connection.on_resume = None
-        await self._response.write_eof()
+        await self._response.write_eof(last)
         return self._response
 
     def _resume(self) -> None:

@@ -70,7 +70,9 @@ class ChatTemplate:
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             # What a template does with odd messages is the request's fault; library text stays in.
             said = error.message if isinstance(error, _Raised) else None
-            raise TemplateRefused(said or "the chat template cannot render these messages.") from error
+            raise TemplateRefused(
+                said or "the chat template cannot render these messages."
+            ) from error
         prompt = "".join(parts)
         return _cut_after_final(prompt, messages) if continue_final_message else prompt
 

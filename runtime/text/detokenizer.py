@@ -1,7 +1,8 @@
 """Token ids to text, a few ids at a time, never half a character.
 
-Comes in: ids as the engine emits them. Goes out: the text that is certain. One detokenizer per running sequence, made by
-`Detokenizers` (one per tokenizer), which caches the bytes of every vocabulary piece seen.
+Comes in: ids as the engine emits them. Goes out: the text that is certain. One detokenizer per
+running sequence, made by `Detokenizers` (one per tokenizer), which caches the bytes of every
+vocabulary piece seen.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Detokenizers:
         if self._tokenizer.decoder == "other":
             return _WindowDetokenizer(self._tokenizer, skip_special_tokens)
         pieces = self._skipping if skip_special_tokens else self._shown
-        # SentencePiece's byte fallback shows one replacement character per bad byte, byte-level decoders one per bad sequence.
+        # SentencePiece's byte fallback shows one replacement character per bad byte, byte-level
+        # decoders one per bad sequence.
         errors = "replace" if self._tokenizer.decoder == "byte_level" else "headstart.each_byte"
         return _PieceDetokenizer(pieces, errors)
 
@@ -80,7 +82,9 @@ class _PieceDetokenizer:
 
 
 class _WindowDetokenizer:
-    """For decoders that are no plain concatenation (WordPiece, CTC, …): decode a short window twice and take the difference."""
+    """For decoders that are no plain concatenation (WordPiece, CTC, …): decode a short window
+    twice and take the difference.
+    """
 
     __slots__ = ("_ids", "_prefix", "_read", "_skip", "_tokenizer")
 
@@ -111,7 +115,9 @@ class _WindowDetokenizer:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-ins: a byte that is printable Latin-1 stands for itself, the others for U+0100 onwards."""
+    """GPT-2's printable stand-ins: a byte that is printable Latin-1 stands for itself, the
+    others for U+0100 onwards.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     alphabet = {chr(byte): byte for byte in printable}

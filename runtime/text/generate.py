@@ -1,42 +1,37 @@
-"""One `/generate` body to engine requests, and their events back to response objects.
+"""One `/generate` body, SGLang's fields, to a `Call`.
 
-Comes in: a parsed body (SGLang's fields). `read_generate` checks it, `Call.build` makes one `Sequence` per output once the
-prompts are tokenized. Each `Sequence` eats its `Event`s and renders SGLang's response object. Used by the native and OpenAI
-routes and by the offline Engine: no asyncio, no HTTP here.
+Comes in: a parsed JSON object. Goes out: the checked call, prompts not yet tokenized. Used by the
+native route and by the offline Engine: no asyncio, no HTTP here.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import secrets
-from collections.abc import Callable, Sequence as Seq
-from dataclasses import dataclass
+from collections.abc import Sequence as Seq
 from typing import Any
 
 import msgspec
 
-from conf.schema import LimitsConfig
 from runtime.errors import InvalidRequest
-from runtime.request import MAX_TOP_LOGPROBS, Request
-from runtime.text.detokenizer import Detokenizers
+from runtime.request import MAX_TOP_LOGPROBS
+from runtime.text.call import Call, Logprobs, Prompt, new_rid, salt
+from runtime.text.model import TextModel
 from runtime.text.sampling import Sampling, read_sampling
 from runtime.text.schema import check_unsupported, convert, show
-from runtime.text.sequence import Sequence
-from runtime.text.tokenizer import Tokenizer
 
 # Known to SGLang, not to us: refused unless at a value that asks for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = dict.fromkeys(
-    (
-        "input_embeds image_data video_data audio_data modalities mm_hashes mm_content_hashes use_audio_in_video video_config "
-        "images_config mm_processor_kwargs max_dynamic_patch min_dynamic_patch image_max_dynamic_patch "
-        "video_max_dynamic_patch token_ids_logprob return_flat_raw_top_logprobs return_flat_raw_output_top_logprobs "
-        "return_flat_raw_top_logprobs_b64 return_sampling_mask sampling_logprobs_mode return_hidden_states "
-        "return_routed_experts return_indexer_topk return_entropy return_bytes session_params session_id lora_path "
-        "custom_logit_processor max_thinking_tokens require_reasoning routed_dp_rank data_parallel_rank bootstrap_host "
-        "bootstrap_port bootstrap_room bootstrap_pair_key decode_tp_size disagg_prefill_dp_rank kv_hints background "
-        "custom_labels watermark"
-    ).split(),
+    """
+    input_embeds image_data video_data audio_data modalities mm_hashes mm_content_hashes
+    use_audio_in_video video_config images_config mm_processor_kwargs max_dynamic_patch
+    min_dynamic_patch image_max_dynamic_patch video_max_dynamic_patch token_ids_logprob
+    return_flat_raw_top_logprobs return_flat_raw_output_top_logprobs
+    return_flat_raw_top_logprobs_b64 return_sampling_mask sampling_logprobs_mode
+    return_hidden_states return_routed_experts return_indexer_topk return_entropy return_bytes
+    session_params session_id lora_path custom_logit_processor max_thinking_tokens
+    require_reasoning routed_dp_rank data_parallel_rank bootstrap_host bootstrap_port
+    bootstrap_room bootstrap_pair_key decode_tp_size disagg_prefill_dp_rank kv_hints background
+    custom_labels watermark
+    """.split(),  # noqa: SIM905 - a list of quoted names is three times as long
     ([], {}, ""),
 ) | {"routed_experts_start_len": (0,)}
 
@@ -58,82 +53,6 @@ class GenerateBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     priority: int | None = None
     extra_key: str | list[str] | None = None
     cache_salt: str | list[str] | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TextModel:
-    """What the text layer knows of the served model. `tokenizer` None: token ids in, token ids out."""
-
-    name: str
-    tokenizer: Tokenizer | None
-    detokenizers: Detokenizers | None
-    context: int
-    vocab: int
-    limits: LimitsConfig
-    stream_interval: int = 1
-
-    @staticmethod
-    def make(
-        name: str,
-        tokenizer: Tokenizer | None,
-        *,
-        context: int,
-        vocab: int,
-        limits: LimitsConfig,
-        stream_interval: int = 1,
-    ) -> TextModel:
-        return TextModel(
-            name=name,
-            tokenizer=tokenizer,
-            detokenizers=Detokenizers(tokenizer) if tokenizer else None,
-            context=context,
-            vocab=vocab,
-            limits=limits,
-            stream_interval=stream_interval,
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Logprobs:
-    """What to report: `start` -1 outputs only, otherwise from this prompt position on."""
-
-    wanted: bool = False
-    start: int = -1
-    top: int = 0
-    with_text: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
-    """One prompt of a call; `source` is text to be tokenized or ids."""
-
-    source: str | list[int]
-    rid: str
-    sampling: Sampling
-    logprobs: Logprobs
-    priority: int = 0
-    salt: bytes = b""
-    show_prompt_ids: bool = False
-
-
-_ids = itertools.count(1)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
-    """`single`: answer with one object instead of a list."""
-
-    prompts: list[Prompt]
-    single: bool
-    stream: bool
-
-    def build(self, model: TextModel, tokens: Seq[list[int]]) -> list[Sequence]:
-        """`tokens[i]`: the ids of `prompts[i]`. Outputs are prompt-major: all `n` of the first prompt, then the next."""
-        return [
-            _sequence(model, prompt, ids, copy, index=i * prompt.sampling.n + copy)
-            for i, (prompt, ids) in enumerate(zip(self.prompts, tokens, strict=True))
-            for copy in range(prompt.sampling.n)
-        ]
 
 
 def read_generate(body: Any, model: TextModel, tenant: bytes = b"") -> Call:
@@ -177,88 +96,6 @@ def read_generate(body: Any, model: TextModel, tenant: bytes = b"") -> Call:
     return Call(prompts=prompts, single=single and n == 1, stream=bool(parsed.stream))
 
 
-def prompt_too_long(text: str, model: TextModel) -> bool:
-    """Known without tokenizing: more bytes than the context's worth of the longest token. Cheap, so it comes first."""
-    size = len(text)
-    if model.tokenizer is None or size <= 16 * model.context:
-        return False
-    longest = model.tokenizer.longest_token()
-    return longest > 0 and size > longest * model.context
-
-
-def salt(tenant: bytes, *keys: str | None) -> bytes:
-    """Separates prefix caches: by the caller's API key, and by the keys a request brings."""
-    named = [key.encode() for key in keys if key]
-    if not named:
-        return tenant
-    return hashlib.sha256(b"\0".join((tenant, *(hashlib.sha256(k).digest() for k in named)))).digest()
-
-
-def new_rid() -> str:
-    return secrets.token_hex(16)
-
-
-def _sequence(
-    model: TextModel, prompt: Prompt, ids: list[int], copy: int, *, index: int
-) -> Sequence:
-    sampling, logprobs = prompt.sampling, prompt.logprobs
-    size = len(ids)
-    if size == 0:
-        raise InvalidRequest("input_ids cannot be empty.", param="input_ids")
-    if size >= model.context:
-        raise InvalidRequest(
-            f"The input ({size} tokens) is longer than the model's context length ({model.context} tokens).",
-            param="text" if isinstance(prompt.source, str) else "input_ids",
-        )
-    if logprobs.start < -1 or logprobs.start >= size:
-        raise InvalidRequest(
-            f"logprob_start_len must be -1 or in [0, {size - 1}], got {show(logprobs.start)}.",
-            param="logprob_start_len",
-        )
-    most = sampling.max_new_tokens
-    if most is not None and size + most > model.context:
-        raise InvalidRequest(
-            f"Requested token count exceeds the model's maximum context length of {model.context} tokens. You requested a "
-            f"total of {size + most} tokens: {size} tokens from the input messages and {most} tokens for the completion. "
-            "Please reduce the number of tokens in the input text or the completion to fit within the limit.",
-            param="max_new_tokens",
-        )
-    most = model.context - size if most is None else most
-    seed = sampling.params.seed
-    if seed is not None and copy:  # the same seed would give n equal outputs
-        seed = (seed + copy + 2**63) % 2**64 - 2**63
-    request = Request(
-        id=next(_ids),
-        tokens=ids,
-        sampling=msgspec.structs.replace(
-            sampling.params,
-            max_new_tokens=most,
-            min_new_tokens=min(sampling.params.min_new_tokens, most),
-            seed=seed,
-        ),
-        logprobs=logprobs.wanted,
-        top_logprobs=logprobs.top,
-        prompt_logprobs_from=logprobs.start,
-        priority=prompt.priority,
-        salt=prompt.salt,
-    )
-    n = sampling.n
-    return Sequence(
-        request=request,
-        rid=prompt.rid if n == 1 else f"{prompt.rid}_{copy}",
-        index=index,
-        tokenizer=model.tokenizer,
-        detokenizer=model.detokenizers.new(skip_special_tokens=sampling.skip_special_tokens)
-        if model.detokenizers
-        else None,
-        stop=sampling.stop,
-        no_stop_trim=sampling.no_stop_trim,
-        interval=sampling.stream_interval or model.stream_interval,
-        text_in_logprobs=logprobs.with_text,
-        show_prompt_ids=prompt.show_prompt_ids,
-    )
-
-
 def _sources(body: GenerateBody) -> tuple[list[str | list[int]], bool]:
     if (body.text is None) == (body.input_ids is None):
         raise InvalidRequest("Either text, input_ids or input_embeds should be provided.")
@@ -282,14 +119,6 @@ def split_prompts(
     if len(kinds) > 1:
         raise InvalidRequest(f"{param} mixes texts, ids and lists of ids.", param=param)
     return list(given), False  # type: ignore[arg-type]
-
-
-def check_ids(ids: list[int], vocab: int) -> None:
-    if min(ids) < 0 or max(ids) >= vocab:
-        bad = next(i for i in ids if not 0 <= i < vocab)
-        raise InvalidRequest(
-            f"input_ids must be in [0, {vocab - 1}], got {show(bad)}.", param="input_ids"
-        )
 
 
 def _samplings(body: GenerateBody, count: int, model: TextModel) -> list[Sampling]:
@@ -363,21 +192,3 @@ def _priority(priority: int | None) -> int:
             f"priority must be in [-2**31, 2**31 - 1], got {show(priority)}.", param="priority"
         )
     return priority or 0
-
-
-Encode = Callable[[str], list[int]]
-
-
-def tokenize(model: TextModel, source: str | list[int]) -> list[int]:
-    """A prompt's ids, checked. Slow for long text: callers with an event loop run it in a thread."""
-    if isinstance(source, list):
-        check_ids(source, model.vocab)
-        return source
-    if model.tokenizer is None:
-        raise InvalidRequest("This model has no tokenizer; send input_ids.", param="text")
-    if prompt_too_long(source, model):
-        raise InvalidRequest(
-            f"The input ({len(source)} characters) is longer than the model's context length ({model.context} tokens).",
-            param="text",
-        )
-    return model.tokenizer.encode(source)

@@ -13,6 +13,7 @@ import struct
 import sys
 from typing import Any, BinaryIO
 
+import jinja2
 import msgspec
 
 from runtime.text.chat import ChatTemplate, TemplateRefused
@@ -45,7 +46,7 @@ def main() -> None:
     setup = msgspec.msgpack.decode(first)
     try:
         template = ChatTemplate(setup["source"], setup["constants"])
-    except Exception as error:
+    except (jinja2.TemplateError, RecursionError) as error:
         write_frame(stdout, {"broken": f"{type(error).__name__}: {error}"})
         return
     write_frame(stdout, {"ready": True})

@@ -1,7 +1,8 @@
 """Sampling parameters as clients write them (SGLang's names), checked and turned into the engine's.
 
-Comes in: one `sampling_params` object. Goes out: `Sampling`, the engine's parameters plus what stays in the text layer. The
-error texts are SGLang's, which clients match. Used by generate.py and, for OpenAI bodies, runtime/http/openai.py.
+Comes in: one `sampling_params` object. Goes out: `Sampling`, the engine's parameters plus what
+stays in the text layer. The error texts are SGLang's, which clients match. Used by generate.py and,
+for OpenAI bodies, runtime/http/openai.py.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 
 
 class SamplingBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """`null` means the default, except for max_new_tokens, where it means all the context allows."""
+    """`null` means the default, except for max_new_tokens, where it means all the context
+    allows.
+    """
 
     max_new_tokens: int | None = 128
     min_new_tokens: int | None = None

@@ -1,7 +1,8 @@
 """Untyped JSON objects to typed bodies, with error texts of our own.
 
-Comes in: a parsed JSON object and the msgspec type it must have. Goes out: the typed body, or `InvalidRequest` naming the
-parameter. No library text and no more of the request than a parameter name reaches the client.
+Comes in: a parsed JSON object and the msgspec type it must have. Goes out: the typed body, or
+`InvalidRequest` naming the parameter. No library text and no more of the request than a parameter
+name reaches the client.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ def convert(body: Any, kind: type[T], where: str = "") -> T:
 def check_unsupported(
     body: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]], where: str = ""
 ) -> dict[str, Any]:
-    """`body` without the fields in `neutral`, each of which may only be absent, null, false or one of its neutral values."""
+    """`body` without the fields in `neutral`, each of which may only be absent, null, false or
+    one of its neutral values.
+    """
     rest = dict(body)
     for name in neutral.keys() & rest.keys():
         value = rest.pop(name)

@@ -1,7 +1,7 @@
 """One output being generated, as its client sees it: text, ids, log-probabilities, finish.
 
-Comes in: the engine's `Event`s of one request. Goes out: newly visible text, and SGLang's response object. Made by
-generate.py; one per engine request.
+Comes in: the engine's `Event`s of one request. Goes out: newly visible text, and SGLang's response
+object. Made by generate.py; one per engine request.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ Triple = list[Any]  # [logprob | None, token id, text | None]
 
 
 class Sequence:
-    """`feed` every event, in order; it returns the text that became visible. Once `finish` is set nothing changes any more."""
+    """`feed` every event, in order; it returns the text that became visible. Once `finish` is
+    set nothing changes any more.
+    """
 
     __slots__ = (
         "_detokenizer",
@@ -34,8 +36,8 @@ class Sequence:
         "first_token_at",
         "ids",
         "index",
-        "last_token_at",
         "interval",
+        "last_token_at",
         "logprobs",
         "prompt_logprobs",
         "prompt_top",
@@ -80,7 +82,7 @@ class Sequence:
         self.cached_tokens = 0
         self.retractions = 0
         self.finish: dict[str, Any] | None = None
-        self.error: tuple[str, int] | None = None  # message and status, when the request did not end by itself
+        self.error: tuple[str, int] | None = None  # message and status, if it did not end by itself
         self.created = time.perf_counter()
         self.first_token_at = 0.0
         self.last_token_at = 0.0
@@ -136,7 +138,7 @@ class Sequence:
         """The engine cannot answer any more."""
         if self.finish is None:
             self.error = (message, status)
-            self.finish = {"type": "abort", "message": message, "status_code": status, "err_type": None}
+            self.finish = _abort(message, status)
             self.finished_at = time.perf_counter()
 
     def response(self) -> dict[str, Any]:
@@ -200,12 +202,7 @@ class Sequence:
         elif done.reason == "length":
             self.finish = {"type": "length", "length": len(self.ids)}
         else:
-            self.finish = {
-                "type": "abort",
-                "message": done.message or "Aborted",
-                "status_code": done.status,
-                "err_type": None,
-            }
+            self.finish = _abort(done.message or "Aborted", done.status)
             if done.status is not None:
                 self.error = (done.message or "Aborted", done.status)
         self.finished_at = time.perf_counter()
@@ -237,3 +234,7 @@ class Sequence:
 
     def _tops(self, top: TopLogprobs | None) -> list[Triple] | None:
         return None if not top else [self._triple(p, t) for p, t in top]
+
+
+def _abort(message: str, status: int | None) -> dict[str, Any]:
+    return {"type": "abort", "message": message, "status_code": status, "err_type": None}

@@ -1,14 +1,16 @@
 """Stop strings over streamed text, however the tokens cut it.
 
-Comes in: text pieces of one sequence. Goes out: the text that may be shown now; only what could still become a stop string is
-held back. Used by generate.py for requests that have stop strings.
+Comes in: text pieces of one sequence. Goes out: the text that may be shown now; only what could
+still become a stop string is held back. Used by generate.py for requests that have stop strings.
 """
 
 from __future__ import annotations
 
 
 class StopStrings:
-    """The string that *ends* first wins, the longest of those: so the result does not depend on how text arrives in pieces."""
+    """The string that *ends* first wins, the longest of those: so the result does not depend on
+    how text arrives in pieces.
+    """
 
     __slots__ = ("_firsts", "_held", "_keep", "_longest", "_stops", "matched")
 

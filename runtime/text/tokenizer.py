@@ -1,7 +1,8 @@
 """Text to token ids and back, over the artifact's tokenizer.json.
 
-Comes in: the artifact's text files. Goes out: `Tokenizer`, used by the HTTP process and the offline Engine. The incremental
-way back lives in detokenizer.py, which takes its vocabulary pieces from here.
+Comes in: the artifact's text files. Goes out: `Tokenizer`, used by the HTTP process and the offline
+Engine. The incremental way back lives in detokenizer.py, which takes its vocabulary pieces from
+here.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ class _Head(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guard:
-    """Marks spellings of control tokens inside user text, so that a chat prompt keeps them text: `mark` is inserted after the
-    first character of each. `hit` says whether any was found; without one the prompt is encoded as it is."""
+    """Marks spellings of control tokens inside user text, so that a chat prompt keeps them text:
+    `mark` is inserted after the first character of each. `hit` says whether any was found; without
+    one the prompt is encoded as it is.
+    """
 
     mark: str
     hit: bool
@@ -36,7 +39,9 @@ class Guard:
 
 @dataclass(slots=True)
 class Tokenizer:
-    """Immutable after `load`. Encoding is done by the library without the GIL, so it may run in a thread."""
+    """Immutable after `load`. Encoding is done by the library without the GIL, so it may run in
+    a thread.
+    """
 
     backend: tokenizers.Tokenizer
     config: dict[str, Any]
@@ -44,6 +49,7 @@ class Tokenizer:
     special: dict[int, str]  # control tokens
     bos: str | None
     eos: str | None
+    _special_ids: dict[str, int]
     _spellings: re.Pattern[str] | None
     _texts: dict[int, str] = field(default_factory=dict)
     _longest: int = 0
@@ -57,7 +63,7 @@ class Tokenizer:
         try:
             head = msgspec.json.decode(data, type=_Head)
             backend = tokenizers.Tokenizer.from_buffer(data)
-        except Exception as error:  # noqa: BLE001 - the library raises bare Exception
+        except Exception as error:
             raise DamagedArtifact(
                 f"text/tokenizer.json cannot be read: {error}; compile the model again"
             ) from error
@@ -74,6 +80,7 @@ class Tokenizer:
             special=special,
             bos=_spelling(config.get("bos_token")),
             eos=_spelling(config.get("eos_token")),
+            _special_ids={text: i for i, text in special.items()},
             _spellings=re.compile(spellings) if spellings else None,
         )
 
@@ -88,14 +95,16 @@ class Tokenizer:
         return ids
 
     def encode_chat(self, prompt: str, guard: Guard) -> list[int]:
-        """A rendered chat prompt: the template wrote its own control tokens, the user's marked spellings stay text."""
+        """A rendered chat prompt: the template wrote its own control tokens, the user's marked
+        spellings stay text.
+        """
         if not guard.hit or self._spellings is None:
             return self.encode(prompt, add_special_tokens=False)
         ids: list[int] = []
         end = 0
         for match in self._spellings.finditer(prompt):
             ids += self._encode_plain(prompt[end : match.start()].replace(guard.mark, ""))
-            ids.append(self.backend.token_to_id(match.group()))
+            ids.append(self._special_ids[match.group()])
             end = match.end()
         return ids + self._encode_plain(prompt[end:].replace(guard.mark, ""))
 
@@ -141,9 +150,10 @@ class Tokenizer:
         return text
 
     def longest_token(self) -> int:
-        """UTF-8 bytes of the longest text one token can stand for; 0 when unknown (lossy tokenizers)."""
+        """Most UTF-8 bytes of text one token can stand for; 0 when unknown (lossy tokenizers)."""
         if self._longest == 0 and self.decoder != "other":
-            self._longest = max(len(s.encode()) for s in self.backend.get_vocab(with_added_tokens=True))
+            vocabulary = self.backend.get_vocab(with_added_tokens=True)
+            self._longest = max(len(spelling.encode()) for spelling in vocabulary)
         return self._longest
 
 
