@@ -8,12 +8,10 @@ log file, no traceback for a typo.
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import Field, fields, is_dataclass
-from pathlib import Path
-from typing import Any, Generic, TypeVar, get_args, get_type_hints
+from dataclasses import fields, is_dataclass
+from typing import Any, Generic, TypeVar
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -25,8 +23,17 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conf.errors import ConfigError
+from conf.options import (
+    CONF,
+    check_override,
+    check_values,
+    field_at,
+    group_choices,
+    help_text,
+    hint,
+    type_name,
+)
 
-CONF = Path(__file__).resolve().parent
 T = TypeVar("T")
 
 
@@ -54,7 +61,7 @@ def run(
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if "-h" in args or "--help" in args:
-        print(_help(schema, config_name))
+        print(help_text(schema, config_name))
         return 0
     sweep = any(a in ("-m", "--multirun") for a in args)
     show = "--cfg" in args
@@ -97,25 +104,26 @@ def load(schema: type[T], config_name: str, overrides: Sequence[str] = ()) -> Lo
     """Compose `config_name`.yaml over `schema` with `overrides` (`key=value`) and check every
     value.
     """
-    parsed = [_checked(schema, o) for o in _parse(overrides)]
+    parsed = _parse(overrides)
+    texts = [check_override(schema, o.key_or_group, o.value(), o.input_line or "") for o in parsed]
     ConfigStore.instance().store(name=config_name.rsplit("/", 1)[-1] + "_schema", node=schema)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = compose(config_name, [text for text, _ in parsed], return_hydra_config=True)
+            composed = compose(config_name, texts, return_hydra_config=True)
         choices = OmegaConf.to_container(composed.hydra.runtime.choices)
         OmegaConf.set_struct(composed, False)
         del composed["hydra"]
         missing = sorted(OmegaConf.missing_keys(composed))
         if missing:
-            raise ConfigError(f"missing value: {missing[0]}=… is needed{_hint(schema, missing[0])}")
+            raise ConfigError(f"missing value: {missing[0]}=… is needed{hint(schema, missing[0])}")
         config = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as e:
-        raise ConfigError(_explain(schema, e, [o for _, o in parsed])) from None
+        raise ConfigError(_explain(schema, e, parsed)) from None
     assert isinstance(config, schema)
-    _check_values(config)
+    check_values(config)
     assert isinstance(choices, dict)
-    keys = {o.key_or_group for _, o in parsed}
+    keys = {o.key_or_group for o in parsed}
     return Loaded(
         config, _sources(config, config_name, {str(k): v for k, v in choices.items()}, keys)
     )
@@ -159,124 +167,6 @@ def _jobs(schema: type[Any], overrides: Sequence[str], sweep: bool) -> list[list
     return [list(overrides)]
 
 
-def _checked(schema: type[Any], o: Override) -> tuple[str, Override]:
-    """The override as hydra shall see it; raises if the key does not exist or names a group choice
-    that does not.
-    """
-    key, text = o.key_or_group, o.input_line or ""
-    node: Any = schema
-    path: list[str] = []
-    for part in key.split("."):
-        hints = get_type_hints(node)
-        if part not in hints:
-            where = ".".join(path)
-            options = [".".join((*path, n)) for n in hints]
-            inside = f" of {where}" if where else ""
-            raise ConfigError(
-                f"unknown option {key}{_closest('.'.join((*path, part)), options)}; "
-                f"options{inside}: {', '.join(options)}"
-            )
-        path.append(part)
-        node = hints[part]
-        if not is_dataclass(node):
-            break
-    free = "dict" in str(node)  # entries of a dict may be added
-    if len(path) < len(key.split(".")) and not free:
-        raise ConfigError(f"unknown option {key}: {'.'.join(path)} has no parts")
-    if text[0] in "+~" and not free:
-        raise ConfigError(f"{text!r}: {key} is a fixed option; write it without {text[0]!r}")
-    if is_dataclass(node):
-        _check_choice(key, o.value(), text)
-    if free and text[0] not in "+~":
-        text = "++" + text
-    return text, o
-
-
-def group_choices(group: str) -> list[str]:
-    """Names of the YAML files of a group, sorted."""
-    return sorted(p.stem for p in (CONF / group).glob("*.yaml"))
-
-
-def _check_choice(group: str, value: Any, text: str) -> None:
-    choices = group_choices(group)
-    if not choices:
-        raise ConfigError(
-            f"{text!r}: {group} is a group of options; set one of them, {group}.<name>=…"
-        )
-    if value not in choices:
-        raise ConfigError(
-            f"{group}={value}: no such choice{_closest(str(value), choices)}; "
-            f"choices: {', '.join(choices)}"
-        )
-
-
-def _closest(word: str, among: Sequence[str]) -> str:
-    match = difflib.get_close_matches(word, among, 1, 0.6)
-    return f", did you mean {match[0]}?" if match else ""
-
-
-# --- values --------------------------------------------------------------------------------------
-
-
-def _field(schema: type[Any], key: str) -> tuple[Field[Any], Any] | None:
-    """The dataclass field and type at a dotted key (None inside a dict)."""
-    node: Any = schema
-    found: Field[Any] | None = None
-    for part in key.split("."):
-        if not is_dataclass(node):
-            return None
-        found = next((f for f in fields(node) if f.name == part), None)
-        if found is None:
-            return None
-        node = get_type_hints(node)[part]
-    return (found, node) if found else None
-
-
-def _type_name(kind: Any) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    parts = get_args(kind)
-    if type(None) in parts:
-        return " or ".join([*(_type_name(p) for p in parts if p is not type(None)), "null"])
-    if kind in names:
-        return names[kind]
-    return f"a list like [1,2] ({kind})" if "list" in str(kind) else str(kind)
-
-
-def _hint(schema: type[Any], key: str) -> str:
-    found = _field(schema, key)
-    if found is None:
-        return ""
-    field, kind = found
-    if is_dataclass(kind) or (choices := group_choices(key)):
-        choices = group_choices(key)
-        return f"; choices: {', '.join(choices)}" if choices else ""
-    if field.metadata.get("choices"):
-        return f"; choices: {', '.join(field.metadata['choices'])}"
-    return f" ({_type_name(kind)})"
-
-
-def _check_values(config: Any, path: str = "") -> None:
-    """`choices` and `low`/`high` of `conf.schema.option`."""
-    for f in fields(config):
-        key, value = path + f.name, getattr(config, f.name)
-        if is_dataclass(value):
-            _check_values(value, key + ".")
-            continue
-        choices = f.metadata.get("choices")
-        if choices and value not in choices:
-            raise ConfigError(
-                f"{key}={value}: not a choice{_closest(str(value), choices)}; "
-                f"choices: {', '.join(choices)}"
-            )
-        low, high = f.metadata.get("low"), f.metadata.get("high")
-        for v in value if isinstance(value, list) else [value]:
-            if v is None or isinstance(v, str):
-                continue
-            if (low is not None and not v >= low) or (high is not None and not v <= high):
-                span = f"{low} to {high}" if high is not None else f"at least {low}"
-                raise ConfigError(f"{key}={v}: out of range, must be {span}")
-
-
 def _explain(schema: type[Any], error: BaseException, overrides: list[Override]) -> str:
     """One line for whatever hydra or omegaconf objects to."""
     cause: BaseException | None = error
@@ -284,10 +174,10 @@ def _explain(schema: type[Any], error: BaseException, overrides: list[Override])
         key = getattr(cause, "full_key", None)
         if key:
             given = next((o for o in overrides if o.key_or_group == key), None)
-            found = _field(schema, key)
+            found = field_at(schema, key)
             if found and given is not None:
                 value = given.get_value_element_as_str()
-                return f"{key}={value}: expected {_type_name(found[1])}"
+                return f"{key}={value}: expected {type_name(found[1])}"
             return f"{key}: {str(cause).splitlines()[0]}"
         cause = cause.__cause__ or cause.__context__
     lines = str(error).splitlines()
@@ -329,31 +219,3 @@ def _leaves(tree: Any, path: str = "") -> list[str]:
     if not isinstance(tree, dict) or not tree:
         return [path] if path else []
     return [leaf for k, v in tree.items() for leaf in _leaves(v, f"{path}.{k}" if path else str(k))]
-
-
-def _help(schema: type[Any], config_name: str) -> str:
-    lines = [
-        f"options of {config_name} (key=value; -m sweeps key=a,b; --cfg prints what was composed):",
-        "",
-    ]
-
-    def walk(node: type[Any], path: str) -> None:
-        hints = get_type_hints(node)
-        for f in fields(node):
-            key, kind = path + f.name, hints[f.name]
-            if is_dataclass(kind):
-                choices = group_choices(key)
-                if choices:
-                    lines.append(f"  {key}=  choices: {', '.join(choices)}")
-                assert isinstance(kind, type)
-                walk(kind, key + ".")
-            else:
-                text = f.metadata.get("help", "")
-                default = "" if str(f.default) in ("???",) else f"  [{f.default}]"
-                among = " | ".join(f.metadata.get("choices", ())) or _type_name(kind)
-                lines.append(
-                    f"  {key}=  {among}{default if f.metadata or default else ''}  {text}".rstrip()
-                )
-
-    walk(schema, "")
-    return "\n".join(lines)

@@ -20,7 +20,8 @@ from compiler.families.family import FAMILIES, family_of
 from compiler.families.names import Source, bind, logical_weights
 from compiler.families.spec import Attention, LayerSpec, ModelSpec, NormSpec, RopeSpec
 from compiler.weights import Weights, checkpoint_weights
-from conf.load import group_choices, load
+from conf.load import load
+from conf.options import group_choices
 from conf.schema import CompileConfig
 
 pytest.importorskip("transformers")

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from compiler.errors import CompileError
-from compiler.hub import locate
+from compiler.hub import HubError, locate
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -146,6 +146,17 @@ def test_modelscope_is_optional(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setitem(sys.modules, "modelscope", None)
     with pytest.raises(CompileError, match=r"pip install 'headstart\[modelscope\]'"):
         locate("modelscope:qwen/Qwen2-0.5B", None)
+
+
+def test_modelscope_errors_become_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Module:
+        @staticmethod
+        def snapshot_download(model_id: str, **options: object) -> str:
+            raise RuntimeError("404 no such model\nmore text")
+
+    monkeypatch.setitem(sys.modules, "modelscope", Module)  # type: ignore[arg-type]
+    with pytest.raises(HubError, match=r"modelscope:a/b: .*404 no such model\)"):
+        locate("modelscope:a/b", None)
 
 
 def test_modelscope_gets_the_same_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

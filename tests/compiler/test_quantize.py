@@ -23,7 +23,8 @@ from compiler.quantize.scheme import (
     parse_format,
     storage_formats,
 )
-from conf.load import group_choices, load
+from conf.load import load
+from conf.options import group_choices
 from conf.schema import CompileConfig
 
 GROUPS = (16, 32, 64, 128)

@@ -19,7 +19,8 @@ from compiler.errors import CompileError, DamagedCheckpoint
 from compiler.hub import locate
 from compiler.synthetic_tokenizer import synthetic_tokenizer
 from compiler.text import Text, made_up_text, read_text
-from conf.load import group_choices, load
+from conf.load import load
+from conf.options import group_choices
 from conf.schema import CompileConfig
 from runtime.text.chat import ChatTemplate
 from runtime.text.tokenizer import Tokenizer

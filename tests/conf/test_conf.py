@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from conf.errors import ConfigError
-from conf.load import CONF, group_choices, load, run
+from conf.load import load, run
+from conf.options import CONF, group_choices
 from conf.resolve import check_supported, resolve
 from conf.schema import CompileConfig, ServeConfig
 
