@@ -24,7 +24,15 @@ from compiler.model import constants
 from compiler.pack import Package
 from compiler.progress import Progress
 from compiler.store import write_weights
-from compiler.verify import check_accuracy, measure_accuracy
+from compiler.verify import (
+    Measured,
+    check_accuracy,
+    check_device,
+    golden_prompts,
+    golden_session,
+    golden_tokens,
+    measure,
+)
 from conf.resolve import check_supported, resolve
 from conf.schema import CompileConfig
 from kernels.toolchain import build_cpu, compiler_version, find_compiler, machine_levels
@@ -63,8 +71,8 @@ def compile_model(config: CompileConfig, sources: Mapping[str, str], progress: P
             with progress.stage("weights", made.weights_bytes) as advance:
                 tensors = store_weights(package, model, made, config, advance)
             with progress.stage("accuracy"):
-                accuracy = measure_accuracy(made, model.weights)
-                check_accuracy(accuracy, config)
+                measured = measure(made, model.weights)
+                check_accuracy(measured.accuracy, config)
             with progress.stage("kernels"):
                 packed = pack_libraries(package, libraries)
             for name, data in sorted(model.text.files.items()):
@@ -73,8 +81,10 @@ def compile_model(config: CompileConfig, sources: Mapping[str, str], progress: P
                 plan = encode_plan(made.plans[bucket.name])
                 package.add(plan_path(0, bucket.name), "data", plan)
             manifest = make_manifest(
-                config, origins, model, made, figures, tensors, packed, package, accuracy
+                config, origins, model, made, figures, tensors, packed, package
             )
+            with progress.stage("verify"):
+                manifest = verified(package, manifest, made, measured)
             with progress.stage("publish"):
                 path = package.publish(manifest)
     remember_weights(path, made, model, config)
@@ -143,6 +153,20 @@ def pack_libraries(
     return tuple(library for library, _ in libraries.result())
 
 
+def verified(package: Package, manifest: Manifest, made: Design, measured: Measured) -> Manifest:
+    """The manifest with what running the finished files on this machine showed."""
+    session = golden_session(Artifact(package.path, manifest))
+    try:
+        scheme = manifest.quant["scheme"]
+        kind = manifest.dtype if scheme == "none" else scheme
+        error = check_device(made, measured, session, kind)
+        golden = golden_tokens(session, golden_prompts(made))
+    finally:
+        session.close()
+    accuracy = {**measured.accuracy, "device_error": round(error, 4)}
+    return msgspec.structs.replace(manifest, accuracy=accuracy, golden=golden)
+
+
 def make_manifest(
     config: CompileConfig,
     origins: Mapping[str, str],
@@ -152,7 +176,6 @@ def make_manifest(
     tensors: tuple[TensorEntry, ...],
     libraries: tuple[CpuLibrary, ...],
     package: Package,
-    accuracy: dict[str, float],
 ) -> Manifest:
     assert config.shape.context is not None
     chosen = msgspec.to_builtins(config)
@@ -203,5 +226,5 @@ def make_manifest(
         files=tuple(sorted(package.files, key=lambda entry: entry.path)),
         tensors=(tensors,),
         report={"fit": dict(figures), "steps": {k: dict(v) for k, v in made.costs.items()}},
-        accuracy=accuracy,
+        accuracy={},
     )

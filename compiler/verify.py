@@ -1,16 +1,19 @@
-"""Verification at compile time: how far quantization moves the logits, and which tokens the
-finished artifact gives on this machine.
+"""Verification at compile time: how far quantization moves the logits, whether the finished
+artifact computes what the reference does, and which tokens it gives on this machine.
 
-Comes in: a design with its weights, or an artifact on a device. Goes out: the accuracy record (a
+Comes in: a design with its weights, and the artifact on a device. Goes out: the accuracy record (a
 gate when `accuracy.max_delta` is set) and golden greedy tokens. Called by the pipeline and by
 `inspect verify`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from compiler.design import Design
@@ -20,31 +23,50 @@ from compiler.model import constants
 from compiler.store import exact, rounded
 from compiler.weights import Weights
 from conf.schema import CompileConfig
+from runtime.artifact import Artifact, Golden
+from runtime.device.base import Session, StepInput, StepOutput, open_session
 
 PROMPT_TOKENS = 32
+GOLDEN_TOKENS = 12
+LOGPROB_WANTED = 2  # StepInput.row_flags
+# Largest root-mean-square difference of logprobs between device and reference, in units of their
+# spread. Kernels may round activations (to bfloat16, or to int8 per group), never more than that.
+DEVICE_LIMIT = {"float32": 0.01, "bfloat16": 0.05, "int8": 0.1, "int4": 0.2}
 WeightOf = Callable[[str], torch.Tensor]
 
 
-def prompt(vocab: int, context: int, seed: int = 0) -> list[int]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """`logprobs[i]`: what the reference with stored weights gives prompt token i + 1."""
+
+    accuracy: dict[str, float]
+    logprobs: np.ndarray
+
+
+def prompt(made: Design, seed: int = 0) -> list[int]:
     """Seeded tokens: the same for every compile of a shape."""
-    count = min(PROMPT_TOKENS, context - 1)
-    return [int(t) for t in np.random.default_rng(seed).integers(0, vocab, count)]
+    count = min(PROMPT_TOKENS, made.buckets[-1].seqs, made.spec.context - GOLDEN_TOKENS)
+    return [int(t) for t in np.random.default_rng(seed).integers(0, made.spec.vocab, count)]
 
 
-def measure_accuracy(made: Design, source: Weights) -> dict[str, float]:
+def measure(made: Design, source: Weights) -> Measured:
     """Logits of every prompt position with the stored numbers against the original ones, both in
     the reference interpreter: relative error, largest difference, share of equal best tokens."""
-    if all(format == "float32" for format in made.formats.values()):
-        return {"logit_error": 0.0, "logit_max": 0.0, "top1": 1.0}
     weights = {weight.name: weight for weight in made.weights}
     fixed = constants(made.spec)
-    a = _logits(made, lambda name: exact(weights[name], source, fixed))
     b = _logits(made, lambda name: rounded(weights[name], source, fixed))
-    return {
-        "logit_error": round(float((a - b).norm() / a.norm()), 6),
-        "logit_max": round(float((a - b).abs().max()), 6),
-        "top1": round(float((a.argmax(1) == b.argmax(1)).double().mean()), 6),
-    }
+    a = b
+    if any(format != "float32" for format in made.formats.values()):
+        a = _logits(made, lambda name: exact(weights[name], source, fixed))
+    targets = torch.tensor(prompt(made)[1:])[:, None]
+    return Measured(
+        accuracy={
+            "logit_error": round(float((a - b).norm() / a.norm()), 6),
+            "logit_max": round(float((a - b).abs().max()), 6),
+            "top1": round(float((a.argmax(1) == b.argmax(1)).double().mean()), 6),
+        },
+        logprobs=b[:-1].log_softmax(1).gather(1, targets)[:, 0].numpy(),
+    )
 
 
 def check_accuracy(accuracy: dict[str, float], config: CompileConfig) -> None:
@@ -59,7 +81,7 @@ def check_accuracy(accuracy: dict[str, float], config: CompileConfig) -> None:
 
 def _logits(made: Design, weight: WeightOf) -> torch.Tensor:
     size = made.shape.page_size
-    tokens = prompt(made.spec.vocab, made.spec.context)
+    tokens = prompt(made)
     pages = list(range(-(-len(tokens) // size)))
     inputs = greedy_step(
         [Chunk(tokens=tokens, pages=pages)], size, made.shape.edits, every_row=True
@@ -67,3 +89,102 @@ def _logits(made: Design, weight: WeightOf) -> torch.Tensor:
     state = new_state(made.program, len(pages))
     with torch.inference_mode():
         return run(made.program, inputs, state, weight, keep=("logits",))["logits"].double()
+
+
+def check_device(made: Design, measured: Measured, session: Session, scheme: str) -> float:
+    """The device's logprobs of the prompt against the reference's: the one test every compile makes
+    of kernels, plans and packing together."""
+    tokens = prompt(made)
+    found = _step(session, [tokens], [0], rows=list(range(len(tokens) - 1)), targets=tokens[1:])
+    difference = found.logprob.astype(np.float64) - measured.logprobs
+    error = float(np.sqrt(np.mean(difference**2)) / max(float(measured.logprobs.std()), 1e-9))
+    if not error <= DEVICE_LIMIT[scheme]:
+        raise CompileError(
+            f"the compiled model and the reference disagree: logprob error {error:.3g} exceeds "
+            f"{DEVICE_LIMIT[scheme]:g} for {scheme}; this is a defect of a kernel, please report it"
+        )
+    return error
+
+
+def golden_tokens(session: Session, prompts: list[list[int]]) -> tuple[Golden, ...]:
+    """Greedy tokens of each prompt, all in one batch, as `verify` will ask for them again."""
+    size = session.capacity.page_size
+    tables, used = [], 0
+    for tokens in prompts:
+        count = -(-(len(tokens) + GOLDEN_TOKENS) // size)
+        tables.append(list(range(used, used + count)))
+        used += count
+    rows = [sum(map(len, prompts[: i + 1])) - 1 for i in range(len(prompts))]
+    out = [_step(session, prompts, [0] * len(prompts), rows=rows, tables=tables).token]
+    for step in range(GOLDEN_TOKENS - 1):
+        before = [len(tokens) + step for tokens in prompts]
+        fed = [[-1 - slot] for slot in range(len(prompts))]
+        out.append(_step(session, fed, before, rows=range(len(prompts)), tables=tables).token)
+    return tuple(
+        Golden(prompt=tuple(tokens), tokens=tuple(int(t[i]) for t in out))
+        for i, tokens in enumerate(prompts)
+    )
+
+
+def golden_prompts(made: Design) -> list[list[int]]:
+    """One of a few tokens, and one longer; only one where a step holds a single sequence."""
+    long = prompt(made, seed=1)
+    return [long[:5], long][: min(2, made.buckets[-1].seqs)]
+
+
+def golden_session(artifact: Artifact) -> Session:
+    """A session with room for the verification steps only."""
+    return open_session(artifact, kv_tokens=4 * (PROMPT_TOKENS + GOLDEN_TOKENS))
+
+
+def _step(
+    session: Session,
+    chunks: list[list[int]],
+    before: list[int],
+    *,
+    rows: Sequence[int],
+    targets: list[int] | None = None,
+    tables: list[list[int]] | None = None,
+) -> StepOutput:
+    """One greedy step: sequence s has `before[s]` tokens stored and adds `chunks[s]`."""
+    size = session.capacity.page_size
+    pages = tables or [list(range(-(-len(chunks[0]) // size)))]
+    positions = [p for b, c in zip(before, chunks, strict=True) for p in range(b, b + len(c))]
+    slots = [
+        pages[s][p // size] * size + p % size
+        for s, (b, c) in enumerate(zip(before, chunks, strict=True))
+        for p in range(b, b + len(c))
+    ]
+    owner = [s for s, c in enumerate(chunks) for _ in c]
+    count = len(rows)
+    zero, one = np.zeros(count, np.float32), np.ones(count, np.float32)
+    none = np.zeros(count, np.int32)
+
+    def ints(values: Iterable[int]) -> npt.NDArray[np.int32]:
+        return np.fromiter(values, np.int32)
+
+    ticket = session.submit(
+        StepInput(
+            tokens=ints(t for c in chunks for t in c),
+            positions=ints(positions),
+            kv_slots=ints(slots),
+            seq_start=ints(accumulate(map(len, chunks), initial=0)),
+            seq_len=ints(b + len(c) for b, c in zip(before, chunks, strict=True)),
+            pages=[ints(table) for table in pages],
+            row_token=ints(rows),
+            row_slot=ints(owner[row] for row in rows),
+            row_target=ints(targets) if targets else none - 1,
+            row_flags=none + LOGPROB_WANTED,
+            row_top=none,
+            temperature=zero,
+            top_k=none,
+            top_p=one,
+            min_p=zero,
+            frequency=zero,
+            presence=zero,
+            repetition=one,
+            seed=np.zeros(count, np.int64),
+            edits=np.zeros((0, 4), np.int32),
+        )
+    )
+    return session.collect(ticket)
