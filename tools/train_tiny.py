@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 V, D, L, H, K, E, WIDTH = 1024, 128, 4, 4, 2, 32, 384
 CONTEXT, THETA, EPS = 2048, 10000.0, 1e-5
-WINDOW, BATCH, PEAK = 256, 16, 4e-3
+WINDOW, BATCH, PEAK = 256, 8, 4e-3
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -222,7 +222,8 @@ def save(model: Tiny, tokenizer: Tokenizer, out: Path) -> None:
         "model_max_length": CONTEXT,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
-    generation = {"bos_token_id": 0, "eos_token_id": [0, 2], "temperature": 0.7, "top_p": 0.9}
+    generation = {"bos_token_id": 0, "eos_token_id": [0, 2], "do_sample": True}
+    generation |= {"temperature": 0.7, "top_p": 0.9}
     documents = {"config": CONFIG, "tokenizer_config": settings, "generation_config": generation}
     for name, content in documents.items():
         (out / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
