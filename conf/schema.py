@@ -118,6 +118,7 @@ class LimitsConfig:
     send_stall_s: float = 30.0
     header_s: float = 10.0
     body_idle_s: float = 30.0
+    step_s: float = 10.0  # an engine without progress for this long, or 20 p99 steps, is replaced
     connections: int = 2048
     connections_per_address: int = 256
     n: int = 128
@@ -153,6 +154,7 @@ class ServeConfig:
     stream_interval: int = option(1, low=1)
     incremental_stream: bool = False
     drain_s: float = option(30.0, low=0)
+    null_step_s: float = option(0.0, low=0)  # time a step takes on the null device
     trust_artifact: str | None = None
     log_level: str = "info"
     limits: LimitsConfig = field(default_factory=LimitsConfig)

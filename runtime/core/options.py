@@ -73,4 +73,5 @@ def engine_options(serve: ServeConfig) -> EngineOptions:
         waiting_tokens=limits.waiting_tokens,
         queue_wait_s=limits.queue_wait_s,
         request_s=limits.request_s,
+        null_step_s=serve.null_step_s,
     )

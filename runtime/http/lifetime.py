@@ -54,7 +54,7 @@ def serve(
 ) -> int:
     log_lines.setup(config.log_level)
     artifact = Artifact.open(config.artifact)
-    server = _server(config, artifact, EngineLink(spawn, engine))
+    server = _server(config, artifact, EngineLink(spawn, engine, step_s=config.limits.step_s))
     asyncio.run(_live(server, listener))
     return 0
 

@@ -35,7 +35,6 @@ from runtime.spawn import EngineProcess
 
 log = logging.getLogger("headstart.engine")
 
-STALL_FLOOR_S = 10.0
 STALL_STEPS = 20  # times the p99 step
 BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 SETTLED_S = 60.0  # ready for so long: the next failure starts the backoff anew
@@ -51,8 +50,11 @@ class Owner(Protocol):
 
 
 class EngineLink:
-    def __init__(self, spawn: Callable[[], EngineProcess], first: EngineProcess) -> None:
+    def __init__(
+        self, spawn: Callable[[], EngineProcess], first: EngineProcess, *, step_s: float
+    ) -> None:
         self._spawn = spawn
+        self._step_s = step_s  # no progress for so long is a stall, whatever the steps took
         self.process = first
         self._protocol: EngineProtocol | None = None
         self._owners: dict[int, Owner] = {}
@@ -229,7 +231,7 @@ class EngineLink:
     def stall_s(self) -> float:
         steps = sorted(self._step_ms)
         p99 = steps[int(len(steps) * 0.99)] if steps else 0.0
-        return max(STALL_FLOOR_S, STALL_STEPS * p99 / 1e3)
+        return max(self._step_s, STALL_STEPS * p99 / 1e3)
 
     def stalled(self) -> bool:
         return time.monotonic() - self._progress > self.stall_s()

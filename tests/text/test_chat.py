@@ -42,7 +42,7 @@ LLAMA = """{{- bos_token }}
 {%- if add_generation_prompt %}{{- '<|start|>assistant<|end|>' }}{%- endif %}
 """
 MESSAGES = [
-    {"role": "system", "content": " be <brief> & \"kind\" "},
+    {"role": "system", "content": ' be <brief> & "kind" '},
     {"role": "user", "content": "Hallo Köln 🎉"},
     {"role": "assistant", "content": "Ja."},
     {"role": "user", "content": "  {{ 7*7 }} {% raw %}\n"},
@@ -55,9 +55,7 @@ def reference(template: str, messages: list[dict[str, Any]], **options: Any) -> 
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=toy_tokenizers.byte_level(), **NAMES
     )
-    return fast.apply_chat_template(
-        messages, chat_template=template, tokenize=False, **options
-    )
+    return fast.apply_chat_template(messages, chat_template=template, tokenize=False, **options)
 
 
 @pytest.mark.parametrize("template", [CHATML, LLAMA], ids=["chatml", "llama"])
