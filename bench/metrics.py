@@ -60,7 +60,7 @@ class Timeline:
 
 
 def spread(name: str, seconds: Sequence[float], *, largest: bool = False) -> dict[str, float]:
-    """mean, median, std and percentiles of `seconds`, in milliseconds; zeros when there are none."""
+    """Mean, median, std and percentiles of `seconds`, in ms; zeros when there are none."""
     values = np.asarray(seconds if len(seconds) else [0.0], dtype=np.float64) * 1000
     out = {
         f"mean_{name}_ms": float(values.mean()),

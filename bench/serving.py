@@ -138,7 +138,7 @@ async def measure(config: ServingConfig) -> dict[str, Any]:
         await wait_ready(session, config.url, config.ready_timeout)
         model = config.model
         if model is None and config.backend != "native":
-            model = await _first_model(session, config.url)
+            model = await first_model(session, config.url)
         target = Target(
             url=config.url,
             backend=config.backend,
@@ -179,11 +179,12 @@ async def measure(config: ServingConfig) -> dict[str, Any]:
         )
     if config.output_details:
         result |= _details(timelines)
-    digest = info.get("artifact") if info else None
+    digest = (info or {}).get("artifact_digest")  # ours tells; other servers have none
     return results.stamp("serving", result, artifact=digest if isinstance(digest, str) else None)
 
 
-async def _first_model(session: aiohttp.ClientSession, url: str) -> str:
+async def first_model(session: aiohttp.ClientSession, url: str) -> str:
+    """What the server calls its model."""
     listed = await get_json(session, url + "/v1/models")
     models = (listed or {}).get("data") or []
     if not models:

@@ -18,8 +18,8 @@ class LatencyConfig:
 
     artifact: str = MISSING
     batch: list[int] = field(default_factory=lambda: [1], metadata={"low": 1})
-    input_len: list[int] = field(default_factory=lambda: [1024], metadata={"low": 1})
-    output_len: list[int] = field(default_factory=lambda: [128], metadata={"low": 2})
+    input_len: int = option(1024, low=1)
+    output_len: int = option(128, low=2)
     runs: int = option(3, low=1)
     warmup_decode: int = option(32, low=0)
     threads: int | None = option(None, low=1)

@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from conf.load import load
+from conf.schema import CompileConfig
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
@@ -51,6 +54,12 @@ class Shape:
             tied=bool(config.get("tie_word_embeddings", False)),
             config=config,
         )
+
+    @classmethod
+    def load(cls, name: str) -> Shape:
+        """Of conf/model/<name>.yaml."""
+        loaded = load(CompileConfig, "compile", [f"model={name}"])
+        return cls.of(name, dict(loaded.config.model.config))
 
     @property
     def kv_width(self) -> int:

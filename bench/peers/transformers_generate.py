@@ -35,8 +35,8 @@ class TransformersGenerate:
         torch.manual_seed(0)
         config = transformers.LlamaConfig(**shape.config)
         self.vocab = shape.vocab
-        self.model: Any = transformers.LlamaForCausalLM(config)
-        self.model.to(DTYPES[precision]).eval()
+        model: Any = transformers.LlamaForCausalLM(config)
+        self.model = model.to(DTYPES[precision]).eval()
         if precision in ("int8", "int4"):
             # A tied head would quantize the embedding with it; torchao leaves embeddings alone.
             self.model.lm_head.weight = torch.nn.Parameter(self.model.lm_head.weight.clone())

@@ -1,0 +1,123 @@
+"""Static batch latency without a server: `python -m bench.latency artifact=… batch=[1,8,32]
+input_len=1024 output_len=128`.
+
+In: `LatencyConfig` (conf/bench/latency.yaml). Out: the lines of SGLang's single-batch benchmark,
+the share of the bandwidth bound (read bandwidth is measured in the same run, over a buffer of the
+size of the weights), and one JSON line per shape in `output_file`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from statistics import median
+from typing import Any
+
+from bench import results
+from bench.bandwidth import Bandwidth
+from bench.static_batch import StaticBatch, TooLarge, step_bytes
+from conf.bench_schema import LatencyConfig
+from conf.load import run
+from runtime.artifact import Artifact
+
+SHOWN_STEPS = 5
+
+
+def measure(
+    static: StaticBatch,
+    config: LatencyConfig,
+    artifact: Artifact,
+    buffer: Bandwidth,
+    shape: tuple[int, int, int],
+) -> dict[str, Any]:
+    """`config.runs` runs of one (batch, input_len, output_len): medians over runs."""
+    batch, input_len, output_len = shape
+    prefills: list[float] = []
+    totals: list[float] = []
+    medians: list[float] = []
+    steps: list[float] = []
+    for number in range(config.runs):
+        buffer.read()
+        seed = hash((config.seed, number, *shape)) & 0xFFFFFFFF  # every run its own prompts
+        done = static.run(static.prompts(batch, input_len, seed), output_len)
+        prefills.append(done.prefill)
+        totals.append(done.prefill + sum(done.decode))
+        medians.append(median(done.decode))
+        steps = steps or done.decode
+    rate = buffer.read()
+    prefill, total, decode = median(prefills), median(totals), median(medians)
+    read = step_bytes(artifact, batch, input_len + output_len / 2)
+    bound = rate.bound(read)
+    print(
+        f"Prefill. latency: {prefill:.5f} s, throughput: {batch * input_len / prefill:.2f} token/s"
+    )
+    for i, seconds in enumerate(steps[:SHOWN_STEPS]):
+        print(
+            f"Decode {i}. Batch size: {batch}, latency: {seconds:.5f} s, "
+            f"throughput: {batch / seconds:.2f} token/s"
+        )
+    print(
+        f"Decode.  median latency: {decode:.5f} s, median throughput: {batch / decode:.2f} token/s"
+    )
+    overall = batch * (input_len + output_len) / total
+    print(f"Total. latency: {total:.3f} s, throughput: {overall:.2f} token/s")
+    print(
+        f"Bound. read: {read / 1e6:.1f} MB per step at {rate.best / 1e9:.2f} GB/s = {bound:.5f} s; "
+        f"decode runs at {100 * bound / decode:.1f} % of it"
+    )
+    return {
+        "run_name": config.run_name,
+        "batch_size": batch,
+        "input_len": input_len,
+        "output_len": output_len,
+        "runs": config.runs,
+        "prefill_latency": prefill,
+        "prefill_throughput": batch * input_len / prefill,
+        "median_decode_latency": decode,
+        "best_decode_latency": min(medians),
+        "median_decode_throughput": batch / decode,
+        "total_latency": total,
+        "overall_throughput": overall,
+        "step_read_bytes": read,
+        "bandwidth_best": rate.best,
+        "bandwidth_median": rate.median,
+        "bound_pct": 100 * bound / decode,
+    }
+
+
+def main(config: LatencyConfig, sources: Mapping[str, str]) -> int:
+    artifact = Artifact.open(config.artifact)
+    threads = config.threads or len(os.sched_getaffinity(0))
+    static = StaticBatch.open(artifact, threads=threads, policy=config.policy)
+    buffer = Bandwidth(artifact.manifest.weights_bytes, threads)
+    capacity = static.session.capacity
+    shapes = [(batch, config.input_len, config.output_len) for batch in config.batch]
+    measured = 0
+    print(f"max_total_num_tokens={capacity.pages * capacity.page_size}")
+    try:
+        for index, shape in enumerate(shapes):
+            try:
+                static.check(*shape)
+            except TooLarge as e:
+                print(f"skipping ({', '.join(map(str, shape))}) due to {e}")
+                continue
+            if measured == 0 and config.warmup_decode:
+                print("Warmup ...")
+                steps = max(2, min(config.warmup_decode, shape[2]))
+                static.run(static.prompts(shape[0], shape[1], config.seed + 1 + index), steps)
+            print("Benchmark ..." if len(shapes) == 1 else f"Benchmark {shape} ...")
+            result = measure(static, config, artifact, buffer, shape)
+            result["threads"] = threads
+            results.append(
+                config.output_file, results.stamp("latency", result, artifact=artifact.digest)
+            )
+            measured += 1
+    finally:
+        buffer.close()
+        static.close()
+    return 0 if measured else 1
+
+
+if __name__ == "__main__":
+    sys.exit(run(LatencyConfig, "bench/latency", main))

@@ -1,0 +1,126 @@
+"""Ours against its peers, in one run: `python -m bench.peers [precision=[fp32,int8] …]`.
+
+Every peer is a child process with one model (bench/peers/worker.py). Rounds are interleaved: in
+each round every peer does every workload once, so that a disturbance hits all alike; the figures
+are medians over rounds. Between rounds the read bandwidth is measured over a buffer of the size of
+our weights. Out: a table of tokens per second, ratios, per cent of the bandwidth bound, and one
+JSON line.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+
+from tqdm import tqdm
+
+from bench import results
+from bench.bandwidth import Bandwidth, Rate
+from bench.errors import BenchError
+from bench.peers.launch import Skip, Worker, launch
+from bench.peers.shape import Shape
+from bench.peers.table import Figures, render, result_lines
+from bench.peers.worker import PEERS
+from bench.peers.workloads import Workload, workloads
+from conf.bench_schema import PeersConfig
+from conf.load import run
+
+PRECISIONS = ("fp32", "bf16", "int8", "int4")
+BITS = {"fp32": 32.0, "bf16": 16.0, "int8": 9.0, "int4": 5.0}  # with the scales of groups of 32
+
+
+def check(config: PeersConfig) -> None:
+    for option, given, valid in (
+        ("peers", config.peers, tuple(PEERS)),
+        ("precision", config.precision, PRECISIONS),
+        ("artifacts", list(config.artifacts), PRECISIONS),
+    ):
+        for name in given:
+            if name not in valid:
+                raise BenchError(f"{option}: no {name!r}; choices: {', '.join(valid)}")
+
+
+def measure(
+    precision: str, config: PeersConfig, shape: Shape, threads: int
+) -> tuple[list[Figures], Rate]:
+    """All peers at one precision, and the read bandwidth of the same minutes."""
+    todo = workloads(config)
+    buffer = Bandwidth(weight_bytes(shape, precision), threads)
+    workers: list[Worker] = []
+    try:
+        for peer in config.peers:
+            try:
+                workers.append(launch(peer, precision, config, shape, threads))
+            except Skip as e:
+                print(f"# {precision}: {peer} skipped: {e}", file=sys.stderr)
+        samples: dict[tuple[str, Workload], list[float]] = {}
+        bar = tqdm(total=config.rounds * len(todo) * len(workers), file=sys.stderr, desc=precision)
+        for _ in range(config.rounds):
+            buffer.read()
+            for workload in todo:
+                for worker in workers:
+                    seconds = worker.run(workload, config.steps)
+                    samples.setdefault((worker.peer, workload), []).extend(seconds)
+                    bar.update(1)
+        bar.close()
+        buffer.read()
+    finally:
+        for worker in workers:
+            worker.close()
+        rate = buffer.rate if workers else None
+        buffer.close()
+    if rate is None:
+        raise BenchError(f"no peer can run {precision}: see the lines above")
+    figures = [
+        Figures(
+            precision=precision,
+            peer=peer,
+            workload=workload,
+            seconds=median(seconds),
+            best_seconds=min(seconds),
+            version=next(w.version for w in workers if w.peer == peer),
+        )
+        for (peer, workload), seconds in samples.items()
+    ]
+    return figures, rate
+
+
+def weight_bytes(shape: Shape, precision: str) -> int:
+    """Bytes a decode step reads of the weights: every matrix once (an untied embedding: a row)."""
+    matrices = [
+        a * b
+        for name, (a, *rest) in shape.tensors()
+        for b in rest
+        if shape.tied or not name.startswith("model.embed")
+    ]
+    return int(sum(matrices) * BITS[precision] / 8)
+
+
+def main(config: PeersConfig, sources: Mapping[str, str]) -> int:
+    check(config)
+    threads = config.threads or len(os.sched_getaffinity(0))
+    shape = Shape.load(config.model)
+    Path(config.directory).mkdir(parents=True, exist_ok=True)
+    everything: list[Figures] = []
+    rates: dict[str, Rate] = {}
+    for precision in config.precision:
+        figures, rates[precision] = measure(precision, config, shape, threads)
+        everything += figures
+        reads = weight_bytes(shape, precision)
+        print(render(figures, rates[precision], reads, shape), flush=True)
+    line = {
+        "model": config.model,
+        "threads": threads,
+        "rounds": config.rounds,
+        "steps": config.steps,
+        "results": result_lines(everything, rates),
+    }
+    results.append(config.output_file, results.stamp("peers", line))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(PeersConfig, "bench/peers", main))

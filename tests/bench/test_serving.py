@@ -1,0 +1,138 @@
+"""The serving benchmark against a fake server whose behaviour is known."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+from aiohttp.test_utils import TestServer
+from bench_fake_server import FakeServer
+from tokenizers import Tokenizer, models
+
+from bench import serving
+from bench.client import Target, ask
+from bench.errors import BenchError
+from bench.workload import Prompt
+from conf.bench_schema import Goodput, RandomDataset, ServingConfig
+
+
+def config(url: str, **changes: object) -> ServingConfig:
+    options: dict = {
+        "url": url,
+        "num_prompts": 12,
+        "random": RandomDataset(input_len=5, output_len=8, range_ratio=1.0),
+        "warmup_requests": 0,
+        "progress": False,
+        **changes,
+    }
+    return ServingConfig(**options)
+
+
+@pytest.fixture
+async def fake() -> AsyncIterator[FakeServer]:
+    made = FakeServer()
+    server = TestServer(made.app)
+    await server.start_server()
+    made.url = str(server.make_url(""))  # type: ignore[attr-defined]
+    yield made
+    await server.close()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("backend", ["native", "openai"])
+async def test_counts(fake: FakeServer, backend: str, stream: bool) -> None:
+    result = await serving.measure(config(fake.url, backend=backend, stream=stream))
+    assert (result["completed"], result["failed"]) == (12, 0)
+    assert result["total_output_tokens"] == 12 * 8
+    assert result["total_input_tokens"] == 12 * (5 if backend == "native" else 7)
+    assert result["artifact"] == "abc123"
+    assert result["median_ttft_ms"] > 0
+    if stream:
+        assert result["median_itl_ms"] >= 1.5  # the fake sleeps 2 ms between tokens
+        assert result["median_ttft_ms"] < result["median_e2e_latency_ms"]
+
+
+async def test_native_body(fake: FakeServer) -> None:
+    await serving.measure(config(fake.url, num_prompts=1, extra_body={"priority": 3}))
+    assert len(fake.bodies[0].pop("input_ids")) == 5
+    assert fake.bodies[0] == {
+        "sampling_params": {
+            "temperature": 0.0,
+            "top_p": 1.0,
+            "max_new_tokens": 8,
+            "ignore_eos": True,
+        },
+        "stream": True,
+        "priority": 3,
+    }
+
+
+async def test_chat_needs_text(fake: FakeServer, tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match="tokenizer="):
+        await serving.measure(config(fake.url, backend="openai-chat", vocab=9))
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    chat = config(fake.url, backend="openai-chat", tokenizer=str(tmp_path))
+    result = await serving.measure(chat)
+    assert result["completed"] == 12 and result["total_output_tokens"] == 96
+    assert result["model"] == "fake"
+    assert set(fake.bodies[0]["messages"][0]["content"].split()) <= {"a", "b"}
+
+
+async def test_failures_are_counted_and_named(fake: FakeServer) -> None:
+    fake.fail_every = 3
+    result = await serving.measure(config(fake.url, num_prompts=12, goodput=Goodput(e2el=60_000)))
+    assert (result["completed"], result["failed"]) == (8, 4)
+    assert result["failures"] == {
+        "HTTP 503: queue is full": 1,
+        "engine ended": 1,
+        "the stream ended without [DONE]": 1,
+        "aborted: too long": 1,
+    }
+    assert result["total_output_tokens"] == 8 * 8
+    assert result["slo_attainment"] == pytest.approx(8 / 12)
+
+
+async def test_max_concurrency(fake: FakeServer) -> None:
+    result = await serving.measure(config(fake.url, max_concurrency=3))
+    assert fake.most_running == 3 == result["max_concurrent_requests"]
+
+
+async def test_coalesced_tokens_are_all_counted(fake: FakeServer) -> None:
+    fake.per_message = 4
+    async with aiohttp.ClientSession() as session:
+        for backend in ("native", "openai"):
+            target = Target(url=fake.url, backend=backend, model="fake")
+            prompt = Prompt(tokens=(1, 2), output_len=8)
+            timeline = await ask(session, target, target.body(prompt))
+            assert [tokens for _, tokens in timeline.arrivals] == [4, 4]
+            assert timeline.text == "x" * 8
+
+
+async def test_a_dead_server_is_an_error_of_the_request() -> None:
+    target = Target(url="http://127.0.0.1:1", backend="native")
+    async with aiohttp.ClientSession() as session:
+        body = target.body(Prompt(tokens=(1,), output_len=2))
+        timeline = await ask(session, target, body)
+    assert not timeline.ok and "127.0.0.1" in (timeline.error or "")
+
+
+async def test_not_ready() -> None:
+    with pytest.raises(BenchError, match="no server is ready"):
+        await serving.measure(config("http://127.0.0.1:1", ready_timeout=0.0))
+
+
+async def test_failed_warm_up_stops_the_run(fake: FakeServer) -> None:
+    fake.fail_every = 1
+    with pytest.raises(BenchError, match="queue is full"):
+        await serving.measure(config(fake.url, warmup_requests=1))
+
+
+async def test_output_details(fake: FakeServer) -> None:
+    result = await serving.measure(config(fake.url, num_prompts=2, output_details=True))
+    assert result["output_lens"] == [8, 8]
+    assert [len(gaps) for gaps in result["itls"]] == [7, 7]
+    json.dumps(result)
