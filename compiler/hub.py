@@ -102,6 +102,9 @@ def _modelscope(repo: str, revision: str | None) -> Path:
                 ignore_patterns=UNWANTED,
             )
         )
-    except (OSError, ValueError) as e:
-        why = str(e).splitlines()[0]
-    raise HubError(f"model.source=modelscope:{repo}: could not be downloaded ({why}); try again")
+    except Exception as e:  # its errors have no common base across versions
+        why = (str(e).splitlines() or [type(e).__name__])[0]
+        raise HubError(
+            f"model.source=modelscope:{repo}: could not be downloaded ({why}); "
+            "check the name and model.revision"
+        ) from e

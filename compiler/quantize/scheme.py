@@ -18,7 +18,6 @@ from compiler.errors import CompileError
 from compiler.families.names import logical_weights
 from compiler.families.spec import ModelSpec
 
-
 CHUNK = 1 << 20  # elements at a time: torchao makes several passes, this keeps them in cache (3x)
 
 
