@@ -1,7 +1,8 @@
 """A content-addressed store of built binaries, shared by compiles on one machine.
 
-In: a key (everything the build depends on) and a function that builds into a path. Out: the path of a complete, checked
-file. Entries appear by rename, so a reader never sees a partial one; a damaged entry is set aside and built again once.
+In: a key (everything the build depends on) and a function that builds into a path. Out: the path of
+a complete, checked file. Entries appear by rename, so a reader never sees a partial one; a damaged
+entry is set aside and built again once.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ def cached(root: Path, key: str, filename: str, build: Callable[[Path], None]) -
         _publish(root, entry, filename, build)
     if not _sound(entry, filename):
         raise DamagedBuild(
-            f"{entry / filename} does not have the digest recorded when it was written: the disk under the cache is "
-            f"unreliable; choose another cache directory"
+            f"{entry / filename} does not have the digest recorded when it was written: the "
+            f"disk under the cache is unreliable; choose another cache directory"
         )
     return entry / filename
 
@@ -50,7 +51,9 @@ def _sound(entry: Path, filename: str) -> bool:
     binary, digest = entry / filename, entry / f"{filename}.sha256"
     if not binary.is_file() or not digest.is_file():
         return False
-    return hashlib.sha256(binary.read_bytes()).hexdigest() == digest.read_text("ascii", errors="replace")
+    return hashlib.sha256(binary.read_bytes()).hexdigest() == digest.read_text(
+        "ascii", errors="replace"
+    )
 
 
 def _quarantine(root: Path, entry: Path) -> None:
@@ -70,7 +73,9 @@ def _publish(root: Path, entry: Path, filename: str, build: Callable[[Path], Non
     try:
         binary = work / filename
         build(binary)
-        (work / f"{filename}.sha256").write_text(hashlib.sha256(binary.read_bytes()).hexdigest(), "ascii")
+        (work / f"{filename}.sha256").write_text(
+            hashlib.sha256(binary.read_bytes()).hexdigest(), "ascii"
+        )
         try:
             os.rename(work, entry)
         except OSError:

@@ -1,7 +1,8 @@
 """A kernel: one implementation of one op for one target.
 
-The compiler asks every kernel of the target whether it `accepts` a call, takes the best one, and records a plan node with the
-kernel's entry and parameters. Registered in `KERNELS` by the files of `kernels/cpu` and `kernels/cuda`.
+The compiler asks every kernel of the target whether it `accepts` a call, takes the best one, and
+records a plan node with the kernel's entry and parameters. Registered in `KERNELS` by the files of
+`kernels/cpu` and `kernels/cuda`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallShape:
-    """What a kernel sees of a call: argument shapes at the bucket's sizes (dims already numbers), dtypes, attributes and, for
-    weights, the storage format (`float32`, `bfloat16`, `int8g32`, `int4g64`, …). Absent optional arguments are not listed."""
+    """What a kernel sees of a call: argument shapes at the bucket's sizes (dims already
+    numbers), dtypes, attributes and, for weights, the storage format (`float32`, `bfloat16`,
+    `int8g32`, `int4g64`, …). Absent optional arguments are not listed."""
 
     op: str
     shapes: Mapping[str, tuple[int, ...]]
@@ -28,8 +30,8 @@ class Kernel:
     """`params` is the ordered parameter layout of `entry`; each slot is eight bytes on CPU:
 
     - `"ptr:<arg>"`            address of an argument (0 when an optional argument is absent)
-    - `"ptr:<arg>.<field>"`    address of one stored field of a weight argument (e.g. `w.data`, `w.scale`)
-    - `"ptr:workspace"`        scratch of `workspace(call)` bytes, shared by all threads, free after the node
+    - `"ptr:<arg>.<field>"`    address of a stored field of a matrix weight (`w.data`, `w.scale`)
+    - `"ptr:workspace"`        scratch of `workspace(call)` bytes, shared by all threads, dead after
     - `"i64:<name>"`, `"f64:<name>"`  value from `scalars(call)[name]`
     """
 

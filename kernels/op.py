@@ -1,8 +1,9 @@
 """The op contract: what a call means, independent of any device.
 
-An `Op` names its arguments and attributes, computes the answer in torch (`reference`, the oracle of every kernel
-test and of `compiler.verify`), and tells its cost. Ops live in `kernels/ops/`; the compiler builds programs from
-them; kernels in `kernels/cpu` and `kernels/cuda` implement them by name.
+An `Op` names its arguments and attributes, computes the answer in torch (`reference`, the oracle of
+every kernel test and of `compiler.verify`), and tells its cost. Ops live in `kernels/ops/`; the
+compiler builds programs from them; kernels in `kernels/cpu` and `kernels/cuda` implement them by
+name.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from typing import Any
 class Arg:
     """One argument of an op.
 
-    `role` is input | weight | state | output | inout; `dims` names its axes (`tokens`, `seqs`, `pages` are the symbolic
-    ones, every other name is bound by the call); `dtypes` are the accepted element types ("float" = the activation type).
+    `role` is input | weight | state | output | inout; `dims` names its axes (`tokens`, `seqs`,
+    `pages` are the symbolic ones, every other name is bound by the call); `dtypes` are the accepted
+    element types ("float" = the activation type).
     """
 
     name: str
@@ -29,8 +31,9 @@ class Arg:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """Work of one call at its bucket's sizes: bytes read and written, floating point operations. `read` leaves the weights out:
-    each is read once, and how many bytes that is depends on its storage format, which the caller knows."""
+    """Work of one call at its bucket's sizes: bytes read and written, floating point operations.
+    `read` leaves the weights out: each is read once, and how many bytes that is depends on its
+    storage format, which the caller knows."""
 
     read: int
     written: int
@@ -39,8 +42,8 @@ class Cost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Op:
-    """`reference(args: dict[str, Tensor | None], attrs) -> dict[str, Tensor]` returns every output by name; `inout` and `state`
-    arguments are updated in place and not returned."""
+    """`reference(args: dict[str, Tensor | None], attrs) -> dict[str, Tensor]` returns every
+    output by name; `inout` and `state` arguments are updated in place and not returned."""
 
     name: str
     args: tuple[Arg, ...]
@@ -48,7 +51,9 @@ class Op:
     reference: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
     cost: Callable[[dict[str, tuple[int, ...]], dict[str, Any]], Cost]
     samples: Callable[[], list[Sample]]
-    tolerance: Mapping[str, float] = field(default_factory=lambda: {"float32": 2e-5, "bfloat16": 2e-2})
+    tolerance: Mapping[str, float] = field(
+        default_factory=lambda: {"float32": 2e-5, "bfloat16": 2e-2}
+    )
 
     def arg(self, name: str) -> Arg:
         for a in self.args:
@@ -59,7 +64,8 @@ class Op:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One test case of an op: concrete arguments and attributes; every kernel that accepts it is run on it."""
+    """One test case of an op: concrete arguments and attributes; every kernel that accepts it is
+    run on it."""
 
     label: str
     args: dict[str, Any]

@@ -1,7 +1,9 @@
-"""Builds the native CPU kernel library, one per instruction-set level, with the machine's C++ compiler.
+"""Builds the native CPU kernel library, one per instruction-set level, with the machine's C++
+compiler.
 
-In: the sources of kernels/cpu, a level, a cache directory. Out: the path of a shared library that depends on nothing but
-libc. Called by the compiler's pack stage and by kernel tests; needs no device and no Python package.
+In: the sources of kernels/cpu, a level, a cache directory. Out: the path of a shared library that
+depends on nothing but libc. Called by the compiler's pack stage and by kernel tests; needs no
+device and no Python package.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ from kernels.cache import cached, key_of
 SOURCES = Path(__file__).parent / "cpu"
 COMPILERS = ("c++", "g++", "clang++")
 
-# No -ffast-math: results must not depend on how a loop was split, and NaN must stay visible. Contraction to fused multiply-add is
-# on everywhere: it is per expression, so every row of a batch gets the same rounding.
+# No -ffast-math: results must not depend on how a loop was split, and NaN must stay visible.
+# Contraction to fused multiply-add is on everywhere: it is per expression, so every row of a batch
+# gets the same rounding.
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -35,7 +38,17 @@ FLAGS = (
     "-Wall",
     "-Wextra",
 )
-LINK_FLAGS = ("-shared", "-pthread", "-static-libgcc", "-static-libstdc++", "-Wl,--build-id=none", "-Wl,-s")
+LINK_FLAGS = (
+    "-shared",
+    "-pthread",
+    "-static-libgcc",
+    "-static-libstdc++",
+    "-Wl,--build-id=none",
+    "-Wl,-s",
+)
+EXPORTS = (
+    "{ global: hs_*; local: *; };\n"  # templates of the standard library would be visible otherwise
+)
 
 
 class ToolchainError(Exception):
@@ -77,7 +90,9 @@ def level(name: str) -> Level:
     for found in CPU_LEVELS:
         if found.name == name:
             return found
-    raise ToolchainError(f"CPU level {name!r} is unknown: valid levels are {', '.join(v.name for v in CPU_LEVELS)}")
+    raise ToolchainError(
+        f"CPU level {name!r} is unknown: valid levels are {', '.join(v.name for v in CPU_LEVELS)}"
+    )
 
 
 def machine_levels(machine: str | None = None) -> tuple[Level, ...]:
@@ -107,20 +122,27 @@ def find_compiler() -> str:
     if chosen:
         found = shutil.which(chosen)
         if found is None:
-            raise ToolchainError(f"CXX={chosen} is not an executable: set CXX to a C++17 compiler or unset it")
+            raise ToolchainError(
+                f"CXX={chosen} is not an executable: set CXX to a C++17 compiler or unset it"
+            )
         return found
     for name in COMPILERS:
         found = shutil.which(name)
         if found is not None:
             return found
     raise ToolchainError(
-        f"no C++ compiler: none of {', '.join(COMPILERS)} is on the path; install one (apt-get install g++) or set CXX"
+        f"no C++ compiler: none of {', '.join(COMPILERS)} is on the path; install one "
+        "(apt-get install g++) or set CXX"
     )
 
 
 def compiler_version(compiler: str) -> str:
     """Name, version and target machine: what decides the bytes a compiler writes."""
-    return _run([compiler, "--version"]).splitlines()[0] + " " + _run([compiler, "-dumpmachine"]).strip()
+    return (
+        _run([compiler, "--version"]).splitlines()[0]
+        + " "
+        + _run([compiler, "-dumpmachine"]).strip()
+    )
 
 
 def build_cpu(name: str, cache_dir: Path) -> Path:
@@ -129,18 +151,21 @@ def build_cpu(name: str, cache_dir: Path) -> Path:
     compiler = find_compiler()
     files = sorted(p for p in SOURCES.iterdir() if p.suffix in (".cpp", ".h"))
     parts: dict[str, str | bytes] = {f"source/{p.name}": p.read_bytes() for p in files}
-    parts["flags"] = "\0".join((*FLAGS, "|", *chosen.flags, "|", *LINK_FLAGS))
+    parts["flags"] = "\0".join((*FLAGS, "|", *chosen.flags, "|", *LINK_FLAGS, "|", EXPORTS))
     parts["compiler"] = compiler_version(compiler)
     units = [p.name for p in files if p.suffix == ".cpp"]
 
     def build(path: Path) -> None:
         _build(compiler, chosen, units, path)
 
-    return cached(Path(cache_dir).expanduser() / "cpu", key_of(parts), f"headstart-{name}.so", build)
+    return cached(
+        Path(cache_dir).expanduser() / "cpu", key_of(parts), f"headstart-{name}.so", build
+    )
 
 
 def _build(compiler: str, chosen: Level, units: list[str], path: Path) -> None:
-    """One object per source, side by side, then the link. No path and no time reaches the output."""
+    """One object per source, side by side, then the link. No path and no time reaches the
+    output."""
 
     def unit(source: str) -> Path:
         target = path.parent / f"{source}.o"
@@ -150,24 +175,44 @@ def _build(compiler: str, chosen: Level, units: list[str], path: Path) -> None:
 
     with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
         objects = list(pool.map(unit, units))
-    _run([compiler, *(str(o) for o in objects), *LINK_FLAGS, "-o", str(path)])
-    for o in objects:
+    exports = path.parent / "exports.map"
+    exports.write_text(EXPORTS)
+    _run(
+        [
+            compiler,
+            *map(str, objects),
+            *LINK_FLAGS,
+            f"-Wl,--version-script={exports}",
+            "-o",
+            str(path),
+        ]
+    )
+    for o in (*objects, exports):
         o.unlink()
 
 
 def _run(command: list[str], cwd: Path | None = None) -> str:
     # The compiler's messages and defaults must not depend on the user's language or paths.
-    kept = {k: v for k, v in os.environ.items() if k in ("PATH", "TMPDIR", "HOME", "LD_LIBRARY_PATH")}
+    kept = {
+        k: v for k, v in os.environ.items() if k in ("PATH", "TMPDIR", "HOME", "LD_LIBRARY_PATH")
+    }
     try:
         done = subprocess.run(
-            command, cwd=cwd, env={**kept, "LC_ALL": "C"}, capture_output=True, text=True, check=False
+            command,
+            cwd=cwd,
+            env={**kept, "LC_ALL": "C"},
+            capture_output=True,
+            text=True,
+            check=False,
         )
     except OSError as error:
-        raise ToolchainError(f"{command[0]} cannot be started: {error}; set CXX to a C++17 compiler") from error
+        raise ToolchainError(
+            f"{command[0]} cannot be started: {error}; set CXX to a C++17 compiler"
+        ) from error
     if done.returncode != 0:
         tail = "\n".join(done.stderr.strip().splitlines()[-20:])
         raise ToolchainError(
-            f"{' '.join(command)} ended with status {done.returncode}: a C++17 compiler of GCC 11 or Clang 14 or newer is "
-            f"needed\n{tail}"
+            f"{' '.join(command)} ended with status {done.returncode}: GCC 11, Clang 14 or "
+            f"newer is needed\n{tail}"
         )
     return done.stdout

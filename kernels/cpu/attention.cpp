@@ -198,26 +198,27 @@ void finish(const float* total, float sum, int64_t dim, float* out) {
     for (int64_t i = 0; i < dim; i += VL) store(out + i, loadf(total + i) / sum);
 }
 
-// First and last key blocks that some row of the item sees.
-struct Span {
-    int64_t first, end;
+// Key blocks first..end-1 of an item, the work of one thread at a time. `at` >= 0: the results go to partial[at] on.
+struct Job {
+    Item item;
+    int64_t first, end, at;
 };
-Span blocks_of(const Call& c, const Item& item) {
-    int64_t low = c.window ? item.position(0, c.group) - c.window + 1 : 0;
-    return {(low > 0 ? low : 0) / BLOCK, item.position(item.rows - 1, c.group) / BLOCK + 1};
+
+// Keys of a block that the last row of an item sees.
+int64_t keys_of(const Call& c, const Item& item, int64_t block) {
+    int64_t keys = item.position(item.rows - 1, c.group) + 1 - block * BLOCK;
+    return keys < BLOCK ? keys : BLOCK;
 }
 
-// One key block for all rows of an item: b.values, b.max, b.sum.
+// One key block for all rows of an item: b.values, b.max, b.sum. `next`: the item and block this thread reads after it, or NULL.
 template <class T>
-void run_block(const Call& c, const Item& item, int64_t block, int64_t end_block, Buffers& b) {
+void run_block(const Call& c, const Item& item, int64_t block, const Item* next, int64_t next_block, Buffers& b) {
     const KvLayer<T> layer{c.kv, c.page_bytes, c.dim};
     const int32_t* table = c.pages + item.seq * c.table;
-    int64_t start = block * BLOCK, last_position = item.position(item.rows - 1, c.group);
-    int64_t keys = last_position + 1 - start < BLOCK ? last_position + 1 - start : BLOCK;
-    int64_t pages = (keys + PAGE - 1) / PAGE;
+    int64_t start = block * BLOCK, keys = keys_of(c, item, block), pages = (keys + PAGE - 1) / PAGE;
 
     // Pages in the order they are read (keys, values, keys of the next block); each prefetches the one `AHEAD` places on.
-    constexpr int AHEAD = 4;
+    constexpr int AHEAD = PAGES / 2;
     const T* stream[2 * PAGES + AHEAD];
     const T *k[PAGES], *k_ahead[PAGES];
     for (int64_t i = 0; i < pages; i++) {
@@ -225,10 +226,11 @@ void run_block(const Call& c, const Item& item, int64_t block, int64_t end_block
         stream[i] = k[i] = layer.k(page, item.kv_head);
         stream[pages + i] = layer.v(page, item.kv_head);
     }
-    for (int64_t i = 0; i < AHEAD; i++) {
-        bool more = block + 1 < end_block && (start + BLOCK) / PAGE + i <= last_position / PAGE;
-        stream[2 * pages + i] = more ? layer.k(table[(start + BLOCK) / PAGE + i], item.kv_head) : stream[2 * pages - 1];
-    }
+    int64_t next_pages = next ? (keys_of(c, *next, next_block) + PAGE - 1) / PAGE : 0;
+    for (int64_t i = 0; i < AHEAD; i++)
+        stream[2 * pages + i] = i < next_pages
+                                    ? layer.k(c.pages[next->seq * c.table + next_block * PAGES + i], next->kv_head)
+                                    : stream[2 * pages - 1];
     for (int64_t i = 0; i < PAGES; i++) {  // a tile reads whole groups of pages: repeat the last one, its scores are masked
         int64_t at = i < pages ? i : pages - 1;
         k[i] = stream[at];
@@ -271,60 +273,62 @@ void load_queries(const Call& c, const Item& item, Buffers& b) {
 }
 
 template <class T>
-void run_whole(const Call& c, const Item& item, Buffers& b) {
+void run(const Call& c, const Job& job, const Job* next, Buffers& b) {
+    const Item& item = job.item;
     load_queries(c, item, b);
     for (int64_t r = 0; r < item.rows; r++) b.total_max[r] = LOWEST, b.total_sum[r] = 0;
     memset(b.total, 0, item.rows * c.dim * sizeof(float));
-    Span span = blocks_of(c, item);
-    for (int64_t block = span.first; block < span.end; block++) {
-        run_block<T>(c, item, block, span.end, b);
-        for (int64_t r = 0; r < item.rows; r++)
-            merge(b.total + r * c.dim, b.total_max + r, b.total_sum + r, b.values + r * c.dim, b.max[r], b.sum[r], c.dim);
+    for (int64_t block = job.first; block < job.end; block++) {
+        bool last = block + 1 == job.end;
+        run_block<T>(c, item, block, !last ? &item : next ? &next->item : nullptr, !last ? block + 1 : next ? next->first : 0, b);
+        for (int64_t r = 0; r < item.rows; r++) {
+            const float* values = b.values + r * c.dim;
+            if (job.at < 0) {
+                merge(b.total + r * c.dim, b.total_max + r, b.total_sum + r, values, b.max[r], b.sum[r], c.dim);
+                continue;
+            }
+            float* part = c.partial + (job.at + (block - job.first) * item.rows + r) * c.partial_size();
+            memcpy(part, values, c.dim * sizeof(float));
+            part[c.dim] = b.max[r];
+            part[c.dim + 1] = b.sum[r];
+        }
     }
-    for (int64_t r = 0; r < item.rows; r++) finish(b.total + r * c.dim, b.total_sum[r], c.dim, row_of(c, c.out, item, r));
+    for (int64_t r = 0; r < item.rows && job.at < 0; r++)
+        finish(b.total + r * c.dim, b.total_sum[r], c.dim, row_of(c, c.out, item, r));
 }
 
-// Computes one block and leaves it at partial[at + r].
-template <class T>
-void run_part(const Call& c, const Item& item, int64_t block, int64_t at, Buffers& b) {
-    load_queries(c, item, b);
-    run_block<T>(c, item, block, block + 1, b);
-    for (int64_t r = 0; r < item.rows; r++) {
-        float* p = c.partial + (at + r) * c.partial_size();
-        memcpy(p, b.values + r * c.dim, c.dim * sizeof(float));
-        p[c.dim] = b.max[r];
-        p[c.dim + 1] = b.sum[r];
-    }
-}
-
-void merge_parts(const Call& c, const Item& item, int64_t blocks, int64_t at, Buffers& b) {
+void merge_parts(const Call& c, const Job& job, Buffers& b) {
+    const Item& item = job.item;
     for (int64_t r = 0; r < item.rows; r++) {
         float max = LOWEST, sum = 0;
         memset(b.total, 0, c.dim * sizeof(float));
-        for (int64_t block = 0; block < blocks; block++) {
-            const float* p = c.partial + (at + block * item.rows + r) * c.partial_size();
+        for (int64_t i = 0; i < job.end - job.first; i++) {
+            const float* p = c.partial + (job.at + i * item.rows + r) * c.partial_size();
             merge(b.total, &max, &sum, p, p[c.dim], p[c.dim + 1], c.dim);
         }
         finish(b.total, sum, c.dim, row_of(c, c.out, item, r));
     }
 }
 
-// Calls visit(item, parts, at) for every (sequence, KV head, rows): parts is 0 for an item done whole, else its number of blocks,
-// with results from partial[at] on. Every thread walks the same list.
+// Calls visit(job) for every (sequence, KV head, rows), the whole range of key blocks in one job; those that may be split by block
+// have their place in `partial`. Every thread walks the same list.
 template <class F>
-void each_item(const Call& c, F visit) {
+void each_job(const Call& c, F visit) {
     int64_t used = 0;
     for (int64_t s = 0; s < c.live[1]; s++) {
         int64_t tokens = c.seq_start[s + 1] - c.seq_start[s], rows = tokens * c.group;
-        for (int64_t first = 0; first < rows; first += ROWS) {
-            int64_t n = rows - first < ROWS ? rows - first : ROWS;
-            Item item{s, 0, first, n, c.seq_len[s] - tokens};
-            Span span = blocks_of(c, item);
-            int64_t blocks = span.end - span.first;
-            bool split = rows <= ROWS && blocks > 1 && used + blocks * n * c.kv_heads <= c.room;
-            for (; item.kv_head < c.kv_heads; item.kv_head++) {
-                visit(item, split ? blocks : 0, used);
-                if (split) used += blocks * n;
+        for (int64_t row = 0; row < rows; row += ROWS) {
+            Job job;
+            job.item = {s, 0, row, rows - row < ROWS ? rows - row : ROWS, c.seq_len[s] - tokens};
+            int64_t low = c.window ? job.item.position(0, c.group) - c.window + 1 : 0;
+            job.first = (low > 0 ? low : 0) / BLOCK;
+            job.end = job.item.position(job.item.rows - 1, c.group) / BLOCK + 1;
+            int64_t parts = (job.end - job.first) * job.item.rows;
+            bool split = rows <= ROWS && job.end - job.first > 1 && used + parts * c.kv_heads <= c.room;
+            for (; job.item.kv_head < c.kv_heads; job.item.kv_head++) {
+                job.at = split ? used : -1;
+                used += split ? parts : 0;
+                visit(job);
             }
         }
     }
@@ -356,27 +360,32 @@ void attention(const hs_ctx* ctx, const hs_arg* a) {
     c.scale = (float)a[SCALE].f;
 
     Buffers b;
+    Job held;  // ours, but run only when the one after it is known, so that its first keys can be prefetched
+    bool holding = false, parts = false;
     int64_t mine = hs_next(ctx), seen = 0;
-    bool parts = false;
-    each_item(c, [&](const Item& item, int64_t blocks, int64_t at) {
-        int64_t first = blocks_of(c, item).first;
-        parts |= blocks > 0;
-        for (int64_t i = 0; i < (blocks ? blocks : 1); i++, seen++) {
-            if (seen != mine) continue;
-            mine = hs_next(ctx);
-            if (blocks)
-                run_part<T>(c, item, first + i, at + i * item.rows, b);
-            else
-                run_whole<T>(c, item, b);
+    auto take = [&](const Job& job) {
+        if (seen++ != mine) return;
+        mine = hs_next(ctx);
+        if (holding) run<T>(c, held, &job, b);
+        held = job;
+        holding = true;
+    };
+    each_job(c, [&](Job job) {
+        if (job.at < 0) return take(job);
+        parts = true;
+        for (int64_t end = job.end; job.first < end; job.first++, job.at += job.item.rows) {
+            job.end = job.first + 1;
+            take(job);
         }
     });
+    if (holding) run<T>(c, held, nullptr, b);
     if (!parts) return;
     hs_barrier(ctx);
     mine = hs_next(ctx), seen = 0;
-    each_item(c, [&](const Item& item, int64_t blocks, int64_t at) {
-        if (!blocks || seen++ != mine) return;
+    each_job(c, [&](const Job& job) {
+        if (job.at < 0 || seen++ != mine) return;
         mine = hs_next(ctx);
-        merge_parts(c, item, blocks, at, b);
+        merge_parts(c, job, b);
     });
 }
 

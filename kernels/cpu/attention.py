@@ -1,4 +1,5 @@
-"""Registration of the CPU attention kernels, one per KV dtype; the algorithm stands in attention.cpp.
+"""Registration of the CPU attention kernels, one per KV dtype; the algorithm stands in
+attention.cpp.
 
 Imported by kernels/cpu/register.py.
 """
@@ -9,7 +10,8 @@ from kernels.cpu.rope import KV_SUFFIXES, PAGE_SIZE, accepts_pages, page_scalars
 from kernels.kernel import CallShape, Kernel, register
 
 BLOCK = 128  # keys of a block, as in attention.cpp
-SPLIT_SEQS = 8  # longest sequences whose blocks can be shared out at once; more of them fill the threads anyway
+# Sequences of full length whose blocks can be shared out; more of them fill the threads anyway.
+SPLIT_SEQS = 8
 
 
 def _room(call: CallShape) -> int:

@@ -11,11 +11,17 @@ from kernels.cpu.layout import FORMAT_CODES, parse_format
 from kernels.kernel import CallShape, Kernel, register
 
 # Activations, norms and biases are float32 on CPU.
-FLOATS = frozenset({"x", "gate", "up", "a", "b", "q", "k", "v", "qkv", "table", "logits", "inv_freq", "out"})
+FLOATS = frozenset(
+    {"x", "gate", "up", "a", "b", "q", "k", "v", "qkv", "table", "logits", "inv_freq", "out"}
+)
 
 
 def not_float32(call: CallShape) -> str | None:
-    wrong = [f"{name} is {call.dtypes[name]}" for name in call.dtypes if name in FLOATS and call.dtypes[name] != "float32"]
+    wrong = [
+        f"{name} is {call.dtypes[name]}"
+        for name in call.dtypes
+        if name in FLOATS and call.dtypes[name] != "float32"
+    ]
     return f"activations are float32 on CPU: {', '.join(wrong)}" if wrong else None
 
 
@@ -29,7 +35,11 @@ def _accepts_table(kind: str) -> Callable[[CallShape], str | None]:
         if stored != kind:
             return f"stored as {name}, this kernel reads {kind}"
         dim = call.shapes["table"][1]
-        return f"D={dim} is not a multiple of the quantization group {group}" if group and dim % group else None
+        return (
+            f"D={dim} is not a multiple of the quantization group {group}"
+            if group and dim % group
+            else None
+        )
 
     return accepts
 
@@ -37,7 +47,12 @@ def _accepts_table(kind: str) -> Callable[[CallShape], str | None]:
 def _embed_scalars(call: CallShape) -> dict[str, int | float]:
     kind, group = parse_format(call.formats.get("table", "float32"))
     dim = call.shapes["table"][1]
-    return {"scale": float(call.attrs["scale"]), "format": FORMAT_CODES[kind], "d": dim, "group": group}
+    return {
+        "scale": float(call.attrs["scale"]),
+        "format": FORMAT_CODES[kind],
+        "d": dim,
+        "group": group,
+    }
 
 
 for _kind in FORMAT_CODES:
@@ -86,7 +101,11 @@ register(
         entry="hs_rms_norm",
         params=_NORM_PARAMS,
         accepts=not_float32,
-        scalars=lambda call: {"heads": 1, "d": call.shapes["x"][1], "eps": float(call.attrs["eps"])},
+        scalars=lambda call: {
+            "heads": 1,
+            "d": call.shapes["x"][1],
+            "eps": float(call.attrs["eps"]),
+        },
     )
 )
 

@@ -1,4 +1,5 @@
-"""Registration of the CPU kernels of rope.cpp: the angle table, the rotation, the KV write and all of it in one pass.
+"""Registration of the CPU kernels of rope.cpp: the angle table, the rotation, the KV write and all
+of it in one pass.
 
 Imported by kernels/cpu/register.py.
 """
@@ -26,7 +27,9 @@ def refuse_pages(call: CallShape, kv_dtype: str) -> str | None:
     if dim % 16 or not 16 <= dim <= MAX_HEAD_DIM:
         return f"head_dim {dim} is not a multiple of 16 in 16..{MAX_HEAD_DIM}"
     if "heads" in attrs and attrs["heads"] % attrs["kv_heads"]:
-        return f"{attrs['heads']} heads cannot be shared out evenly over {attrs['kv_heads']} kv heads"
+        return (
+            f"{attrs['heads']} heads cannot be shared out evenly over {attrs['kv_heads']} kv heads"
+        )
     return not_float32(call)
 
 
@@ -56,7 +59,10 @@ register(
         entry="hs_rope_table",
         params=("ptr:live", "ptr:positions", "ptr:inv_freq", "ptr:out", "i64:half", "f64:scale"),
         accepts=not_float32,
-        scalars=lambda call: {"half": call.shapes["inv_freq"][0], "scale": float(call.attrs["scale"])},
+        scalars=lambda call: {
+            "half": call.shapes["inv_freq"][0],
+            "scale": float(call.attrs["scale"]),
+        },
     )
 )
 
@@ -66,7 +72,16 @@ register(
         op="rope",
         target="cpu",
         entry="hs_rope",
-        params=("ptr:live", "ptr:x", "ptr:table", "ptr:out", "i64:heads", "i64:head_dim", "i64:rotary", "i64:interleaved"),
+        params=(
+            "ptr:live",
+            "ptr:x",
+            "ptr:table",
+            "ptr:out",
+            "i64:heads",
+            "i64:head_dim",
+            "i64:rotary",
+            "i64:interleaved",
+        ),
         accepts=not_float32,
         scalars=_rope_scalars,
     )
@@ -119,6 +134,10 @@ for _dtype, _suffix in KV_SUFFIXES.items():
                 "f64:eps",
             ),
             accepts=accepts_pages(_dtype),
-            scalars=lambda call: page_scalars(call) | _rope_scalars(call) | {"eps": float(call.attrs.get("eps", 0.0))},
+            scalars=lambda call: (
+                page_scalars(call)
+                | _rope_scalars(call)
+                | {"eps": float(call.attrs.get("eps", 0.0))}
+            ),
         )
     )

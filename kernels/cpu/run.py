@@ -1,6 +1,8 @@
-"""Runs single kernels on numpy arrays through the native plan loop: kernel tests and kernel timings.
+"""Runs single kernels on numpy arrays through the native plan loop: kernel tests and kernel
+timings.
 
-In: a registered kernel, the call it serves, arrays by parameter name (`x`, `w.data`). Out: the arrays, updated in place.
+In: a registered kernel, the call it serves, arrays by parameter name (`x`, `w.data`). Out: the
+arrays, updated in place.
 """
 
 from __future__ import annotations
@@ -33,7 +35,10 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         (*(ctypes.c_void_p,) * 4, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64),
     ),
     "hs_wait": (ctypes.c_double, (ctypes.c_void_p, ctypes.c_int64)),
-    "hs_read": (ctypes.c_int, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)),
+    "hs_read": (
+        ctypes.c_int,
+        (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64),
+    ),
     "hs_crc32c": (None, (*(ctypes.c_void_p,) * 5, ctypes.c_int)),
 }
 
@@ -58,7 +63,8 @@ def aligned(source: Array) -> Array:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
-    """One bound plan node: the entry's address and its argument slots (`keep` owns what the slots point at)."""
+    """One bound plan node: the entry's address and its argument slots (`keep` owns what the
+    slots point at)."""
 
     entry: int
     slots: Array
@@ -72,12 +78,20 @@ class Team:
         self.library = load(level, cache)
         self.handle = self.library.hs_open(threads)
         if not self.handle:
-            raise RuntimeError(f"level {level} did not start {threads} threads: choose fewer threads or another level")
+            raise RuntimeError(
+                f"level {level} did not start {threads} threads: "
+                "choose fewer threads or a lower level"
+            )
 
     def __enter__(self) -> Team:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.library.hs_close(self.handle)
 
     def bind(self, kernel: Kernel, call: CallShape, arrays: Mapping[str, Array]) -> Node:
@@ -105,7 +119,9 @@ class Team:
         """A plan handle; the nodes must live as long as it does."""
         entries = np.array([n.entry for n in nodes], np.uint64)
         slots = np.array([n.slots.ctypes.data for n in nodes], np.uint64)
-        return int(self.library.hs_plan(self.handle, len(nodes), entries.ctypes.data, slots.ctypes.data))
+        return int(
+            self.library.hs_plan(self.handle, len(nodes), entries.ctypes.data, slots.ctypes.data)
+        )
 
     def run(self, plan: int) -> float:
         """Runs a plan once without copies; its seconds."""
@@ -126,7 +142,12 @@ def run_on(team: Team, kernel: Kernel, call: CallShape, arrays: dict[str, Array]
 
 
 def run_kernel(
-    kernel: Kernel, call: CallShape, arrays: dict[str, Array], level: str, threads: int = 2, cache: Path = CACHE
+    kernel: Kernel,
+    call: CallShape,
+    arrays: dict[str, Array],
+    level: str,
+    threads: int = 2,
+    cache: Path = CACHE,
 ) -> float:
     """`run_on` with a team of its own."""
     with Team(level, threads, cache) as team:

@@ -43,7 +43,8 @@ _ARGS = (
 def _accepts(call: CallShape) -> str | None:
     vocab, columns = call.attrs["vocab"], call.shapes["logits"][1]
     if not 1 <= vocab <= min(columns, call.shapes["counts"][1]):
-        return f"vocab {vocab} is not within the {columns} logit columns and {call.shapes['counts'][1]} state columns"
+        state = call.shapes["counts"][1]
+        return f"vocab {vocab} is not within {columns} logit columns and {state} state columns"
     return not_float32(call)
 
 
@@ -60,7 +61,9 @@ register(
             "vocab": call.attrs["vocab"],
             "state_columns": call.shapes["counts"][1],
         },
-        workspace=lambda call: call.shapes["logits"][0] * -(-call.attrs["vocab"] // BLOCK) * PARTIAL_BYTES,
+        workspace=lambda call: (
+            call.shapes["logits"][0] * -(-call.attrs["vocab"] // BLOCK) * PARTIAL_BYTES
+        ),
     )
 )
 

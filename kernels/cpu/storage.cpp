@@ -144,7 +144,7 @@ HS_EXPORT int hs_read(void* team, const char* path, int64_t file_offset, void* d
 // out[i] = CRC-32C of base[offsets[i]:][:sizes[i]].
 HS_EXPORT void hs_crc32c(void* team, const void* base, const int64_t* offsets, const int64_t* sizes, uint32_t* out, int n) {
     static_assert(sizeof(std::atomic<uint32_t>) == 4 && std::atomic<uint32_t>::is_always_lock_free);
-    for (int i = 0; i < n; i++) out[i] = 0;
+    for (int i = 0; i < n; i++) out[i] = sizes[i] ? 0 : ~0u;  // the register of nothing; pieces are XORed into 0
     Crc job{(const uint8_t*)base, offsets, sizes, (std::atomic<uint32_t>*)out, n};
     hs_run((hs_team*)team, run_crc, &job);
     for (int i = 0; i < n; i++) out[i] = ~out[i];

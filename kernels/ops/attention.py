@@ -1,7 +1,7 @@
 """Attention over paged keys and values, and the write that fills the pages.
 
-A step is one flat batch: sequence s owns tokens seq_start[s] .. seq_start[s+1], the last of which sees seq_len[s] keys.
-T tokens, S sequences, P pages of a sequence, H heads, K KV heads, E head dim.
+A step is one flat batch: sequence s owns tokens seq_start[s] .. seq_start[s+1], the last of which
+sees seq_len[s] keys. T tokens, S sequences, P pages of a sequence, H heads, K KV heads, E head dim.
 """
 
 from __future__ import annotations
@@ -30,13 +30,19 @@ def kv_write_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str,
     slots = args["kv_slots"][:n].long()
     page, offset = slots // attrs["page_size"], slots % attrs["page_size"]
     for i, name in enumerate(("k", "v")):
-        layer[page, i, :, offset] = args[name][:n].unflatten(1, (attrs["kv_heads"], -1)).to(layer.dtype)
+        layer[page, i, :, offset] = (
+            args[name][:n].unflatten(1, (attrs["kv_heads"], -1)).to(layer.dtype)
+        )
     return {}
 
 
 def _kv_write_cost(shapes: dict[str, tuple[int, ...]], attrs: dict[str, Any]) -> Cost:
     tokens, width = shapes["k"]
-    return Cost(read=2 * tokens * width * 4, written=tokens * layer_bytes(attrs) // attrs["page_size"], flops=0)
+    return Cost(
+        read=2 * tokens * width * 4,
+        written=tokens * layer_bytes(attrs) // attrs["page_size"],
+        flops=0,
+    )
 
 
 def _kv_write_samples() -> list[Sample]:
@@ -63,7 +69,12 @@ def _kv_write_samples() -> list[Sample]:
 
 def _attrs(kv_heads: int, dim: int, dtype: str) -> dict[str, Any]:
     """Attributes of the middle one of three layers."""
-    attrs: dict[str, Any] = {"kv_heads": kv_heads, "head_dim": dim, "page_size": 16, "kv_dtype": dtype}
+    attrs: dict[str, Any] = {
+        "kv_heads": kv_heads,
+        "head_dim": dim,
+        "page_size": 16,
+        "kv_dtype": dtype,
+    }
     layer = layer_bytes(attrs)
     return {**attrs, "layer_offset": layer, "page_bytes": 3 * layer}
 
@@ -92,11 +103,20 @@ def attention_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str
     group = attrs["heads"] // attrs["kv_heads"]
     out = torch.zeros_like(q)
     for s in range(live_count(args, 1)):
-        first, last, length = int(args["seq_start"][s]), int(args["seq_start"][s + 1]), int(args["seq_len"][s])
+        first, last, length = (
+            int(args["seq_start"][s]),
+            int(args["seq_start"][s + 1]),
+            int(args["seq_len"][s]),
+        )
         pages = args["pages"][s, : -(-length // attrs["page_size"])].long()
         # [pages, K, page_size, E] -> [K, keys, E], one copy per query head
         k, v = (
-            layer[pages, i].transpose(0, 1).flatten(1, 2)[:, :length].float().repeat_interleave(group, 0) for i in (0, 1)
+            layer[pages, i]
+            .transpose(0, 1)
+            .flatten(1, 2)[:, :length]
+            .float()
+            .repeat_interleave(group, 0)
+            for i in (0, 1)
         )
         q_HTE = q[first:last].unflatten(1, (attrs["heads"], -1)).transpose(0, 1)
         position = torch.arange(length - (last - first), length)[:, None]
@@ -116,16 +136,31 @@ def _attention_cost(shapes: dict[str, tuple[int, ...]], attrs: dict[str, Any]) -
     seqs, pages = shapes["pages"]
     keys = min(pages * attrs["page_size"], attrs["window"] or pages * attrs["page_size"])
     kv = min(tokens, seqs) * keys * layer_bytes(attrs) // attrs["page_size"]
-    return Cost(read=kv + tokens * width * 4, written=tokens * width * 4, flops=4 * tokens * width * keys)
+    return Cost(
+        read=kv + tokens * width * 4, written=tokens * width * 4, flops=4 * tokens * width * keys
+    )
 
 
-def _attention_sample(
-    seed: int, label: str, ragged: Ragged, *, heads: int, kv_heads: int, dim: int, window: int = 0, dtype: str = "float32"
+def attention_sample(
+    seed: int,
+    label: str,
+    ragged: Ragged,
+    *,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    window: int = 0,
+    dtype: str = "float32",
 ) -> Sample:
     g = generator(seed)
     tables = ragged.page_tables(g, 16)
     steps = ragged.arrays(tables, 16)
-    attrs = {**_attrs(kv_heads, dim, dtype), "heads": heads, "scale": dim**-0.5 * 1.5, "window": window}
+    attrs = {
+        **_attrs(kv_heads, dim, dtype),
+        "heads": heads,
+        "scale": dim**-0.5 * 1.5,
+        "window": window,
+    }
     kv = KvState(ragged.pool_pages)
     layer = kv.layer(attrs)
     for (before, new), table in zip(ragged.lengths, tables, strict=True):
@@ -144,15 +179,24 @@ def _attention_sample(
 
 def _attention_samples() -> list[Sample]:
     return [
-        _attention_sample(50, "gqa", MIXED, heads=6, kv_heads=2, dim=64),
-        _attention_sample(51, "mha", MIXED, heads=2, kv_heads=2, dim=48),
-        _attention_sample(52, "mqa", MIXED, heads=30, kv_heads=1, dim=16),
-        _attention_sample(53, "bf16", MIXED, heads=8, kv_heads=2, dim=80, dtype="bfloat16"),
-        _attention_sample(54, "window", MIXED, heads=3, kv_heads=1, dim=32, window=21),
-        _attention_sample(55, "long decode", LONG_DECODE, heads=9, kv_heads=3, dim=64),
-        _attention_sample(56, "long window", LONG_DECODE, heads=2, kv_heads=1, dim=128, window=300, dtype="bfloat16"),
-        _attention_sample(57, "one", ONE_TOKEN, heads=1, kv_heads=1, dim=256),
-        _attention_sample(58, "empty", EMPTY, heads=2, kv_heads=1, dim=16),
+        attention_sample(50, "gqa", MIXED, heads=6, kv_heads=2, dim=64),
+        attention_sample(51, "mha", MIXED, heads=2, kv_heads=2, dim=48),
+        attention_sample(52, "mqa", MIXED, heads=30, kv_heads=1, dim=16),
+        attention_sample(53, "bf16", MIXED, heads=8, kv_heads=2, dim=80, dtype="bfloat16"),
+        attention_sample(54, "window", MIXED, heads=3, kv_heads=1, dim=32, window=21),
+        attention_sample(55, "long decode", LONG_DECODE, heads=9, kv_heads=3, dim=64),
+        attention_sample(
+            56,
+            "long window",
+            LONG_DECODE,
+            heads=2,
+            kv_heads=1,
+            dim=128,
+            window=300,
+            dtype="bfloat16",
+        ),
+        attention_sample(57, "one", ONE_TOKEN, heads=1, kv_heads=1, dim=256),
+        attention_sample(58, "empty", EMPTY, heads=2, kv_heads=1, dim=16),
     ]
 
 

@@ -1,6 +1,7 @@
 """Rows out of tables: token embedding, and the choice of activation rows.
 
-T tokens, S logit rows, V vocabulary, D model. Used by the model builder; `gather` disappears into the LM head by fusion.
+T tokens, S logit rows, V vocabulary, D model. Used by the model builder; `gather` disappears into
+the LM head by fusion.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ LIVE = Arg(name="live", role="input", dims=("8",), dtypes=("int32",))
 
 
 def live_count(args: dict[str, Any], index: int) -> int:
-    """Tokens (0), sequences (1), logit rows (2) or edits (3) that exist in this step; the rest of a bucket is unspecified."""
+    """Tokens (0), sequences (1), logit rows (2) or edits (3) that exist in this step; the rest
+    of a bucket is unspecified."""
     return int(args["live"][index])
 
 
@@ -39,7 +41,11 @@ def _embed_cost(shapes: dict[str, tuple[int, ...]], attrs: dict[str, Any]) -> Co
 def _embed_samples() -> list[Sample]:
     g = generator(1)
     out = []
-    for label, used, size, vocab, dim in (("partial", 5, 8, 83, 96), ("one", 1, 1, 16, 64), ("empty", 0, 3, 20, 32)):
+    for label, used, size, vocab, dim in (
+        ("partial", 5, 8, 83, 96),
+        ("one", 1, 1, 16, 64),
+        ("empty", 0, 3, 20, 32),
+    ):
         tokens = padded([[0, vocab - 1, -1, -4, 7, -2][i % 6] for i in range(used)], size)
         out.append(
             Sample(
@@ -90,7 +96,11 @@ def _gather_samples() -> list[Sample]:
     g = generator(2)
     x = floats(g, 9, 33, used=7)
     return [
-        Sample(label="partial", args={"live": live(7, 3, 3), "x": x, "rows": padded([6, 0, 3], 4)}, attrs={}),
+        Sample(
+            label="partial",
+            args={"live": live(7, 3, 3), "x": x, "rows": padded([6, 0, 3], 4)},
+            attrs={},
+        ),
         Sample(label="empty", args={"live": live(7), "x": x, "rows": padded([], 2)}, attrs={}),
     ]
 

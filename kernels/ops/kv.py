@@ -1,6 +1,8 @@
-"""The KV cache as references see it: one tensor per layer, in the plain order [page, 2, kv head, token of page, dim].
+"""The KV cache as references see it: one tensor per layer, in the plain order [page, 2, kv head,
+token of page, dim].
 
-Kernels keep the same values in their own page layout (kernels/cpu/attention.h); tests convert between the two.
+Kernels keep the same values in their own page layout (kernels/cpu/kv_page.h); tests convert
+between the two.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ KV_ATTRS: dict[str, type] = {
 
 
 class KvState:
-    """Layers appear when first used, filled with NaN: a key or value read before it was written shows."""
+    """Layers appear when first used, filled with NaN: a key or value read before it was written
+    shows."""
 
     def __init__(self, pages: int) -> None:
         self.pages = pages

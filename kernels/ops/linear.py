@@ -1,6 +1,8 @@
-"""Matrix product with the prologues and epilogues fusion may add: row gather, RMS norm, bias, SwiGLU, residual.
+"""Matrix product with the prologues and epilogues fusion may add: row gather, RMS norm, bias,
+SwiGLU, residual.
 
-R rows (tokens or logit rows), K inputs, N outputs. With act=swiglu the weight is cat(gate, up) [2F, K] and the output [R, F].
+R rows (tokens or logit rows), K inputs, N outputs. With act=swiglu the weight is cat(gate, up) [2F,
+K] and the output [R, F].
 """
 
 from __future__ import annotations

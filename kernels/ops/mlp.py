@@ -1,4 +1,5 @@
-"""Elementwise ops of a layer: SwiGLU and the residual add. Fusion moves both into the linears around them.
+"""Elementwise ops of a layer: SwiGLU and the residual add. Fusion moves both into the linears
+around them.
 
 T tokens, F ffn width, D model.
 """
@@ -41,9 +42,15 @@ def _samples(first: str, second: str, scale: float) -> Any:
     def samples() -> list[Sample]:
         g = generator(5)
         out = []
-        for label, used, rows, dim in (("partial", 3, 5, 96), ("odd", 2, 2, 37), ("empty", 0, 1, 16)):
+        for label, used, rows, dim in (
+            ("partial", 3, 5, 96),
+            ("odd", 2, 2, 37),
+            ("empty", 0, 1, 16),
+        ):
             a, b = floats(g, rows, dim, used=used, scale=scale), floats(g, rows, dim, used=used)
-            out.append(Sample(label=label, args={"live": live(used), first: a, second: b}, attrs={}))
+            out.append(
+                Sample(label=label, args={"live": live(used), first: a, second: b}, attrs={})
+            )
         return out
 
     return samples

@@ -31,7 +31,9 @@ def head_norm_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str
     n = live_count(args, 0)
     x = args["x"]
     out = torch.zeros_like(x)
-    out[:n] = normalized(x[:n].unflatten(1, (attrs["heads"], -1)), args["w"], attrs["eps"]).flatten(1)
+    out[:n] = normalized(x[:n].unflatten(1, (attrs["heads"], -1)), args["w"], attrs["eps"]).flatten(
+        1
+    )
     return {"out": out}
 
 
@@ -43,9 +45,19 @@ def _cost(shapes: dict[str, tuple[int, ...]], attrs: dict[str, Any]) -> Cost:
 def _rms_norm_samples() -> list[Sample]:
     g = generator(3)
     out = []
-    for label, used, rows, dim, eps in (("partial", 3, 5, 576, 1e-5), ("odd", 2, 2, 37, 1e-6), ("empty", 0, 2, 8, 1e-5)):
+    for label, used, rows, dim, eps in (
+        ("partial", 3, 5, 576, 1e-5),
+        ("odd", 2, 2, 37, 1e-6),
+        ("empty", 0, 2, 8, 1e-5),
+    ):
         x = floats(g, rows, dim, used=used, scale=3.0)
-        out.append(Sample(label=label, args={"live": live(used), "x": x, "w": floats(g, dim)}, attrs={"eps": eps}))
+        out.append(
+            Sample(
+                label=label,
+                args={"live": live(used), "x": x, "w": floats(g, dim)},
+                attrs={"eps": eps},
+            )
+        )
     tiny = {"live": live(1), "x": torch.full((1, 48), 1e-4), "w": floats(g, 48)}
     return [*out, Sample(label="eps dominates", args=tiny, attrs={"eps": 1e-5})]
 

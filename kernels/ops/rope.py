@@ -1,4 +1,5 @@
-"""Rotary position embedding: the angle table of a step, the rotation, and both with head norms and the KV write in one pass.
+"""Rotary position embedding: the angle table of a step, the rotation, and both with head norms and
+the KV write in one pass.
 
 T tokens, R rotary dims (the first R of a head are rotated), H heads, K KV heads, E head dim.
 """
@@ -22,7 +23,8 @@ KV_SLOTS = Arg(name="kv_slots", role="input", dims=("tokens",), dtypes=("int32",
 
 
 def rope_table_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str, Tensor]:
-    """cos then sin of position * frequency. The product is rounded to float32, as every published implementation does."""
+    """cos then sin of position * frequency. The product is rounded to float32, as every
+    published implementation does."""
     n = live_count(args, 0)
     positions, freq = args["positions"], args["inv_freq"]
     angle = positions[:n].float()[:, None] * freq.float()[None, :]
@@ -38,10 +40,19 @@ def _table_cost(shapes: dict[str, tuple[int, ...]], attrs: dict[str, Any]) -> Co
 
 def _table_samples() -> list[Sample]:
     out = []
-    for label, positions, size, rotary in (("partial", [0, 1, 17, 131071], 6, 64), ("odd", [5, 4095], 2, 6)):
+    for label, positions, size, rotary in (
+        ("partial", [0, 1, 17, 131071], 6, 64),
+        ("odd", [5, 4095], 2, 6),
+    ):
         freq = 10000.0 ** (-torch.arange(0, rotary, 2).float() / rotary)
-        args = {"live": live(len(positions)), "positions": padded(positions, size), "inv_freq": freq}
-        out.append(Sample(label=label, args=args, attrs={"scale": 1.0 if label == "partial" else 1.25}))
+        args = {
+            "live": live(len(positions)),
+            "positions": padded(positions, size),
+            "inv_freq": freq,
+        }
+        out.append(
+            Sample(label=label, args=args, attrs={"scale": 1.0 if label == "partial" else 1.25})
+        )
     return out
 
 
@@ -92,9 +103,23 @@ def _rope_cost(shapes: dict[str, tuple[int, ...]], attrs: dict[str, Any]) -> Cos
 def _rope_samples() -> list[Sample]:
     g = generator(20)
     out = []
-    for label, rotary, interleaved in (("half", 32, False), ("interleaved", 32, True), ("partial rotary", 24, False)):
-        args = {"live": live(3), "x": floats(g, 5, 3 * 32, used=3), "table": floats(g, 5, rotary, used=3)}
-        out.append(Sample(label=label, args=args, attrs={"heads": 3, "head_dim": 32, "interleaved": interleaved}))
+    for label, rotary, interleaved in (
+        ("half", 32, False),
+        ("interleaved", 32, True),
+        ("partial rotary", 24, False),
+    ):
+        args = {
+            "live": live(3),
+            "x": floats(g, 5, 3 * 32, used=3),
+            "table": floats(g, 5, rotary, used=3),
+        }
+        out.append(
+            Sample(
+                label=label,
+                args=args,
+                attrs={"heads": 3, "head_dim": 32, "interleaved": interleaved},
+            )
+        )
     return out
 
 
@@ -122,7 +147,9 @@ def rope_kv_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str, 
     if args.get("q_norm") is not None:
         q = head_norm_reference({**args, "x": q, "w": args["q_norm"]}, attrs)["out"]
     if args.get("k_norm") is not None:
-        k = head_norm_reference({**args, "x": k, "w": args["k_norm"]}, {**attrs, "heads": kv_heads})["out"]
+        k = head_norm_reference(
+            {**args, "x": k, "w": args["k_norm"]}, {**attrs, "heads": kv_heads}
+        )["out"]
     if args.get("table") is not None:
         q = rope_reference({**args, "x": q}, attrs)["out"]
         k = rope_reference({**args, "x": k}, {**attrs, "heads": kv_heads})["out"]
@@ -132,7 +159,9 @@ def rope_kv_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str, 
 
 def _rope_kv_cost(shapes: dict[str, tuple[int, ...]], attrs: dict[str, Any]) -> Cost:
     tokens, width = shapes["qkv"]
-    written = tokens * (attrs["heads"] * attrs["head_dim"] * 4 + layer_bytes(attrs) // attrs["page_size"])
+    written = tokens * (
+        attrs["heads"] * attrs["head_dim"] * 4 + layer_bytes(attrs) // attrs["page_size"]
+    )
     return Cost(read=tokens * width * 4, written=written, flops=tokens * width * 6)
 
 
@@ -180,8 +209,12 @@ def _rope_kv_samples() -> list[Sample]:
     return [
         _rope_kv_sample(30, "gqa", MIXED, heads=6, kv_heads=2, dim=32, rotary=32),
         _rope_kv_sample(31, "norms", MIXED, heads=2, kv_heads=2, dim=48, rotary=48, norms=True),
-        _rope_kv_sample(32, "bf16", MIXED, heads=4, kv_heads=1, dim=64, rotary=64, dtype="bfloat16"),
-        _rope_kv_sample(33, "interleaved", ONE_TOKEN, heads=2, kv_heads=1, dim=16, rotary=12, interleaved=True),
+        _rope_kv_sample(
+            32, "bf16", MIXED, heads=4, kv_heads=1, dim=64, rotary=64, dtype="bfloat16"
+        ),
+        _rope_kv_sample(
+            33, "interleaved", ONE_TOKEN, heads=2, kv_heads=1, dim=16, rotary=12, interleaved=True
+        ),
         _rope_kv_sample(34, "no rope", ONE_TOKEN, heads=3, kv_heads=3, dim=16, rotary=0),
     ]
 

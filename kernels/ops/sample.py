@@ -1,8 +1,8 @@
-"""The last two calls of a step: edits of the per-sequence token state, and sampling.
+"""Sampling, the last call of a step.
 
-Order of sampling: repetition, frequency and presence penalties, bias, temperature, top-k, top-p (over what top-k kept,
-renormalised), min-p; then inverse CDF in order of token ids. `uniform` below is the whole random number generator.
-S logit rows, V vocabulary.
+Order of sampling: repetition, frequency and presence penalties, bias, temperature, top-k, top-p
+(over what top-k kept, renormalised), min-p; then inverse CDF in order of token ids. `uniform` below
+is the whole random number generator. S logit rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from torch import Tensor
 
 from kernels.op import Arg, Cost, Op, Sample, register
 from kernels.ops.embed import LIVE, live_count
-from kernels.ops.samples import POISON, floats, generator, live, padded
+from kernels.ops.samples import floats, generator, live, padded
+from kernels.ops.state import BIASES, COUNTS, SEEN
 
 TOP = 20
-SEEN = 1 << 30  # bit of counts: the token stands in the prompt
 PENALTIES, LOGPROB = 1, 2  # row_flags
-CLEAR, MARK, COUNT, BIAS = 0, 1, 2, 3  # kinds of edits
 GREEDY_BELOW = 1e-5  # temperatures that would overflow are greedy
 _MASK = 2**64 - 1
 
 
 def uniform(seed: int, position: int) -> float:
-    """In [0, 1), a function of (seed, position of the row's token) alone: SplitMix64's output function on the seed, the
-    position added in steps of the golden ratio, mixed again; the top 53 bits."""
+    """In [0, 1), a function of (seed, position of the row's token) alone: SplitMix64's output
+    function on the seed, the position added in steps of the golden ratio, mixed again; the top
+    53 bits."""
     x = (_mix((seed + 0x9E3779B97F4A7C15) & _MASK) + (position + 1) * 0x9E3779B97F4A7C15) & _MASK
     return (_mix(x) >> 11) * 2.0**-53
 
@@ -38,59 +38,14 @@ def _mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def edit_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str, Tensor]:
-    counts, bias = args["counts"], args["bias"]
-    for slot, token, kind, value in args["edits"][: live_count(args, 3)].tolist():
-        if kind == CLEAR:
-            counts[slot] = 0
-            bias[slot] = 0
-        elif kind == MARK:
-            counts[slot, token] |= SEEN
-        elif kind == COUNT:
-            counts[slot, token] += value
-        else:
-            bias[slot, token] = torch.tensor(value, dtype=torch.int32).view(torch.float32)
-    return {}
-
-
-def _edit_samples() -> list[Sample]:
-    g = generator(60)
-    bits = torch.tensor([1.5, -100.0, -math.inf]).view(torch.int32).tolist()
-    rows = [
-        (2, 0, CLEAR, 0),
-        (2, 5, MARK, 0),
-        (2, 5, COUNT, 3),
-        (0, 1, BIAS, bits[0]),
-        (2, 5, COUNT, 1),
-        (0, 96, BIAS, bits[1]),
-        (1, 7, COUNT, 2),
-        (0, 0, CLEAR, 0),
-        (0, 1, BIAS, bits[2]),
-        (1, 7, MARK, 0),
-    ]
-    edits = torch.full((16, 4), POISON, dtype=torch.int32)
-    edits[: len(rows)] = torch.tensor(rows, dtype=torch.int32)
-    state = {"counts": torch.randint(0, 3, (4, 97), generator=g).int(), "bias": floats(g, 4, 97)}
-    full = {"live": live(edits=len(rows)), "edits": edits, **state}
-    empty = {"live": live(), "edits": torch.full((2, 4), POISON, dtype=torch.int32), **state}
-    return [Sample(label="all kinds", args=full, attrs={}), Sample(label="none", args=empty, attrs={})]
-
-
-COUNTS = Arg(name="counts", role="state", dims=("slots", "V"), dtypes=("int32",))
-BIASES = Arg(name="bias", role="state", dims=("slots", "V"), dtypes=("float32",))
-
-EDIT = register(
-    Op(
-        name="edit",
-        args=(LIVE, Arg(name="edits", role="input", dims=("E", "4"), dtypes=("int32",)), COUNTS, BIASES),
-        reference=edit_reference,
-        cost=lambda shapes, attrs: Cost(read=shapes["edits"][0] * 16, written=shapes["edits"][0] * 4, flops=0),
-        samples=_edit_samples,
-    )
-)
-
-
-def penalized(logits: Tensor, counts: Tensor, bias: Tensor, frequency: float, presence: float, repetition: float) -> Tensor:
+def penalized(
+    logits: Tensor,
+    counts: Tensor,
+    bias: Tensor,
+    frequency: float,
+    presence: float,
+    repetition: float,
+) -> Tensor:
     output = counts & (SEEN - 1)
     seen = counts != 0
     z = torch.where(seen, torch.where(logits > 0, logits / repetition, logits * repetition), logits)
@@ -98,7 +53,8 @@ def penalized(logits: Tensor, counts: Tensor, bias: Tensor, frequency: float, pr
 
 
 def kept_weights(z: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """Unnormalised probabilities in float64, zero where a filter removed the token. Ties go to the lower id."""
+    """Unnormalised probabilities in float64, zero where a filter removed the token. Ties go to
+    the lower id."""
     weights = ((z.double() - z.max().double()) / temperature).exp()
     order = torch.sort(z, descending=True, stable=True).indices
     ranked = weights[order]
@@ -148,16 +104,23 @@ def _sample_row(r: int, args: dict[str, Any], logits: Tensor, out: dict[str, Ten
 
 
 def _choose(r: int, args: dict[str, Any], logits: Tensor, slot: int, flags: int) -> int:
-    value = {n: float(args[n][r]) for n in ("temperature", "top_p", "min_p", "frequency", "presence", "repetition")}
+    value = {
+        n: float(args[n][r])
+        for n in ("temperature", "top_p", "min_p", "frequency", "presence", "repetition")
+    }
     z = logits
     if flags & PENALTIES:
         state = (args["counts"][slot, : len(z)], args["bias"][slot, : len(z)])
         z = penalized(logits, *state, value["frequency"], value["presence"], value["repetition"])
     if value["temperature"] < GREEDY_BELOW or not bool(torch.isfinite(z.max())):
         return int((z == z.max()).nonzero()[0])
-    weights = kept_weights(z, value["temperature"], int(args["top_k"][r]), value["top_p"], value["min_p"])
+    weights = kept_weights(
+        z, value["temperature"], int(args["top_k"][r]), value["top_p"], value["min_p"]
+    )
     cdf = weights.cumsum(0)
-    draw = uniform(int(args["seed"][r]), int(args["positions"][int(args["row_token"][r])])) * float(cdf[-1])
+    draw = uniform(int(args["seed"][r]), int(args["positions"][int(args["row_token"][r])])) * float(
+        cdf[-1]
+    )
     return int((cdf > draw).nonzero()[0])
 
 
@@ -182,8 +145,11 @@ _ROW_DEFAULTS: dict[str, float] = {
 _FLOAT_ROWS = ("temperature", "top_p", "min_p", "frequency", "presence", "repetition")
 
 
-def make_sample(label: str, rows: list[dict[str, float]], *, vocab: int, columns: int, scale: float = 3.0) -> Sample:
-    """One sample with the given rows in a bucket of two more; columns beyond `vocab` hold values that must not win."""
+def make_sample(
+    label: str, rows: list[dict[str, float]], *, vocab: int, columns: int, scale: float = 3.0
+) -> Sample:
+    """One sample with the given rows in a bucket of two more; columns beyond `vocab` hold values
+    that must not win."""
     g = generator(61)
     n, size, slots = len(rows), len(rows) + 2, len(rows) + 3
     logits = floats(g, size, columns, used=n, scale=scale)
@@ -199,7 +165,9 @@ def make_sample(label: str, rows: list[dict[str, float]], *, vocab: int, columns
     args["row_token"] = padded([2 * r + 1 for r in range(n)], size)
     args["row_slot"] = padded([slots - 1 - r for r in range(n)], size)
     args["positions"] = padded([5 + 7 * t for t in range(2 * n)], 2 * n + 1)
-    counts = torch.randint(0, 4, (slots, columns), generator=g) * torch.randint(0, 2, (slots, columns), generator=g)
+    counts = torch.randint(0, 4, (slots, columns), generator=g) * torch.randint(
+        0, 2, (slots, columns), generator=g
+    )
     seen = torch.randint(0, 2, (slots, columns), generator=g) * SEEN
     args["counts"] = (counts | seen).int()
     args["bias"] = floats(g, slots, columns) * (torch.rand(slots, columns, generator=g) < 0.1)
@@ -208,7 +176,12 @@ def make_sample(label: str, rows: list[dict[str, float]], *, vocab: int, columns
 
 
 def _sample_samples() -> list[Sample]:
-    penalties: dict[str, float] = {"row_flags": PENALTIES, "frequency": 0.7, "presence": 0.4, "repetition": 1.3}
+    penalties: dict[str, float] = {
+        "row_flags": PENALTIES,
+        "frequency": 0.7,
+        "presence": 0.4,
+        "repetition": 1.3,
+    }
     greedy = make_sample(
         "greedy",
         [
@@ -224,7 +197,7 @@ def _sample_samples() -> list[Sample]:
     drawn = make_sample(
         "drawn",
         [
-            *({"seed": s} for s in (1, 2**62, -5)),
+            *({"seed": float(s)} for s in (1, 2**62, -5)),
             *({"seed": s, "top_k": 5, "temperature": 1.7} for s in range(4)),
             *({"seed": s, "top_p": 0.8, "row_flags": LOGPROB} for s in range(4)),
             *({"seed": s, "min_p": 0.1, "temperature": 0.7} for s in range(3)),
@@ -236,13 +209,21 @@ def _sample_samples() -> list[Sample]:
         vocab=1000,
         columns=1000,
     )
-    bad = make_sample("bad logits", [{"temperature": 0.0}, {"seed": 3}, {"row_target": 3}], vocab=64, columns=64)
+    bad = make_sample(
+        "bad logits", [{"temperature": 0.0}, {"seed": 3}, {"row_target": 3}], vocab=64, columns=64
+    )
     bad.args["logits"][0, 63] = math.nan
     bad.args["logits"][1, 0] = math.inf
     # Flat logits over a vocabulary of several blocks: nothing is negligible.
     flat = make_sample(
         "flat",
-        [{"seed": 1}, {"top_p": 0.5}, {"top_k": 3000}, {"temperature": 0.0}, {"top_k": 7000, "top_p": 0.9}],
+        [
+            {"seed": 1},
+            {"top_p": 0.5},
+            {"top_k": 3000},
+            {"temperature": 0.0},
+            {"top_k": 7000, "top_p": 0.9},
+        ],
         vocab=9001,
         columns=9008,
         scale=0.01,
@@ -263,7 +244,10 @@ SAMPLE = register(
         args=(
             LIVE,
             Arg(name="logits", role="input", dims=("seqs", "V"), dtypes=("float",)),
-            *(_row(n, "int32") for n in ("row_token", "row_slot", "row_target", "row_flags", "row_top", "top_k")),
+            *(
+                _row(n, "int32")
+                for n in ("row_token", "row_slot", "row_target", "row_flags", "row_top", "top_k")
+            ),
             *(_row(n, "float32") for n in _FLOAT_ROWS),
             _row("seed", "int64"),
             Arg(name="positions", role="input", dims=("tokens",), dtypes=("int32",)),

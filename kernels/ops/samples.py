@@ -1,6 +1,7 @@
 """Building blocks of op samples: seeded tensors, live counts and ragged batches over paged KV.
 
-Everything beyond the live counts is poison (NaN, huge indices), so a kernel or reference that reads it fails its test.
+Everything beyond the live counts is poison (NaN, huge indices), so a kernel or reference that reads
+it fails its test.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ class Ragged:
         }
 
 
-# Decode rows and prefill chunks together; lengths cross page and key-block boundaries; buckets are not full.
+# Decode rows and prefill chunks together; lengths cross page and key-block boundaries; buckets are
+# not full.
 MIXED = Ragged(
     lengths=((0, 1), (15, 1), (16, 1), (300, 1), (0, 19), (13, 40), (127, 2)),
     tokens=72,

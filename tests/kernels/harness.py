@@ -1,4 +1,5 @@
-"""From an op's sample to a kernel's call and arrays, and back: torch on one side, numpy and packed layouts on the other.
+"""From an op's sample to a kernel's call and arrays, and back: torch on one side, numpy and packed
+layouts on the other.
 
 Used by the tests that run every kernel on every sample of its op.
 """
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from kernels.cpu.layout import FORMAT_CODES, pack_kv, pack_linear, parse_format, unpack_kv
 from kernels.kernel import CallShape
 from kernels.op import Op, Sample
@@ -22,7 +24,8 @@ GROUP = 32
 
 @dataclass(slots=True, kw_only=True)
 class Case:
-    """A sample as a kernel sees it. `expected` are the reference's outputs, `state` the reference's state afterwards."""
+    """A sample as a kernel sees it. `expected` are the reference's outputs, `state` the
+    reference's state afterwards."""
 
     op: Op
     sample: Sample
@@ -45,19 +48,25 @@ def cases(op: Op) -> Iterator[tuple[str, Case]]:
             yield f"{sample.label} {fmt}".strip(), make_case(op, sample, fmt)
 
 
-def _stored(weight: torch.Tensor, fmt: str, swiglu: bool) -> tuple[dict[str, np.ndarray], torch.Tensor]:
+def _stored(
+    weight: torch.Tensor, fmt: str, swiglu: bool
+) -> tuple[dict[str, np.ndarray], torch.Tensor]:
     """Packed fields of a weight, and the values they stand for."""
     kind, group = parse_format(fmt)
     if kind == "float32":
         return pack_linear(fmt, weight.numpy(), swiglu), weight
     if kind == "bfloat16":
         rounded = weight.bfloat16()
-        return pack_linear(fmt, rounded.view(torch.int16).numpy().view(np.uint16), swiglu), rounded.float()
+        return pack_linear(
+            fmt, rounded.view(torch.int16).numpy().view(np.uint16), swiglu
+        ), rounded.float()
     limit = 127 if kind == "int8" else 7
     groups = weight.reshape(len(weight), -1, group)
     scale = (groups.abs().amax(-1) / limit).clamp(min=1e-6).half().float()  # stored as float16
     q = (groups / scale[..., None]).round().clamp(-limit, limit)
-    packed = pack_linear(fmt, (q.reshape(weight.shape).to(torch.int8).numpy(), scale.numpy()), swiglu)
+    packed = pack_linear(
+        fmt, (q.reshape(weight.shape).to(torch.int8).numpy(), scale.numpy()), swiglu
+    )
     return packed, (q * scale[..., None]).reshape(weight.shape)
 
 
@@ -72,9 +81,15 @@ def make_case(op: Op, sample: Sample, fmt: str = "") -> Case:
             continue
         if isinstance(value, KvState):
             layer = value.layer(attrs)
-            bits = layer.view(torch.int16).numpy().view(np.uint16) if layer.dtype == torch.bfloat16 else layer.numpy()
+            bits = (
+                layer.view(torch.int16).numpy().view(np.uint16)
+                if layer.dtype == torch.bfloat16
+                else layer.numpy()
+            )
             pool = np.full((value.pages, attrs["page_bytes"]), 0xFF, np.uint8)
-            pool[:, attrs["layer_offset"] : attrs["layer_offset"] + layer_bytes(attrs)] = pack_kv(bits)
+            pool[:, attrs["layer_offset"] : attrs["layer_offset"] + layer_bytes(attrs)] = pack_kv(
+                bits
+            )
             arrays[arg.name] = pool
         elif arg.role == "weight" and len(arg.dims) == 2:
             packed, args[arg.name] = _stored(value, fmt, swiglu)
@@ -85,7 +100,11 @@ def make_case(op: Op, sample: Sample, fmt: str = "") -> Case:
     state = copy.deepcopy(args)
     expected = op.reference(state, attrs)
     shapes = {n: tuple(v.shape) for n, v in args.items() if isinstance(v, torch.Tensor)}
-    dtypes = {n: str(v.dtype).removeprefix("torch.") for n, v in args.items() if isinstance(v, torch.Tensor)}
+    dtypes = {
+        n: str(v.dtype).removeprefix("torch.")
+        for n, v in args.items()
+        if isinstance(v, torch.Tensor)
+    }
     for name, value in expected.items():
         arrays[name] = np.full_like(value.numpy(), 77)
         shapes[name], dtypes[name] = tuple(value.shape), str(value.dtype).removeprefix("torch.")
@@ -100,12 +119,15 @@ def live_rows(case: Case) -> int:
 
 
 def check_case(case: Case, slack: float = 1.0) -> None:
-    """The arrays a kernel left against the reference; integers exactly, floats within the op's tolerance."""
+    """The arrays a kernel left against the reference; integers exactly, floats within the op's
+    tolerance."""
     n = live_rows(case)
     for name, value in case.expected.items():
         _close(case, name, case.arrays[name][:n], value[:n].numpy(), slack)
         if n < len(value):
-            assert (case.arrays[name][n:] == 77).all(), f"{name}: rows beyond the live ones were written"
+            assert (case.arrays[name][n:] == 77).all(), (
+                f"{name}: rows beyond the live ones were written"
+            )
     for arg in case.op.args:
         if arg.role != "state":
             continue
@@ -133,9 +155,21 @@ def _check_kv(case: Case, pool: np.ndarray, after: KvState) -> None:
     assert (others == 0xFF).all(), "bytes of other layers were written"
     want = after.layer(attrs)
     dtype = "uint16" if want.dtype == torch.bfloat16 else "float32"
-    got = unpack_kv(pool[:, first : first + size], attrs["kv_heads"], attrs["page_size"], attrs["head_dim"], dtype)
-    tensor = torch.from_numpy(got.view(np.int16)).view(torch.bfloat16) if dtype == "uint16" else torch.from_numpy(got)
-    rtol = 2**-7 if dtype == "uint16" else 1e-5  # a value next to a rounding border may fall either way
+    got = unpack_kv(
+        pool[:, first : first + size],
+        attrs["kv_heads"],
+        attrs["page_size"],
+        attrs["head_dim"],
+        dtype,
+    )
+    tensor = (
+        torch.from_numpy(got.view(np.int16)).view(torch.bfloat16)
+        if dtype == "uint16"
+        else torch.from_numpy(got)
+    )
+    rtol = (
+        2**-7 if dtype == "uint16" else 1e-5
+    )  # a value next to a rounding border may fall either way
     torch.testing.assert_close(tensor.float(), want.float(), rtol=rtol, atol=1e-5, equal_nan=True)
 
 

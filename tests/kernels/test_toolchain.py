@@ -1,0 +1,175 @@
+"""Building the native library: reproducible, cached by content, damage found, errors that say
+what to do."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import kernels.cpu.register  # noqa: F401
+from kernels import toolchain
+from kernels.cache import DamagedBuild, cached, key_of
+from kernels.cpu.run import CACHE
+from kernels.kernel import KERNELS
+from kernels.toolchain import (
+    CPU_LEVELS,
+    ToolchainError,
+    build_cpu,
+    find_compiler,
+    machine_levels,
+    supported_levels,
+)
+
+
+@pytest.mark.parametrize("level", [v.name for v in machine_levels()])
+def test_every_level_builds_and_exports_every_entry(level: str) -> None:
+    path = build_cpu(level, CACHE)
+    names = subprocess.run(
+        ["nm", "-D", "--defined-only", path], capture_output=True, text=True, check=True
+    ).stdout
+    exported = {line.split()[-1] for line in names.splitlines()}
+    wanted = {k.entry for k in KERNELS["cpu"]} | {
+        *("hs_abi", "hs_open", "hs_close", "hs_plan", "hs_plan_free", "hs_plan_profile"),
+        *("hs_submit", "hs_wait", "hs_read", "hs_crc32c"),
+    }
+    assert wanted <= exported
+    assert all(n.startswith("hs_") for n in exported), "only our C interface is visible"
+
+
+def test_needs_only_libc() -> None:
+    listing = subprocess.run(
+        ["objdump", "-p", build_cpu("portable", CACHE)], capture_output=True, text=True, check=True
+    ).stdout
+    needed = {line.split()[1] for line in listing.splitlines() if "NEEDED" in line}
+    assert all(n.startswith(("libc.", "libm.", "ld-linux", "libpthread.")) for n in needed), needed
+
+
+def test_rebuild_elsewhere_is_byte_identical(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = build_cpu("portable", CACHE).read_bytes()
+    copy = tmp_path / "other place" / "cpu"
+    shutil.copytree(toolchain.SOURCES, copy, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    monkeypatch.setattr(toolchain, "SOURCES", copy)
+    second = build_cpu("portable", tmp_path / "cache")
+    assert second.read_bytes() == first
+    assert sorted(p.name for p in second.parent.iterdir()) == [second.name, f"{second.name}.sha256"]
+
+
+def test_levels() -> None:
+    assert CPU_LEVELS[0].requires == () and CPU_LEVELS[0].flags == ()
+    for lower, higher in itertools.pairwise(CPU_LEVELS):
+        assert set(lower.requires) < set(higher.requires)
+    assert [v.name for v in machine_levels("aarch64")] == ["portable"]
+    assert "portable" in [v.name for v in supported_levels()]
+    with pytest.raises(ToolchainError, match="valid levels are portable"):
+        build_cpu("sse9", CACHE)
+
+
+def test_no_compiler_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ToolchainError, match="install one"):
+        build_cpu("portable", tmp_path)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ToolchainError, match="CXX=no-such-compiler"):
+        build_cpu("portable", tmp_path)
+
+
+def test_compiler_refusal_carries_its_words(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sources = tmp_path / "cpu"
+    sources.mkdir()
+    (sources / "bad.cpp").write_text("int f() { return undeclared_name; }\n")
+    monkeypatch.setattr(toolchain, "SOURCES", sources)
+    with pytest.raises(ToolchainError, match="undeclared_name"):
+        build_cpu("portable", tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("**/*.so")), "nothing half-built is published"
+
+
+def test_cxx_is_part_of_the_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake = tmp_path / "fake-c++"
+    fake.write_text(
+        '#!/bin/sh\ncase "$1" in --version) echo "fake 1.0";;'
+        f' *) exec {find_compiler()} "$@";; esac\n'
+    )
+    fake.chmod(0o755)
+    sources = tmp_path / "cpu"
+    sources.mkdir()
+    (sources / "one.cpp").write_text(
+        'extern "C" __attribute__((visibility("default"))) int hs_one() { return 1; }\n'
+    )
+    monkeypatch.setattr(toolchain, "SOURCES", sources)
+    plain = build_cpu("portable", tmp_path / "cache")
+    monkeypatch.setenv("CXX", str(fake))
+    other = build_cpu("portable", tmp_path / "cache")
+    assert plain.parent != other.parent
+
+
+class Builder:
+    def __init__(self, content: bytes = b"binary") -> None:
+        self.calls, self.content = 0, content
+
+    def __call__(self, path: Path) -> None:
+        self.calls += 1
+        path.write_bytes(self.content)
+
+
+def test_cache_builds_once(tmp_path: Path) -> None:
+    build = Builder()
+    path = cached(tmp_path, "k", "lib.so", build)
+    assert path.read_bytes() == b"binary"
+    assert cached(tmp_path, "k", "lib.so", build) == path and build.calls == 1
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "digest"])
+def test_damaged_entry_is_set_aside_and_rebuilt_once(tmp_path: Path, damage: str) -> None:
+    build = Builder()
+    path = cached(tmp_path, "k", "lib.so", build)
+    digest = path.with_name("lib.so.sha256")
+    if damage == "flip":
+        path.write_bytes(b"binarz")
+    elif damage == "truncate":
+        path.write_bytes(b"")
+    elif damage == "remove":
+        path.unlink()
+    else:
+        digest.write_text("0" * 64)
+    assert cached(tmp_path, "k", "lib.so", build).read_bytes() == b"binary"
+    assert build.calls == 2
+    assert len(list((tmp_path / "damaged").iterdir())) == 1
+
+
+def test_failed_build_leaves_nothing(tmp_path: Path) -> None:
+    def build(path: Path) -> None:
+        path.write_bytes(b"half")
+        raise ToolchainError("stopped")
+
+    with pytest.raises(ToolchainError):
+        cached(tmp_path / "cache", "k", "lib.so", build)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_quicker_process_wins(tmp_path: Path) -> None:
+    def build(path: Path) -> None:
+        cached(tmp_path, "k", "lib.so", Builder(b"theirs"))
+        path.write_bytes(b"ours")
+
+    assert cached(tmp_path, "k", "lib.so", build).read_bytes() == b"theirs"
+
+
+def test_unreliable_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernels.cache._sound", lambda entry, filename: False)
+    with pytest.raises(DamagedBuild, match="choose another cache directory"):
+        cached(tmp_path, "k", "lib.so", Builder())
+
+
+def test_key_is_unambiguous() -> None:
+    assert key_of({"a": "bc"}) != key_of({"ab": "c"})
+    assert key_of({"a": "1", "b": "2"}) == key_of({"b": "2", "a": "1"})
+    assert key_of({"a": "x\x00b\x001\x00y"}) != key_of({"a": "x", "b": "y"})
