@@ -84,7 +84,7 @@ class Server:
 
     async def gather(self, call: Call, sequences: list[Sequence]) -> None:
         """Returns when every sequence has ended; raises what ended one of them early."""
-        with self._job(call, sequences) as job:
+        with self._job(call, sequences, whole=True) as job:
             job.submit(lambda seq: Track(job, seq))
             await job.done
         for seq in sequences:
@@ -100,7 +100,7 @@ class Server:
         epilogue: Callable[[], bytes] | None = None,
     ) -> web.StreamResponse:
         stream = EventStream(request, self.link)
-        with self._job(call, sequences) as job:
+        with self._job(call, sequences, whole=False) as job:
             job.submit(lambda seq: StreamTrack(job, seq, stream, encoder(seq)))
             await stream.news
             if job.done.done() and all(seq.error is not None for seq in sequences):
@@ -121,7 +121,7 @@ class Server:
             self.link.abort_softly(id_)
 
     @contextmanager
-    def _job(self, call: Call, sequences: list[Sequence]) -> Iterator[Job]:
+    def _job(self, call: Call, sequences: list[Sequence], *, whole: bool) -> Iterator[Job]:
         names: Counter[str] = Counter()
         for name in {seq.rid for seq in sequences} | {p.rid for p in call.prompts}:
             if name in self._rids:
@@ -133,7 +133,7 @@ class Server:
             for seq in group:
                 self._rids.setdefault(seq.rid, {seq.request.id})
         slack = self.config.limits.request_s + DEADLINE_SLACK_S
-        job = Job(self.link, self.metrics, sequences, deadline_s=slack)
+        job = Job(self.link, self.metrics, sequences, deadline_s=slack, whole=whole)
         self.jobs.add(job)
         try:
             yield job

@@ -32,7 +32,9 @@ class Encoder(Protocol):
 
 
 class Job:
-    """All sequences of one HTTP request. `done` is set when each has finished or failed."""
+    """All sequences of one HTTP request. `done` is set when each has finished or failed; when the
+    answer is all or nothing (`whole`), already by the first failure.
+    """
 
     def __init__(
         self,
@@ -41,11 +43,13 @@ class Job:
         sequences: list[Sequence],
         *,
         deadline_s: float,
+        whole: bool,
     ) -> None:
         loop = asyncio.get_running_loop()
         self.link = link
         self.metrics = metrics
         self.sequences = sequences
+        self._whole = whole
         self.done: asyncio.Future[None] = loop.create_future()
         self._open = len(sequences)
         self._tracks: list[Track] = []
@@ -60,7 +64,8 @@ class Job:
     def finished(self, seq: Sequence) -> None:
         self.metrics.finished(seq)
         self._open -= 1
-        if not self._open and not self.done.done():
+        failed = self._whole and seq.error is not None
+        if (failed or not self._open) and not self.done.done():
             self.done.set_result(None)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""A minimal artifact for the null device: a manifest, a toy tokenizer and template, empty weights."""
+"""A minimal artifact for the null device: manifest, toy tokenizer and template, no weights."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def byte_level() -> Tokenizer:
 
 
 def sentencepiece() -> Tokenizer:
-    """As Llama 2 and Mistral: pieces with a visible space, bytes for what is not in the vocabulary."""
+    """As Llama 2 and Mistral: pieces with a visible space, bytes for unknown characters."""
     specials = [*SPECIALS, "<unk>"]
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     trained = Tokenizer(models.BPE(unk_token="<unk>"))
