@@ -65,8 +65,9 @@ def read_text(directory: Path, config: Mapping[str, Any], vocab: int, template: 
         if source is not None:
             files["chat_template.jinja"] = source.encode()
     eos = _ids(config, generation, "eos_token_id", vocab)
-    if ids.get("eos_token") is not None and ids["eos_token"] not in eos:
-        eos.append(ids["eos_token"])  # type: ignore[arg-type]
+    own = ids.get("eos_token")
+    if own is not None and own not in eos:
+        eos.append(own)
     bos = _ids(config, generation, "bos_token_id", vocab)
     defaults = {k: generation[k] for k in SAMPLING if generation.get(k) is not None}
     files["generation_config.json"] = _json({"eos_token_id": eos, **defaults})

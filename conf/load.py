@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Generic, TypeVar
 
 from hydra import compose, initialize_config_dir
@@ -37,16 +37,14 @@ from conf.options import (
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded(Generic[T]):
     """`config` is the schema object; `sources` says for every option where its value came from:
     `default`, a YAML file or `override`.
     """
 
-    __slots__ = ("config", "sources")
-
-    def __init__(self, config: T, sources: dict[str, str]) -> None:
-        self.config = config
-        self.sources = sources
+    config: T
+    sources: dict[str, str]
 
 
 def run(
@@ -123,10 +121,9 @@ def load(schema: type[T], config_name: str, overrides: Sequence[str] = ()) -> Lo
     assert isinstance(config, schema)
     check_values(config)
     assert isinstance(choices, dict)
-    keys = {o.key_or_group for o in parsed}
-    return Loaded(
-        config, _sources(config, config_name, {str(k): v for k, v in choices.items()}, keys)
-    )
+    chosen = {str(group): choice for group, choice in choices.items()}
+    overridden = {o.key_or_group for o in parsed}
+    return Loaded(config=config, sources=_sources(config, config_name, chosen, overridden))
 
 
 # --- the command line ----------------------------------------------------------------------------
