@@ -22,7 +22,7 @@ from runtime.request import MAX_TOP_LOGPROBS
 from runtime.text.call import Call, Logprobs, Prompt, salt
 from runtime.text.chat import KWARGS
 from runtime.text.generate import read_rids
-from runtime.text.model import tokenize
+from runtime.text.model import prompt_too_long, tokenize
 from runtime.text.sampling import Sampling
 from runtime.text.schema import convert, show
 from runtime.text.sequence import Sequence
@@ -102,6 +102,12 @@ async def chat_ids(server: Server, body: ChatBody) -> list[int]:
         },
         size=sum(map(len, _strings(given))),
     )
+    if prompt_too_long(prompt, server.model):
+        raise InvalidRequest(
+            f"The messages ({len(prompt)} characters) are longer than the model's context length "
+            f"({server.model.context} tokens).",
+            param="messages",
+        )
     if len(prompt) <= INLINE:
         return tokenizer.encode_chat(prompt, guard)
     return await asyncio.to_thread(tokenizer.encode_chat, prompt, guard)

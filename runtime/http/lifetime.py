@@ -126,6 +126,8 @@ async def _live(server: Server, listener: socket.socket) -> None:
         await _until_up(link, stop)
         if stop.is_set():
             return
+        assert link.capacity is not None
+        server.model = server.model.fitted(link.capacity.pages * link.capacity.page_size)
         loop = asyncio.get_running_loop()
         http = await loop.create_server(connections, sock=listener, backlog=BACKLOG)
         _say_ready(config, listener)

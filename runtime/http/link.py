@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Protocol
+from typing import Protocol, cast
 
 from runtime.errors import EngineDead
 from runtime.ipc import EngineProtocol
@@ -140,7 +140,7 @@ class EngineLink:
     async def _connect(self, process: EngineProcess) -> None:
         protocol = EngineProtocol(self._receive, self._lost)
         loop = asyncio.get_running_loop()
-        await loop.create_connection(lambda: protocol, sock=process.socket)
+        await loop.create_connection(lambda: cast(asyncio.Protocol, protocol), sock=process.socket)
         self._protocol = protocol
         self._progress = time.monotonic()
 
@@ -153,7 +153,7 @@ class EngineLink:
                 if owner is not None:
                     if event.finish is not None:
                         del owners[event.id]
-                    owner.on_event(event)
+                    self._tell(owner, event)
             self.flush()
         elif isinstance(message, Stats):
             self._heartbeat(message)
@@ -167,6 +167,15 @@ class EngineLink:
             self.failed = message
             log.error("engine failed message=%s exit_code=%d", message.message, message.exit_code)
             self.changed.set()
+
+    def _tell(self, owner: Owner, event: Event) -> None:
+        """A fault in the text layer is its request's, not the connection's."""
+        try:
+            owner.on_event(event)
+        except Exception:
+            log.exception("bug while handling an event")
+            self.abort(event.id)
+            owner.on_failure("Internal error.", 500)
 
     def _heartbeat(self, stats: Stats) -> None:
         before = self.stats
@@ -189,6 +198,8 @@ class EngineLink:
 
     def _lost(self) -> None:
         """End of file: the engine is gone or has said why it goes."""
+        if self.up and time.monotonic() - self._ready_at > SETTLED_S:
+            self._failures = 0
         self.up = False
         self._protocol = None
         owners, self._owners = self._owners, {}
@@ -212,14 +223,18 @@ class EngineLink:
     async def _restart(self) -> None:
         self.process.kill()
         await asyncio.to_thread(self.process.wait, 5.0)
-        if time.monotonic() - self._ready_at > SETTLED_S:
-            self._failures = 0
-        await asyncio.sleep(BACKOFF_S[min(self._failures, len(BACKOFF_S) - 1)])
-        self._failures += 1
-        self.restarts += 1
-        self.process = self._spawn()
-        log.info("engine restart pid=%d attempt=%d", self.process.pid, self._failures)
-        await self._connect(self.process)
+        while True:
+            await asyncio.sleep(BACKOFF_S[min(self._failures, len(BACKOFF_S) - 1)])
+            self._failures += 1
+            self.restarts += 1
+            try:
+                self.process = self._spawn()
+                await self._connect(self.process)
+            except OSError as error:  # no process, no descriptor: the machine is short of something
+                log.error("engine restart failed error=%s", error.strerror)
+            else:
+                log.info("engine restart pid=%d attempt=%d", self.process.pid, self._failures)
+                return
 
     async def _watch(self) -> None:
         while True:

@@ -27,6 +27,7 @@ SLACK_S = 1.0  # the child ends itself first
 class Renderer:
     def __init__(self, source: str, constants: dict[str, str]) -> None:
         self._setup = msgspec.msgpack.encode({"source": source, "constants": constants})
+        self._broken = False
         self._child: asyncio.subprocess.Process | None = None
         self._lock = asyncio.Lock()
 
@@ -51,6 +52,8 @@ class Renderer:
 
     async def _exchange(self, frame: bytes) -> dict[str, Any]:
         child = await self._ensure_child()
+        if self._broken:
+            return {"refused": "this model's chat template cannot be compiled."}
         try:
             async with asyncio.timeout(SECONDS + SLACK_S):
                 return await self._ask(child, frame)
@@ -76,6 +79,7 @@ class Renderer:
             )
             answer = await self._ask(self._child, self._setup)
             if "broken" in answer:
+                self._broken = True
                 log.error("chat template broken error=%s", answer["broken"])
         return self._child
 

@@ -28,7 +28,7 @@ from runtime.text.model import TextModel, tokenize
 from runtime.text.schema import show
 from runtime.text.sequence import Sequence
 
-INLINE = 4096  # characters or ids that are quick enough to tokenize on the event loop
+INLINE = 1024  # characters or ids that are quick enough to tokenize on the event loop
 
 DEADLINE_SLACK_S = 1.0  # the engine's own deadline comes first
 

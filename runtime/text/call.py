@@ -108,7 +108,7 @@ def _sequence(
             "the input text or the completion to fit within the limit.",
             param="max_new_tokens",
         )
-    most = model.context - size if most is None else most
+    most = max(model.room - size, 1) if most is None else most
     seed = sampling.params.seed
     if seed is not None and copy:  # the same seed would give n equal outputs
         seed = (seed + copy + 2**63) % 2**64 - 2**63

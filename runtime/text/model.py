@@ -6,7 +6,7 @@ against, and checked token ids. Used by generate.py, call.py and the routes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from conf.schema import LimitsConfig
 from runtime.errors import InvalidRequest
@@ -18,16 +18,21 @@ from runtime.text.tokenizer import Tokenizer
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextModel:
     """What the text layer knows of the served model. `tokenizer` None: token ids in, token ids
-    out.
+    out. `room`: most tokens one sequence can have, by context and KV pool.
     """
 
     name: str
     tokenizer: Tokenizer | None
     detokenizers: Detokenizers | None
     context: int
+    room: int
     vocab: int
     limits: LimitsConfig
     stream_interval: int = 1
+
+    def fitted(self, kv_tokens: int) -> TextModel:
+        """The same, once the engine has told the size of its KV pool."""
+        return replace(self, room=min(self.context, kv_tokens))
 
     @staticmethod
     def make(
@@ -44,6 +49,7 @@ class TextModel:
             tokenizer=tokenizer,
             detokenizers=Detokenizers(tokenizer) if tokenizer else None,
             context=context,
+            room=context,
             vocab=vocab,
             limits=limits,
             stream_interval=stream_interval,

@@ -1,4 +1,4 @@
-"""Who may call what: every route of the table, every kind of key; host names; metrics and health."""
+"""Who may call what: every route of the table, every kind of key; also health and metrics."""
 
 from __future__ import annotations
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import pytest
-from serving import Reply, ServerProcess
+from serving import Reply, ServerProcess, serving
 
 GREEDY = {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}
 META = {
@@ -310,6 +311,30 @@ def test_neutral_values_of_unsupported_fields_are_accepted(server: ServerProcess
     }
     params = GREEDY | {"regex": None, "json_schema": "", "beam_width": 1, "stop": None}
     assert server.generate(text="a", sampling_params=params, **neutral).status == 200
+
+
+def test_64_streams_at_once_equal_the_serial_run(toy_artifact):
+    """More than fit into the batch at once, some sampled, against one at a time."""
+    bodies = [
+        {
+            "input_ids": [3 + i, 4, 5],
+            "sampling_params": {
+                "max_new_tokens": 20 + i % 7,
+                "temperature": i % 2,
+                "sampling_seed": i,
+                "ignore_eos": True,
+            },
+        }
+        for i in range(64)
+    ]
+    with serving(toy_artifact, "max_running=40") as server:
+        serial = [server.post("/generate", body).json["output_ids"] for body in bodies]
+        server.post("/flush_cache")
+        with ThreadPoolExecutor(64) as pool:
+            replies = pool.map(
+                lambda body: server.post("/generate", body | {"stream": True}), bodies
+            )
+        assert [reply.events[-1]["output_ids"] for reply in replies] == serial
 
 
 def test_salt_separates_prefix_caches(server: ServerProcess):

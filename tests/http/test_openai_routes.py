@@ -234,6 +234,24 @@ def test_unknown_model_is_404(server: ServerProcess):
     assert reply.status == 404 and reply.json["error"]["param"] == "model"
 
 
+def test_template_that_does_not_compile_spoils_only_chat(tmp_path):
+    from toy_artifact import write_artifact
+
+    with serving(write_artifact(tmp_path, template="{% if %}")) as server:
+        for _ in range(2):
+            reply = server.post("/v1/chat/completions", {"messages": HELLO})
+            assert reply.status == 400
+            assert reply.message == "this model's chat template cannot be compiled."
+        assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 1}).status == 200
+
+
+def test_chat_without_max_tokens_fits_a_small_kv_pool(toy_artifact):
+    with serving(toy_artifact, "kv_tokens=256") as server:
+        body = {"messages": HELLO, "ignore_eos": True}
+        usage = server.post("/v1/chat/completions", body).json["usage"]
+        assert 200 < usage["total_tokens"] <= 256
+
+
 def test_template_that_hangs_hurts_only_its_request(tmp_path):
     from toy_artifact import TEMPLATE, write_artifact
 
