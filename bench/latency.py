@@ -87,6 +87,7 @@ def measure(
 
 
 def main(config: LatencyConfig, sources: Mapping[str, str]) -> int:
+    results.warn_if_busy()
     artifact = Artifact.open(config.artifact)
     threads = config.threads or len(os.sched_getaffinity(0))
     static = StaticBatch.open(artifact, threads=threads, policy=config.policy)

@@ -9,6 +9,7 @@ import datetime
 import json
 import os
 import platform
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,16 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def warn_if_busy() -> None:
+    """Says on stderr that other programs use the cores: medians will be those of the mixture."""
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    if load > 0.5 * cores:
+        print(
+            f"# load average {load:.1f} on {cores} cores: other work disturbs the figures",
+            file=sys.stderr,
+        )
 
 
 def stamp(bench: str, result: dict[str, Any], *, artifact: str | None = None) -> dict[str, Any]:

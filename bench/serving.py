@@ -224,8 +224,8 @@ def _details(timelines: Sequence[Timeline]) -> dict[str, Any]:
 
 def main(config: ServingConfig, sources: Mapping[str, str]) -> int:
     result = asyncio.run(measure(config))
-    print(block.render(result))
     results.append(config.output_file, result)
+    print(block.render(result))
     return 0 if result["completed"] else 1
 
 

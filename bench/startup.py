@@ -43,6 +43,7 @@ def start_once(config: StartupConfig) -> dict[str, float]:
 
 
 def main(config: StartupConfig, sources: Mapping[str, str]) -> int:
+    results.warn_if_busy()
     digest = Artifact.open(config.artifact).digest
     start_once(config)
     runs = [start_once(config) for _ in range(config.repeat)]

@@ -88,6 +88,7 @@ def _short(prompt: Prompt) -> Prompt:
 def main(config: StreamingConfig, sources: Mapping[str, str]) -> int:
     if (config.artifact is None) == (config.url is None or config.pid is None):
         raise BenchError("give artifact=<directory>, or url=… and pid=… of a running server")
+    results.warn_if_busy()
     with contextlib.ExitStack() as stack:
         url, pid, digest = config.url, config.pid, None
         if config.artifact is not None:

@@ -101,6 +101,7 @@ def weight_bytes(shape: Shape, precision: str) -> int:
 
 def main(config: PeersConfig, sources: Mapping[str, str]) -> int:
     check(config)
+    results.warn_if_busy()
     threads = config.threads or len(os.sched_getaffinity(0))
     shape = Shape.load(config.model)
     Path(config.directory).mkdir(parents=True, exist_ok=True)
