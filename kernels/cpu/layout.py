@@ -103,11 +103,11 @@ def pack_linear(
     assert isinstance(weight, tuple)
     quads = np.ascontiguousarray(tiles.reshape(len(tiles), TILE, -1, 4).swapaxes(1, 2))
     if kind == "int8":
-        data = quads.view(np.uint8) ^ np.uint8(128)
+        data: Array = quads.view(np.uint8) ^ np.uint8(128)
     else:
         if values.min() < -8 or values.max() > 7:
             raise ValueError(f"int4 values must lie in -8..7, got {values.min()}..{values.max()}")
-        nibbles = (quads + np.int8(8)).view(np.uint8)
+        nibbles = np.add(quads, np.int8(8), dtype=np.int8).view(np.uint8)
         data = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
     return {"data": data, "scale": _pack_scale(weight[1], (n, k // group), swiglu)}
 

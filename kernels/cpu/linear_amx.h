@@ -11,10 +11,7 @@
 
 namespace hs {
 
-#ifndef HS_AHEAD_AMX
-#define HS_AHEAD_AMX 4096
-#endif
-constexpr int64_t AMX_AHEAD = HS_AHEAD_AMX;  // prefetch distance in each tile's stream, bytes
+constexpr int64_t AMX_AHEAD = 4096;  // prefetch distance in each tile's stream, bytes
 
 // The kernel grants tile registers per process on request; threads started later and running ones are all covered.
 static inline bool amx_permitted() {
@@ -68,35 +65,58 @@ static inline void round_rows(const Linear& c, int64_t begin, int64_t end, int64
     }
 }
 
-// One or two blocks of 16 rows times two tiles.
+// What a block fetches for later while it computes: its output rows, and with many rows its share of the next weights.
+struct Later {
+    const uint8_t* weights = nullptr;
+    int64_t lines = 0;  // per step
+    const float* out = nullptr;
+    int64_t stride = 0;
+
+    HS_MEMBER void fetch(int64_t step, int64_t steps) const {
+        const uint8_t* p = weights + step * lines * 64;
+        for (int64_t l = 0; l < lines; l++) __builtin_prefetch(p + l * 64, 0, 2);
+        for (int64_t r = step; out && r < 32; r += steps) {
+            __builtin_prefetch(out + r * stride, 1, 3);
+            __builtin_prefetch(out + r * stride + 16, 1, 3);
+        }
+    }
+};
+
 template <int BLOCKS>
-static void bf16_block(const uint16_t* a, const Streams& s, int64_t steps, float (*acc)[32]) {
-    _tile_zero(0);
-    _tile_zero(1);
-    if (BLOCKS == 2) {
+HS_INLINE void bf16_begin(bool first, float (*acc)[32]) {
+    if (first) {
+        _tile_zero(0);
+        _tile_zero(1);
+    } else {
+        _tile_loadd(0, acc, 128);
+        _tile_loadd(1, &acc[0][16], 128);
+    }
+    if (BLOCKS == 1) return;
+    if (first) {
         _tile_zero(2);
         _tile_zero(3);
+    } else {
+        _tile_loadd(2, acc[16], 128);
+        _tile_loadd(3, &acc[16][16], 128);
     }
-    const uint16_t* a1 = a + steps * 512;
-    const int64_t near = steps > AMX_AHEAD / 1024 ? steps - AMX_AHEAD / 1024 : 0;
-    auto run = [&](int64_t begin, int64_t end, const uint8_t* const* ahead, int64_t shift) __attribute__((always_inline)) {
-        for (int64_t i = begin; i < end; i++) {
-            for (int t = 0; t < 2; t++)
-                HS_UNROLL for (int l = 0; l < 16; l++) prefetch(ahead[t] + i * 1024 + shift + l * 64);
-            _tile_loadd(4, a + i * 512, 64);
-            _tile_loadd(6, s.tile[0] + i * 1024, 64);
-            _tile_loadd(7, s.tile[1] + i * 1024, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-            if (BLOCKS == 2) {
-                _tile_loadd(5, a1 + i * 512, 64);
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
-            }
-        }
-    };
-    run(0, near, s.tile, AMX_AHEAD);
-    run(near, steps, s.next, -near * 1024);
+}
+
+template <int BLOCKS>
+HS_INLINE void bf16_step(const uint16_t* a, int64_t block, const uint8_t* w0, const uint8_t* w1) {
+    _tile_loadd(4, a, 64);
+    _tile_loadd(6, w0, 64);
+    _tile_loadd(7, w1, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if (BLOCKS == 2) {
+        _tile_loadd(5, a + block, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+}
+
+template <int BLOCKS>
+HS_INLINE void bf16_end(float (*acc)[32]) {
     _tile_stored(0, acc, 128);
     _tile_stored(1, &acc[0][16], 128);
     if (BLOCKS == 2) {
@@ -106,8 +126,78 @@ static void bf16_block(const uint16_t* a, const Streams& s, int64_t steps, float
     fence();
 }
 
+// A few rows: bound by the weight stream, fetched a fixed distance ahead.
+static void bf16_stream(const uint16_t* a, const Streams& s, int64_t steps, float (*acc)[32]) {
+    bf16_begin<1>(true, acc);
+    const int64_t near = steps > AMX_AHEAD / 1024 ? steps - AMX_AHEAD / 1024 : 0;
+    auto run = [&](int64_t begin, int64_t end, const uint8_t* const* ahead, int64_t shift) __attribute__((always_inline)) {
+        for (int64_t i = begin; i < end; i++) {
+            for (int t = 0; t < 2; t++)
+                HS_UNROLL for (int l = 0; l < 16; l++) prefetch(ahead[t] + i * 1024 + shift + l * 64);
+            bf16_step<1>(a + i * 512, 0, s.tile[0] + i * 1024, s.tile[1] + i * 1024);
+        }
+    };
+    run(0, near, s.tile, AMX_AHEAD);
+    run(near, steps, s.next, -near * 1024);
+    bf16_end<1>(acc);
+}
+
+// acc += one or two blocks of 16 rows (of many, `apart` elements from one to the next) times `steps` steps of two tiles.
+template <int BLOCKS>
+static void bf16_block(const uint16_t* a, int64_t apart, const uint8_t* w0, const uint8_t* w1, int64_t steps, bool first,
+                       const Later& later, float (*acc)[32]) {
+    bf16_begin<BLOCKS>(first, acc);
+    for (int64_t i = 0; i < steps; i++) {
+        later.fetch(i, steps);
+        bf16_step<BLOCKS>(a + i * 512, apart, w0 + i * 1024, w1 + i * 1024);
+    }
+    bf16_end<BLOCKS>(acc);
+}
+
+static void bf16_many(const Linear& c, Range range, const uint16_t* a) {
+    constexpr int64_t STEPS = 6;  // of two tiles, a piece (12 KB) that stay in the first-level cache for all rows
+    const int64_t kp = c.w.padded_k(), steps = kp / 32, pieces = (steps + STEPS - 1) / STEPS;
+    const int64_t fitting = (1 << 20) / (kp * 2) / 32 * 32, chunk = fitting < 128 ? 128 : fitting > 1024 ? 1024 : fitting;
+    float(*sums)[32] = (float(*)[32])scratch(chunk * 128);
+    for (int64_t r0 = 0; r0 < c.t; r0 += chunk) {
+        const int64_t stop = r0 + chunk < c.t ? r0 + chunk : c.t, blocks = (stop - r0 + 31) / 32;
+        for (int64_t tile = range.begin; tile < range.end; tile += 2) {
+            const Streams s = streams(c, tile, range.end);
+            Later later;
+            later.lines = (32 + blocks - 1) / blocks;
+            later.weights = s.next[0];
+            later.stride = c.n;
+            for (int64_t i = 0; i < pieces; i++) {
+                const int64_t at = i * STEPS, count = steps - at < STEPS ? steps - at : STEPS;
+                const uint8_t *w0 = s.tile[0] + at * 1024, *w1 = s.tile[1] + at * 1024;
+                for (int64_t r = r0; r < stop; r += 32) {
+                    const uint16_t* x = a + r / 16 * steps * 512 + at * 512;
+                    float(*acc)[32] = sums + (r - r0);
+                    if (i + 1 == pieces) later.out = c.out + r * c.n + tile * TILE / c.unit();
+                    if (stop - r > 16)
+                        bf16_block<2>(x, steps * 512, w0, w1, count, i == 0, later, acc);
+                    else
+                        bf16_block<1>(x, steps * 512, w0, w1, count, i == 0, later, acc);
+                    later.weights += count * later.lines * 64;
+                    if (i + 1 == pieces)
+                        for (int64_t j = 0; j < 32 && r + j < stop; j++)
+                            finish(c, r + j, tile, tile + 1 < range.end ? 2 : 1, acc[j]);
+                }
+            }
+        }
+    }
+}
+
+static void bf16_few(const Linear& c, Range range, const uint16_t* a) {
+    alignas(64) float acc[FEW_ROWS][32];
+    for (int64_t tile = range.begin; tile < range.end; tile += 2) {
+        bf16_stream(a, streams(c, tile, range.end), c.w.padded_k() / 32, acc);
+        for (int64_t r = 0; r < c.t; r++) finish(c, r, tile, tile + 1 < range.end ? 2 : 1, acc[r]);
+    }
+}
+
 static void amx_bf16(const hs_ctx* ctx, const Linear& c) {
-    const int64_t kp = c.w.padded_k(), steps = kp / 32;
+    const int64_t kp = c.w.padded_k();
     const bool few = c.t <= FEW_ROWS;
     uint8_t* own = (uint8_t*)scratch(16 * kp * 2 + kp * 4);
     uint16_t* a = (uint16_t*)(few ? own : c.work);
@@ -121,20 +211,10 @@ static void amx_bf16(const hs_ctx* ctx, const Linear& c) {
     }
     TileShapes shapes(few ? (int)c.t : 16, 64);
     Range range = split(c.tiles(), c.unit(), ctx);
-    const int64_t chunk = round_up((1 << 20) / (kp * 2), 32);  // rows that stay in the second-level cache
-    alignas(64) float acc[32][32];
-    for (int64_t r0 = 0; r0 < c.t; r0 += chunk)
-        for (int64_t tile = range.begin; tile < range.end; tile += 2) {
-            Streams s = streams(c, tile, range.end);
-            int tiles = tile + 1 < range.end ? 2 : 1;
-            for (int64_t r = r0; r < c.t && r < r0 + chunk; r += 32) {
-                if (c.t - r > 16)
-                    bf16_block<2>(a + r / 16 * steps * 512, s, steps, acc);
-                else
-                    bf16_block<1>(a + r / 16 * steps * 512, s, steps, acc);
-                for (int64_t i = 0; i < 32 && r + i < c.t; i++) finish(c, r + i, tile, tiles, acc[i]);
-            }
-        }
+    if (few)
+        bf16_few(c, range, a);
+    else
+        bf16_many(c, range, a);
 }
 
 // ---- int8, int4 ----
@@ -158,33 +238,42 @@ static void unpack_tile(const Weight& w, int64_t tile, int8_t* data, float* scal
     for (int64_t g = 0; g < w.k / w.group; g++) store(scale + g * 16, fp16_to_float(load<vh>(s + g * 16)));
 }
 
-// Sixteen rows times one unpacked tile. DEPTH: k per tile operation (32 or 64); `m` live rows.
+// Sixteen rows times one unpacked tile; DEPTH: k per tile operation. Two groups at a time, so that the second one's tile work
+// runs while the first one's dots come back through memory.
 template <int DEPTH>
 static void int_tile(const int8_t* a, const float* row_scale, const int8_t* data, const float* scale, int64_t groups,
                      int64_t per_group, float (*acc)[32]) {
-    alignas(64) int32_t dots[4][16][16];
+    alignas(64) int32_t dots[2][16][16];
+    fence();  // the tile was unpacked just now
     vf sum[16] = {};
-    int64_t h = 0;
-    auto multiply = [&](int64_t j) __attribute__((always_inline)) {
-        const int8_t* x = a + j * DEPTH / 64 * 1024 + j * DEPTH % 64;
-        _tile_loadd(4, x, 64);
-        _tile_loadd(6, data + j * DEPTH * 16, 64);
-    };
-    auto gather = [&](int64_t g, int i) __attribute__((always_inline)) {
+    auto gather = [&](int64_t g) __attribute__((always_inline)) {
         vf s = loadf(scale + g * 16);
         HS_UNROLL for (int r = 0; r < 16; r++)
-            sum[r] = fma(to_float(load<vi>(dots[i][r])), s * row_scale[g * 16 + r], sum[r]);
+            sum[r] = fma(to_float(load<vi>(dots[g & 1][r])), s * row_scale[g * 16 + r], sum[r]);
     };
-    for (int64_t g = 0; g < groups; g++) {
-        const int i = g & 3;
+    for (int64_t g = 0; g < groups; g += 2) {
+        const bool second = g + 1 < groups;
+        const int64_t h = g * per_group;
         _tile_zero(0);
-        for (int64_t p = 0; p < per_group; p++, h++) {
-            multiply(h);
+        for (int64_t j = h; j < h + per_group; j++) {
+            _tile_loadd(4, a + j * DEPTH / 64 * 1024 + j * DEPTH % 64, 64);
+            _tile_loadd(6, data + j * DEPTH * 16, 64);
             _tile_dpbssd(0, 4, 6);
         }
-        _tile_stored(0, dots[i], 64);
+        _tile_stored(0, dots[0], 64);
+        if (second) {
+            _tile_zero(1);
+            for (int64_t j = h + per_group; j < h + 2 * per_group; j++) {
+                _tile_loadd(5, a + j * DEPTH / 64 * 1024 + j * DEPTH % 64, 64);
+                _tile_loadd(7, data + j * DEPTH * 16, 64);
+                _tile_dpbssd(1, 5, 7);
+            }
+            _tile_stored(1, dots[1], 64);
+        }
         fence();
-        gather(g, i);
+        gather(g);
+        if (second) gather(g + 1);
+        fence();
     }
     for (int r = 0; r < 16; r++) store(&acc[r][0], sum[r]);
 }
@@ -193,10 +282,8 @@ template <int FMT>
 static void amx_int(const hs_ctx* ctx, const Linear& c, const QuantizedRows& rows) {
     const int64_t k = c.w.k, groups = rows.groups;
     const int depth = c.w.group == 32 ? 32 : 64;
-    int8_t* data = (int8_t*)c.work;  // placeholder, set below
-    static thread_local Scratch tiles_buffer;
     const int64_t stride = k * 16 + groups * 64;
-    data = (int8_t*)tiles_buffer.get(2 * stride);
+    int8_t* data = (int8_t*)scratch(2 * stride);  // two unpacked tiles with their scales
     TileShapes shapes(16, depth);
     Range range = split(c.tiles(), c.unit(), ctx);
     const int64_t chunk = round_up((1 << 20) / k, 16);  // rows that stay in the second-level cache

@@ -15,18 +15,21 @@ constexpr int PANEL = 6, DIRECT = 4;
 #else
 constexpr int PANEL = 3, DIRECT = 2;
 #endif
-#ifndef HS_AHEAD_FLOAT
-#define HS_AHEAD_FLOAT 4096
-#endif
-constexpr int64_t FLOAT_AHEAD = HS_AHEAD_FLOAT;        // prefetch distance in each tile's stream, bytes
+constexpr int64_t FLOAT_AHEAD = 4096;  // prefetch distance in each tile's stream, bytes
+constexpr int64_t PIECE = 128;  // lines of each of two tiles (16 KB) that stay in the first-level cache for all panels
 
-// acc[r][0..31] = x[r] . W for R rows and two tiles. x element (r,k) is x[k*R + r] in a panel, row[r][k] otherwise.
+// acc[r][0..31] += x[r] . W over `lines` lines of two tiles, for R rows. x element (r,k) is x[k*R + r] in a panel, row[r][k]
+// otherwise. A sum that leaves the registers between two calls comes back as it was, so cutting K changes no bit.
 template <int FMT, int R, bool IN_PANEL>
-static void block(const float* const* row, const float* panel, const Streams& s, int64_t k, float (*acc)[32]) {
+static void block(const float* const* row, const float* panel, const Streams& s, int64_t lines, bool first,
+                  float (*acc)[32]) {
     constexpr int STEP = FMT == BF16 ? 2 : 1;  // k per 64-byte line
-    const int64_t lines = k / STEP;
     for (int t0 = 0; t0 < 2; t0 += NT) {
         vf sum[R][NT][NV] = {};
+        if (!first)
+            for (int r = 0; r < R; r++)
+                for (int t = 0; t < NT; t++)
+                    for (int v = 0; v < NV; v++) sum[r][t][v] = loadf(&acc[r][(t0 + t) * TILE + v * VL]);
         const float* x[IN_PANEL ? 1 : R];
         for (int r = 0; r < (IN_PANEL ? 1 : R); r++) x[r] = IN_PANEL ? panel : row[r];
         const int64_t near = lines > FLOAT_AHEAD / 64 ? lines - FLOAT_AHEAD / 64 : 0;
@@ -61,11 +64,11 @@ static void block(const float* const* row, const float* panel, const Streams& s,
     }
 }
 
-template <int FMT, int R, bool IN_PANEL>
-static void rows_block(const Linear& c, int64_t r0, int64_t live, const float* const* row, const float* panel,
-                       const Streams& s, int64_t k, int64_t tile, int tiles) {
+template <int FMT, int R>
+static void direct(const Linear& c, int64_t r0, int64_t live, const float* const* row, const Streams& s, int64_t k,
+                   int64_t tile, int tiles) {
     alignas(64) float acc[R][32];
-    block<FMT, R, IN_PANEL>(row, panel, s, k, acc);
+    block<FMT, R, false>(row, nullptr, s, FMT == BF16 ? k / 2 : k, true, acc);
     for (int r = 0; r < live; r++) finish(c, r0 + r, tile, tiles, acc[r]);
 }
 
@@ -91,13 +94,13 @@ static void few_rows(const hs_ctx* ctx, const Linear& c) {
             int64_t live = c.t - r < DIRECT ? c.t - r : DIRECT;
             const float** x = rows + r;
             if (live == 1)
-                rows_block<FMT, 1, false>(c, r, live, x, nullptr, s, kp, tile, tiles);
+                direct<FMT, 1>(c, r, live, x, s, kp, tile, tiles);
             else if (live == 2)
-                rows_block<FMT, 2, false>(c, r, live, x, nullptr, s, kp, tile, tiles);
+                direct<FMT, 2>(c, r, live, x, s, kp, tile, tiles);
             else if (live <= DIRECT / 2)
-                rows_block<FMT, DIRECT / 2, false>(c, r, live, x, nullptr, s, kp, tile, tiles);
+                direct<FMT, DIRECT / 2>(c, r, live, x, s, kp, tile, tiles);
             else
-                rows_block<FMT, DIRECT, false>(c, r, live, x, nullptr, s, kp, tile, tiles);
+                direct<FMT, DIRECT>(c, r, live, x, s, kp, tile, tiles);
         }
     }
 }
@@ -109,16 +112,18 @@ static inline int panel_height(int64_t rows) {
 
 static inline void fill_panel(const Linear& c, int64_t r0, float* panel) {
     const int64_t k = c.w.k, kp = c.w.padded_k();
-    int height = panel_height(c.t - r0);
-    float* buffer = (float*)scratch((PANEL * k) * 4);
+    const int height = panel_height(c.t - r0);
+    float* buffer = (float*)scratch((PANEL + 1) * kp * 4);
     const float* row[PANEL];
-    for (int r = 0; r < height; r++) row[r] = r0 + r < c.t ? prologue(c, r0 + r, buffer + r * k) : nullptr;
-    for (int r = 0; r < height; r++) {
-        if (row[r])
-            for (int64_t i = 0; i < k; i++) panel[i * height + r] = row[r][i];
-        else
-            for (int64_t i = 0; i < k; i++) panel[i * height + r] = 0;
-        for (int64_t i = k; i < kp; i++) panel[i * height + r] = 0;
+    for (int r = 0; r < height; r++) row[r] = r0 + r < c.t ? prologue(c, r0 + r, buffer + r * kp) : buffer + PANEL * kp;
+    memset(buffer + PANEL * kp, 0, kp * 4);  // stands for the rows beyond the last
+    constexpr int THIRD = PANEL / 3;
+    for (int r = 0; r < height; r += THIRD) {
+        float* to = panel + r;
+        for (int64_t i = 0; i < k; i++, to += height)
+            HS_UNROLL for (int j = 0; j < THIRD; j++) to[j] = row[r + j][i];
+        for (int64_t i = k; i < kp; i++, to += height)
+            for (int j = 0; j < THIRD; j++) to[j] = 0;
     }
 }
 
@@ -129,24 +134,43 @@ static void many_rows(const hs_ctx* ctx, const Linear& c) {
     for (int64_t p = ctx->thread; p < panels; p += ctx->threads) fill_panel(c, p * PANEL, work + p * PANEL * kp);
     hs_barrier(ctx);
     Range range = split(c.tiles(), c.unit(), ctx);
-    int64_t chunk = (768 << 10) / (PANEL * kp * 4);  // panels that stay in the second-level cache beside the weights
-    if (chunk < 1) chunk = 1;
-    for (int64_t p0 = 0; p0 < panels; p0 += chunk)
+    const int64_t lines = c.w.tile_bytes() / 64, pieces = (lines + PIECE - 1) / PIECE;
+    // Panels that stay in the second-level cache beside the weights, and their sums.
+    const int64_t fitting = (768 << 10) / (PANEL * kp * 4), chunk = fitting < 8 ? 8 : fitting > 64 ? 64 : fitting;
+    float(*sums)[32] = (float(*)[32])scratch(64 * PANEL * 128);
+    for (int64_t p0 = 0; p0 < panels; p0 += chunk) {
+        const int64_t stop = p0 + chunk < panels ? p0 + chunk : panels;
         for (int64_t tile = range.begin; tile < range.end; tile += 2) {
-            Streams s = streams(c, tile, range.end);
-            int tiles = tile + 1 < range.end ? 2 : 1;
-            for (int64_t p = p0; p < panels && p < p0 + chunk; p++) {
-                const float* x = work + p * PANEL * kp;
-                int64_t left = c.t - p * PANEL, live = left < PANEL ? left : PANEL;
-                int height = panel_height(live);
-                if (height == PANEL)
-                    rows_block<FMT, PANEL, true>(c, p * PANEL, live, nullptr, x, s, kp, tile, tiles);
-                else if (height == PANEL * 2 / 3)
-                    rows_block<FMT, PANEL * 2 / 3, true>(c, p * PANEL, live, nullptr, x, s, kp, tile, tiles);
-                else
-                    rows_block<FMT, PANEL / 3, true>(c, p * PANEL, live, nullptr, x, s, kp, tile, tiles);
+            const Streams pair = streams(c, tile, range.end);
+            // With many panels the next pair of tiles is fetched while this one is in use, evenly.
+            const uint8_t* later = pair.next[0];
+            const int64_t share = stop - p0 > 3 ? 2 * PIECE / (stop - p0) + 1 : 0;
+            for (int64_t i = 0; i < pieces; i++) {
+                const int64_t at = i * PIECE, count = lines - at < PIECE ? lines - at : PIECE;
+                Streams s;
+                for (int t = 0; t < 2; t++) {
+                    s.tile[t] = pair.tile[t] + at * 64;
+                    s.next[t] = i + 1 < pieces ? s.tile[t] + PIECE * 64 : pair.next[t];
+                }
+                for (int64_t p = p0; p < stop; p++, later += share * 64) {
+                    for (int64_t l = 0; l < share; l++) __builtin_prefetch(later + l * 64, 0, 2);
+                    const int64_t left = c.t - p * PANEL;
+                    const int height = panel_height(left);
+                    const float* x = work + p * PANEL * kp + at * (FMT == BF16 ? 2 : 1) * height;
+                    float(*acc)[32] = sums + (p - p0) * PANEL;
+                    if (height == PANEL)
+                        block<FMT, PANEL, true>(nullptr, x, s, count, i == 0, acc);
+                    else if (height == PANEL * 2 / 3)
+                        block<FMT, PANEL * 2 / 3, true>(nullptr, x, s, count, i == 0, acc);
+                    else
+                        block<FMT, PANEL / 3, true>(nullptr, x, s, count, i == 0, acc);
+                    if (i + 1 == pieces)
+                        for (int64_t r = 0; r < PANEL && r < left; r++)
+                            finish(c, p * PANEL + r, tile, tile + 1 < range.end ? 2 : 1, acc[r]);
+                }
             }
         }
+    }
 }
 
 template <int FMT>

@@ -6,10 +6,7 @@
 
 namespace hs {
 
-#ifndef HS_AHEAD_INT
-#define HS_AHEAD_INT 2048
-#endif
-constexpr int64_t INT_AHEAD = HS_AHEAD_INT;  // prefetch distance, bytes
+constexpr int64_t INT_AHEAD = 2048;  // prefetch distance, bytes
 #if defined(HS_AVX512)
 constexpr int INT_ROWS = 8;
 #else
@@ -57,10 +54,8 @@ static inline void quantize_row(const float* x, const QuantizedRows& to, int64_t
             int64_t at = g * group + i;
             store(q + at / 64 * 1024 + at % 64, __builtin_convertvector(v, vb));
         }
-        int32_t total = 0;
-        for (int i = 0; i < VL; i++) total += sum[i];
         scale[g * 16] = largest * (1.0f / 127.0f);
-        zero[g * 16] = -total * zero_point;
+        zero[g * 16] = -hsum(sum) * zero_point;
     }
 }
 
@@ -226,7 +221,7 @@ static inline void quantize_rows(const Linear& c, const QuantizedRows& rows, int
 #if defined(HS_AMX)
 template <int FMT>
 static void amx_int(const hs_ctx* ctx, const Linear& c, const QuantizedRows& rows);
-constexpr int64_t AMX_INT_ROWS = 6;  // from this many rows on AMX beats VNNI
+constexpr int64_t AMX_INT_ROWS = 28;  // from this many rows on AMX beats VNNI (measured: they meet at 24 to 32)
 #endif
 
 template <int FMT>

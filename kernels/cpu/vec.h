@@ -73,20 +73,25 @@ HS_INLINE void store_part(float* p, vf v, int n) {
     for (int i = 0; i < n; i++) p[i] = v[i];
 }
 
-HS_INLINE float hsum(vf v) {  // pairwise: lane i with lane i + VL/2, and so on
-    float a[VL];
-    store(a, v);
-    for (int n = VL / 2; n; n /= 2)
-        for (int i = 0; i < n; i++) a[i] += a[i + n];
-    return a[0];
-}
-HS_INLINE float hmax(vf v) {
-    float a[VL];
-    store(a, v);
-    for (int n = VL / 2; n; n /= 2)
-        for (int i = 0; i < n; i++) a[i] = a[i] > a[i + n] ? a[i] : a[i + n];
-    return a[0];
-}
+// Reductions over the lanes, pairwise: lane i with lane i + n/2, and so on.
+template <class T, int N>
+struct Lanes {
+    typedef T V __attribute__((vector_size(N * sizeof(T))));
+    typedef Lanes<T, N / 2> Half;
+    HS_INLINE typename Half::V low(V v) { return load<typename Half::V>(&v); }
+    HS_INLINE typename Half::V high(V v) { return load<typename Half::V>((const char*)&v + sizeof v / 2); }
+    HS_INLINE T sum(V v) { return Half::sum(low(v) + high(v)); }
+    HS_INLINE T max(V v) { return Half::max(low(v) > high(v) ? low(v) : high(v)); }
+};
+template <class T>
+struct Lanes<T, 2> {
+    typedef T V __attribute__((vector_size(2 * sizeof(T))));
+    HS_INLINE T sum(V v) { return v[0] + v[1]; }
+    HS_INLINE T max(V v) { return v[0] > v[1] ? v[0] : v[1]; }
+};
+HS_INLINE float hsum(vf v) { return Lanes<float, VL>::sum(v); }
+HS_INLINE int32_t hsum(vi v) { return Lanes<int32_t, VL>::sum(v); }
+HS_INLINE float hmax(vf v) { return Lanes<float, VL>::max(v); }
 
 HS_INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
 HS_INLINE vi round_even(vf v) {  // |v| < 2^22

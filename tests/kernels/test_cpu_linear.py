@@ -1,4 +1,4 @@
-"""The CPU linear kernels at every level this machine runs: float64 formulas, exact batch invariance, packing."""
+"""CPU linear kernels at every level of this machine: float64 formulas, batch invariance, packing."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from kernels.cpu.layout import fields, pack_linear, parse_format
 from kernels.cpu.linear import _workspace
 from kernels.kernel import KERNELS, CallShape
@@ -245,7 +246,8 @@ def test_against_float64(teams: dict[int, Team], level: str, fmt: str, epilogue:
         want = expected(
             weight, x, swiglu=swiglu, bf16_rows=fmt == "bfloat16" and level == "amx", **extra
         )
-        # A norm's last bit may move an activation across a rounding boundary; elsewhere the emulation is exact.
+        # A norm's last bit may move an activation across a rounding boundary; elsewhere the
+        # emulation is exact.
         loose = "norm" in epilogue and (group or level == "amx")
         check(got, want, 2e-3 if loose else 2e-5 if swiglu else 5e-6)
         exact = expected(weight, x, swiglu=swiglu, rounded=False, **extra)
@@ -267,9 +269,21 @@ def test_row_does_not_depend_on_its_batch(teams: dict[int, Team], fmt: str) -> N
             assert np.array_equal(got, alone[:t]), f"{t} rows"
 
 
+@pytest.mark.parametrize("fmt", ["float32", "bfloat16", "int8g32", "int4g128"])
+def test_rows_beyond_the_cache_blocks(teams: dict[int, Team], fmt: str) -> None:
+    """So long a K that the rows are worked on in several chunks."""
+    rng = np.random.default_rng(11)
+    weight = Weight(fmt, 40, 8192, rng, False)
+    x = rng.standard_normal((203, 8192), np.float32)
+    got = call(teams[2], weight, x)
+    for i in (0, 95, 96, 127, 128, 136, 191, 192, 202):
+        assert np.array_equal(got[i : i + 1], call(teams[1], weight, x[i : i + 1])), f"row {i}"
+    check(got, expected(weight, x, rounded=False), 0.02)
+
+
 @pytest.mark.parametrize("fmt", ["float32", "bfloat16", "int8g32", "int4g64"])
 def test_levels_agree(teams: dict[int, Team], level: str, fmt: str) -> None:
-    """Integer dots are exact, so levels differ by float rounding alone; bf16 on AMX rounds the rows as well."""
+    """Integer dots are exact: levels differ by float rounding alone; AMX rounds bf16's rows too."""
     rng = np.random.default_rng(3)
     weight = Weight(fmt, 64, 512, rng, False)
     x = rng.standard_normal((20, 512), np.float32)
