@@ -1,4 +1,4 @@
-"""CPU linear kernels at every level of this machine: float64 formulas, batch invariance, packing."""
+"""CPU linear kernels at every level of this machine: float64 formulas, batch invariance, packs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kernels.cpu import linear  # noqa: F401  registers the kernels
 from kernels.cpu.layout import fields, pack_linear, parse_format
-from kernels.cpu.linear import _workspace
 from kernels.kernel import KERNELS, CallShape
 from kernels.toolchain import build_cpu, supported_levels
 
@@ -159,7 +159,7 @@ def call(
     (kernel,) = [k for k in KERNELS["cpu"] if k.op == "linear" and k.accepts(shape) is None]
     lives = np.zeros(8, np.int32)
     lives[0 if rows is None else 2] = bucket if live is None else live
-    workspace = aligned(np.full(_workspace(shape), 0xFF, np.uint8))
+    workspace = aligned(np.full(kernel.workspace(shape), 0xFF, np.uint8))
     arrays: dict[str, np.ndarray | None] = {
         "live": lives,
         "x": np.ascontiguousarray(x, np.float32),
