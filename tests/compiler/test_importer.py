@@ -1,0 +1,101 @@
+"""The import stage as a whole: what a configuration brings in, and what it refuses."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import toy_models
+
+from compiler.errors import CompileError, DamagedCheckpoint
+from compiler.families.names import logical_weights
+from compiler.hub import locate
+from compiler.importer import Imported, import_model
+from conf.load import load
+from conf.options import group_choices
+from conf.schema import CompileConfig
+
+TINY = locate("package:tiny", None)
+NAMED = sorted(set(group_choices("model")) - {"hf", "tiny"})
+
+
+def imported(*overrides: str) -> Imported:
+    return import_model(load(CompileConfig, "compile", overrides).config)
+
+
+def test_tiny_is_a_real_checkpoint() -> None:
+    model = imported("model=tiny")
+    assert (model.name, model.spec.family, model.dtype) == ("tiny", "llama", "bfloat16")
+    assert model.text.eos_token_ids == (0, 2)
+    assert {"tokenizer.json", "chat_template.jinja"} <= model.text.files.keys()
+    assert {"config.json", "model.safetensors", "text/tokenizer.json"} <= model.digests.keys()
+    for name, shape in logical_weights(model.spec).items():
+        weight = model.weights.fetch(name)
+        assert tuple(weight.shape) == shape and weight.dtype == torch.bfloat16
+    assert (TINY / "model.safetensors").stat().st_size < 2.5e6
+
+
+def test_tiny_has_learnt_something() -> None:
+    """A trained embedding is far from the isotropic cloud it started as."""
+    table = imported("model=tiny").weights.fetch("embed").float()
+    spectrum = torch.linalg.svdvals(table - table.mean(0))
+    assert spectrum[0] / spectrum.median() > 3
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_named_shapes_import_without_a_checkpoint(name: str) -> None:
+    model = imported(f"model={name}", "weights=random")
+    assert model.name == name and model.dtype == "bfloat16"
+    norm = model.weights.fetch("final_norm")
+    assert tuple(norm.shape) == (model.spec.dim,)
+    assert "tokenizer.json" in model.text.files
+
+
+def test_named_shapes_can_be_cut_down() -> None:
+    small = imported("model=llama3-8b", "weights=random", "model.config.num_hidden_layers=2")
+    assert len(small.spec.layers) == 2
+
+
+def test_digests_tell_seeds_and_shapes_apart() -> None:
+    def digests(*more: str) -> dict[str, str]:
+        return imported("model=smollm-135m", "weights=random", *more).digests
+
+    assert digests() == digests()
+    assert digests()["random"] != digests("seed=1")["random"]
+    other = digests("model.config.num_hidden_layers=2")
+    assert digests()["config.json"] != other["config.json"]
+
+
+def test_any_directory(tmp_path: Path) -> None:
+    toy_models.save(toy_models.RECIPES["qwen3"][0], tmp_path / "My-Toy", shards=True)
+    model = imported("model=hf", f"model.source={tmp_path / 'My-Toy'}")
+    assert (model.name, model.spec.family, model.dtype) == ("my-toy", "qwen3", "float32")
+    assert set(model.text.files) == {"generation_config.json"}
+    assert sum("safetensors" in name for name in model.digests) > 1
+    random = imported("model=hf", f"model.source={tmp_path / 'My-Toy'}", "weights=random")
+    assert random.spec == model.spec
+    assert not torch.equal(random.weights.fetch("layers.0.q"), model.weights.fetch("layers.0.q"))
+
+
+def test_a_named_shape_refuses_another_model() -> None:
+    with pytest.raises(CompileError, match=r"model=smollm-135m .* dim: 576 and 128.*model=hf"):
+        imported("model=smollm-135m", "model.source=package:tiny")
+    with pytest.raises(CompileError, match="layers"):
+        imported("model=tiny", "model.config.rope_theta=5.0")
+    assert imported("model=tiny", "model.config.rope_theta=10000.0").name == "tiny"
+
+
+def test_a_source_that_is_not_there() -> None:
+    with pytest.raises(CompileError, match="neither a directory nor a hub id"):
+        imported("model=hf", "model.source=/no/such/model")
+
+
+def test_damaged_weights_are_found_before_anything_is_compiled(tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(TINY, copy)
+    data = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(data[:-1])
+    with pytest.raises(DamagedCheckpoint, match=r"copy/model.safetensors: tensors end at byte"):
+        imported("model=hf", f"model.source={copy}")
