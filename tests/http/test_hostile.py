@@ -49,7 +49,7 @@ def check_error(answer: bytes, *statuses: int) -> None:
             400,
         ),
         (
-            b"POST /generate HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nExpect: %s\r\n\r\n",
+            b"GET /ready HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nExpect: %s\r\n\r\n",
             417,
         ),
     ],
