@@ -74,6 +74,8 @@ def measure(
         buffer.close()
     if rate is None:
         raise BenchError(f"no peer can run {precision}: see the lines above")
+    peers = {worker.peer: worker for worker in workers}
+    weights = weight_bytes(shape, precision)
     figures = [
         Figures(
             precision=precision,
@@ -81,7 +83,8 @@ def measure(
             workload=workload,
             seconds=median(seconds),
             best_seconds=min(seconds),
-            version=next(w.version for w in workers if w.peer == peer),
+            version=peers[peer].version,
+            read_bytes=weights + workload.batch * workload.context * peers[peer].kv_token_bytes,
         )
         for (peer, workload), seconds in samples.items()
     ]

@@ -11,11 +11,15 @@ class Headstart:
         artifact = Artifact.open(path)
         self._name = f"headstart {artifact.manifest.tool}, artifact {artifact.digest}"
         # The prefix cache lets a decode round find its context again; no prefill repeats a prompt.
+        self._kv = artifact.manifest.state.page_bytes / artifact.manifest.state.page_size
         self._static = StaticBatch.open(artifact, threads=threads, prefix_cache=True)
         self._seed = 1 << 20
 
     def version(self) -> str:
         return self._name
+
+    def kv_token_bytes(self) -> float:
+        return self._kv
 
     def prefill(self, tokens: int) -> float:
         self._seed += 1

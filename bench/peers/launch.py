@@ -46,7 +46,9 @@ class Worker:
             text=True,
             env=environment,
         )
-        self.version: str = self._answer()["version"]
+        hello = self._answer()
+        self.version: str = hello["version"]
+        self.kv_token_bytes: float = hello["kv_token_bytes"]
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None and self._process.stderr is not None

@@ -41,6 +41,13 @@ class LlamaCpp:
         features = llama_cpp.llama_print_system_info().decode()
         return f"llama-cpp-python {llama_cpp.__version__}; {features}"
 
+    def kv_token_bytes(self) -> float:
+        heads = llama_cpp.llama_model_n_head(self.model)
+        width = llama_cpp.llama_model_n_embd(self.model) // heads
+        kv_heads = llama_cpp.llama_model_n_head_kv(self.model)
+        float16 = 2
+        return 2 * llama_cpp.llama_model_n_layer(self.model) * kv_heads * width * float16
+
     def _open(self, batch: int, flash: bool) -> None:
         """A context of exactly `batch` streams, kept until another is wanted."""
         if self.shape == (batch, flash):

@@ -20,17 +20,18 @@ class Figures:
     seconds: float
     best_seconds: float
     version: str
+    read_bytes: float  # that one timing of a decode must read: all weights and the contexts
 
     @property
     def tokens_per_second(self) -> float:
         return self.workload.tokens / self.seconds
 
 
-def bound_seconds(workload: Workload, weight_bytes: int, rate: Rate) -> float | None:
-    """Least time of a decode step at the measured read bandwidth: all weights once. The KV is left
-    out: its dtype is each peer's own choice.
-    """
-    return rate.bound(weight_bytes) if workload.batch else None
+def share_of_bound(figures: Figures, rate: Rate) -> float | None:
+    """Of the measured read bandwidth, what a decode step reached; prefill is not bound by it."""
+    if not figures.workload.batch:
+        return None
+    return rate.bound(figures.read_bytes) / figures.seconds
 
 
 def render(figures: list[Figures], rate: Rate, weight_bytes: int, shape: Shape) -> str:
@@ -47,8 +48,8 @@ def render(figures: list[Figures], rate: Rate, weight_bytes: int, shape: Shape) 
         rows = [f for f in figures if f.workload == workload]
         ours = next((f for f in rows if f.peer == "headstart"), None)
         for f in rows:
-            bound = bound_seconds(workload, weight_bytes, rate)
-            share = f"{100 * bound / f.seconds:.0f} %" if bound else "-"
+            reached = share_of_bound(f, rate)
+            share = "-" if reached is None else f"{100 * reached:.0f} %"
             ratio = "-" if ours is None or ours is f else f"{f.seconds / ours.seconds:.2f}x"
             lines.append(
                 f"{workload.label if f is rows[0] else '':<26}{f.peer:<14}"
@@ -70,6 +71,8 @@ def result_lines(figures: list[Figures], rates: dict[str, Rate]) -> list[dict[st
             "median_seconds": f.seconds,
             "best_seconds": f.best_seconds,
             "tokens_per_second": f.tokens_per_second,
+            "read_bytes": f.read_bytes,
+            "share_of_bound": share_of_bound(f, rates[f.precision]),
             "bandwidth_best": rates[f.precision].best,
             "bandwidth_median": rates[f.precision].median,
         }

@@ -96,6 +96,10 @@ class TorchEager:
     def version(self) -> str:
         return f"torch {torch.__version__}"
 
+    def kv_token_bytes(self) -> float:
+        layers, two, _, heads, _, width = self.kv.shape
+        return layers * two * heads * width * self.kv.element_size()
+
     def _tokens(self, batch: int, tokens: int) -> Tensor:
         return torch.randint(self.vocab, (batch, tokens))
 

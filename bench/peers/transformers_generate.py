@@ -34,7 +34,7 @@ class TransformersGenerate:
         torch.set_num_threads(threads)
         torch.manual_seed(0)
         config = transformers.LlamaConfig(**shape.config)
-        self.vocab = shape.vocab
+        self.shape, self.precision = shape, precision
         model: Any = transformers.LlamaForCausalLM(config)
         self.model = model.to(DTYPES[precision]).eval()
         if precision in ("int8", "int4"):
@@ -45,8 +45,12 @@ class TransformersGenerate:
     def version(self) -> str:
         return f"transformers {transformers.__version__}, torch {torch.__version__}"
 
+    def kv_token_bytes(self) -> float:
+        size = DTYPES[self.precision].itemsize
+        return 2 * self.shape.layers * self.shape.kv_width * size
+
     def _generate(self, batch: int, context: int, steps: int) -> tuple[float, list[float]]:
-        prompt = torch.randint(1, self.vocab, (batch, context))
+        prompt = torch.randint(1, self.shape.vocab, (batch, context))
         clock = Clock()
         start = time.perf_counter()
         with torch.inference_mode():

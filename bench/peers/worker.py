@@ -27,6 +27,10 @@ class Runner(Protocol):
 
     def version(self) -> str: ...
 
+    def kv_token_bytes(self) -> float:
+        """Bytes of the keys and values of one token, all layers."""
+        ...
+
     def prefill(self, tokens: int) -> float:
         """Seconds from an empty cache to the logits after `tokens` tokens of one sequence."""
         ...
@@ -51,7 +55,8 @@ def main(argv: list[str]) -> int:
     os.dup2(2, 1)
     module = importlib.import_module(PEERS[argv[0]])
     runner: Runner = module.open_runner(**json.loads(argv[1]))
-    print(json.dumps({"version": runner.version()}), file=out)
+    hello = {"version": runner.version(), "kv_token_bytes": runner.kv_token_bytes()}
+    print(json.dumps(hello), file=out)
     for line in sys.stdin:
         print(json.dumps(answer(runner, json.loads(line))), file=out)
     runner.close()

@@ -108,6 +108,7 @@ def test_worker_runs_a_torch_peer() -> None:
     worker = Worker("torch", sys.executable, setup, 1)
     try:
         assert worker.version.startswith("torch ")
+        assert worker.kv_token_bytes == 2 * 2 * 32 * 4  # layers, k and v, two heads of 16, fp32
         assert len(worker.run(Workload(batch=2, context=8), 3)) == 3
         assert worker.run(Workload(batch=0, context=8), 3)[0] > 0
     finally:
@@ -162,6 +163,7 @@ def test_table() -> None:
             seconds=seconds,
             best_seconds=seconds / 2,
             version="1",
+            read_bytes=1e9,
         )
 
     rows = [figures("headstart", 0.02), figures("torch", 0.05)]
@@ -181,6 +183,7 @@ def test_result_lines_are_json() -> None:
             seconds=0.5,
             best_seconds=0.4,
             version="torch 2",
+            read_bytes=1e9,
         )
     ]
     line = json.loads(json.dumps(result_lines(rows, {"fp32": Rate(best=2.0, median=1.0)})))[0]
