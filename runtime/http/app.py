@@ -19,7 +19,7 @@ from enum import Enum
 from aiohttp import web
 
 from runtime.errors import EngineDead, InvalidRequest, UsageError
-from runtime.http import chat, native, openai
+from runtime.http import chat, native, openai, tokens
 from runtime.http.log import AccessLog
 from runtime.http.replies import error_reply
 from runtime.http.server import RequestEnded, Server
@@ -104,10 +104,10 @@ ROUTES: tuple[Route, ...] = (
         scope=Scope.API,
         works=True,
     ),
-    Route(methods=POST, path="/v1/tokenize", handler=chat.tokenize_text, scope=Scope.API),
-    Route(methods=POST, path="/tokenize", handler=chat.tokenize_text, scope=Scope.API),
-    Route(methods=POST, path="/v1/detokenize", handler=chat.detokenize, scope=Scope.API),
-    Route(methods=POST, path="/detokenize", handler=chat.detokenize, scope=Scope.API),
+    Route(methods=POST, path="/v1/tokenize", handler=tokens.tokenize_text, scope=Scope.API),
+    Route(methods=POST, path="/tokenize", handler=tokens.tokenize_text, scope=Scope.API),
+    Route(methods=POST, path="/v1/detokenize", handler=tokens.detokenize, scope=Scope.API),
+    Route(methods=POST, path="/detokenize", handler=tokens.detokenize, scope=Scope.API),
 )
 
 

@@ -1,4 +1,4 @@
-"""OpenAI's `/v1/chat/completions`, and tokenizing with the same template.
+"""OpenAI's `/v1/chat/completions`.
 
 Comes in: messages. Goes out: chat completion objects or chunk streams. The template runs in its own
 process (render.py); spellings of control tokens inside messages stay text.
@@ -22,7 +22,7 @@ from runtime.request import MAX_TOP_LOGPROBS
 from runtime.text.call import Call, Logprobs, Prompt, salt
 from runtime.text.chat import KWARGS
 from runtime.text.generate import read_rids
-from runtime.text.model import prompt_too_long, tokenize
+from runtime.text.model import prompt_too_long
 from runtime.text.sampling import Sampling
 from runtime.text.schema import convert, show
 from runtime.text.sequence import Sequence
@@ -265,41 +265,3 @@ class _ChatEncoder:
         reason, matched = finish(seq) if final else (None, None)
         fields = {"logprobs": logprobs, "finish_reason": reason, "matched_stop": matched}
         return b"}," + encode(fields)[1:] + b"]"
-
-
-async def tokenize_text(server: Server, request: web.Request) -> web.StreamResponse:
-    body = await server.read_body(request)
-    if isinstance(body, dict) and "messages" in body:
-        chat = read_body(body, ChatBody)
-        ids = await chat_ids(server, chat)
-    else:
-        plain = convert(body, TokenizeBody)
-        tokenizer = server.model.tokenizer
-        if tokenizer is None:
-            raise InvalidRequest("This model has no tokenizer.", param="prompt")
-        special = plain.add_special_tokens is not False
-        ids = await asyncio.to_thread(tokenizer.encode, plain.prompt, add_special_tokens=special)
-    return json_reply({"tokens": ids, "count": len(ids), "max_model_len": server.model.context})
-
-
-async def detokenize(server: Server, request: web.Request) -> web.StreamResponse:
-    body = convert(await server.read_body(request), DetokenizeBody)
-    tokenizer = server.model.tokenizer
-    if tokenizer is None:
-        raise InvalidRequest("This model has no tokenizer.", param="tokens")
-    if body.tokens:
-        tokenize(server.model, body.tokens)  # in range
-    skip = body.skip_special_tokens is not False
-    return json_reply({"text": tokenizer.decode(body.tokens, skip_special_tokens=skip)})
-
-
-class TokenizeBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    prompt: str
-    model: str | None = None
-    add_special_tokens: bool | None = None
-
-
-class DetokenizeBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    tokens: list[int]
-    model: str | None = None
-    skip_special_tokens: bool | None = None
