@@ -6,6 +6,7 @@ heartbeat, sent by the loop itself so that it cannot lie. Called by worker.py.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import socket
@@ -51,6 +52,8 @@ def run(channel: Channel, options: str, phases: Phases) -> int:
     try:
         loop = open_loop(msgspec.json.decode(options, type=EngineOptions), phases)
         channel.send(ready(loop, phases))
+        gc.collect()
+        gc.freeze()  # what is alive now lives to the end: no collection walks it again
         serve(channel, loop)
     except EOFError:
         return 0  # the parent closed the socket: that is how it ends us
