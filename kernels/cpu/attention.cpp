@@ -104,6 +104,8 @@ void score_tile(const float* q, int64_t dim, const T* const* k, const T* const* 
 template <class T, int R, int N, bool AHEAD>
 void value_tile(const float* weights, int64_t keys, const T* const* v, const T* const* ahead, int64_t column, int64_t dim,
                 float* values) {
+    // Two bfloat16 vectors are widened at once into even and odd columns, and put in order at the end.
+    constexpr bool PAIRS = sizeof(T) == 2 && N % 2 == 0;
     vf acc[R][N] = {};
     for (int64_t first = 0; first < keys; first += PAGE) {
         const T* p = v[first / PAGE] + column;
@@ -112,9 +114,17 @@ void value_tile(const float* weights, int64_t keys, const T* const* v, const T* 
         for (int64_t i = 0; i < n; i++) {
             vf x[N];
             HS_UNROLL
-            for (int j = 0; j < N; j++) {
+            for (int j = 0; j < N; j++)
                 if (AHEAD && j * VL * sizeof(T) % 64 == 0) prefetch(next + i * dim + j * VL);
-                x[j] = widen(p + i * dim + j * VL);
+            HS_UNROLL
+            for (int j = 0; j < N; j += PAIRS ? 2 : 1) {
+                if (PAIRS) {
+                    vu pair = load<vu>(p + i * dim + j * VL);
+                    x[j] = as_f(pair << 16);
+                    x[j + PAIRS] = as_f(pair & 0xffff0000u);
+                } else {
+                    x[j] = widen(p + i * dim + j * VL);
+                }
             }
             HS_UNROLL
             for (int r = 0; r < R; r++) {
@@ -127,7 +137,17 @@ void value_tile(const float* weights, int64_t keys, const T* const* v, const T* 
     HS_UNROLL
     for (int r = 0; r < R; r++) {
         HS_UNROLL
-        for (int j = 0; j < N; j++) store(values + r * dim + j * VL, acc[r][j]);
+        for (int j = 0; j < N; j += PAIRS ? 2 : 1) {
+            float* out = values + r * dim + j * VL;
+            if (PAIRS) {
+                float columns[2][VL];
+                store(columns[0], acc[r][j]);
+                store(columns[1], acc[r][j + PAIRS]);
+                for (int i = 0; i < 2 * VL; i++) out[i] = columns[i % 2][i / 2];
+            } else {
+                store(out, acc[r][j]);
+            }
+        }
     }
 }
 

@@ -76,6 +76,7 @@ class Team:
 
     def __init__(self, level: str, threads: int, cache: Path = CACHE) -> None:
         self.library = load(level, cache)
+        self.plans: dict[int, list[Node]] = {}
         self.handle = self.library.hs_open(threads)
         if not self.handle:
             raise RuntimeError(
@@ -93,6 +94,8 @@ class Team:
         trace: TracebackType | None,
     ) -> None:
         self.library.hs_close(self.handle)
+        for plan in list(self.plans):
+            self.free(plan)
 
     def bind(self, kernel: Kernel, call: CallShape, arrays: Mapping[str, Array]) -> Node:
         """`arrays` are used where they are: contiguous, 64-byte aligned (`aligned`)."""
@@ -116,12 +119,17 @@ class Team:
         return Node(entry=entry, slots=slots, keep=tuple(keep))
 
     def plan(self, nodes: list[Node]) -> int:
-        """A plan handle; the nodes must live as long as it does."""
+        """A plan handle; the team keeps the nodes alive until `free`."""
         entries = np.array([n.entry for n in nodes], np.uint64)
         slots = np.array([n.slots.ctypes.data for n in nodes], np.uint64)
-        return int(
-            self.library.hs_plan(self.handle, len(nodes), entries.ctypes.data, slots.ctypes.data)
-        )
+        pointers = (entries.ctypes.data, slots.ctypes.data)
+        plan = int(self.library.hs_plan(self.handle, len(nodes), *pointers))
+        self.plans[plan] = nodes
+        return plan
+
+    def free(self, plan: int) -> None:
+        self.library.hs_plan_free(plan)
+        del self.plans[plan]
 
     def run(self, plan: int) -> float:
         """Runs a plan once without copies; its seconds."""
@@ -135,7 +143,7 @@ def run_on(team: Team, kernel: Kernel, call: CallShape, arrays: dict[str, Array]
     node = team.bind(kernel, call, own)
     plan = team.plan([node])
     seconds = team.run(plan)
-    team.library.hs_plan_free(plan)
+    team.free(plan)
     for name, array in arrays.items():
         array[...] = own[name]
     return seconds

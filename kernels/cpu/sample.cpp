@@ -199,7 +199,7 @@ struct Candidate {
 // Best first; ties go to the lower id.
 bool before(const Candidate& a, const Candidate& b) { return a.value > b.value || (a.value == b.value && a.id < b.id); }
 
-// Candidates with value >= lowest in order of ids; returns how many.
+// Candidates with value >= lowest in order of ids; returns how many. `out` has room for one more.
 int64_t gather(const Row& row, float lowest, float best, Candidate* out) {
     constexpr int64_t STRIDE = 64;
     float factor = 1.0f / row.temperature;
@@ -212,8 +212,14 @@ int64_t gather(const Row& row, float lowest, float best, Candidate* out) {
         if (!(hmax(top) >= lowest)) continue;
         for (int64_t v = 0; v < used; v++) {
             vf w = vexp((z[v] - best) * factor);
-            for (int j = 0; j < VL; j++)
-                if (z[v][j] >= lowest && i + v * VL + j < row.vocab) out[n++] = {z[v][j], w[j], (int32_t)(i + v * VL + j)};
+            float value[VL], weight[VL];
+            store(value, z[v]);
+            store(weight, w);
+            int64_t id = i + v * VL, lanes = row.vocab - id < VL ? row.vocab - id : VL;
+            for (int64_t j = 0; j < lanes; j++) {
+                out[n] = {value[j], weight[j], (int32_t)(id + j)};  // kept or overwritten: no branch to mispredict
+                n += value[j] >= lowest;
+            }
         }
     }
     return n;
@@ -244,11 +250,11 @@ int64_t cut_by_mass(Candidate* c, int64_t n, double target) {
 }
 
 int32_t draw_limited(const Row& row, const Summary& s, double u) {
-    Candidate* all = (Candidate*)scratch(2 * row.vocab * sizeof(Candidate));
-    Candidate* ranked = all + row.vocab;
+    Candidate* all = (Candidate*)scratch((2 * row.vocab + 1) * sizeof(Candidate));
+    Candidate* ranked = all + row.vocab + 1;
     // Values this far below the maximum (after temperature) rarely matter: look further only when they do.
     int64_t n = 0;
-    for (float reach : {10.0f, 30.0f, INFINITY}) {
+    for (float reach : {5.0f, 10.0f, 30.0f, INFINITY}) {
         float lowest = reach == INFINITY ? -INFINITY : s.best - reach * row.temperature;
         n = gather(row, lowest, s.best, all);
         bool enough = row.limits_k()   ? n >= row.top_k
