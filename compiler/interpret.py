@@ -26,9 +26,10 @@ def run(
     state: State,
     weight: Callable[[str], torch.Tensor],
     keep: Iterable[str] = (),
+    until: str | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Outputs by name, and the temps named in `keep`. State is updated in place; temps are dropped
-    after their last use."""
+    """Outputs by name, and the temps named in `keep`; with `until`, nothing after the call that
+    writes it. State is updated in place; temps are dropped after their last use."""
     wanted = {*keep, *(v.name for v in program.values.values() if v.kind == "output")}
     last = {name: i for i, call in enumerate(program.calls) for name in call.ins.values()}
     live: dict[str, torch.Tensor] = {}
@@ -48,6 +49,8 @@ def run(
             live[call.outs[arg]] = value
             if call.outs[arg] in wanted:
                 result[call.outs[arg]] = value
+        if until in call.outs.values():
+            break
         for name in call.ins.values():
             if last[name] == index:
                 live.pop(name, None)

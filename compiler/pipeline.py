@@ -56,37 +56,33 @@ NOT_INPUTS = ("out", "cache")  # where things go does not change what they are
 
 def compile_model(config: CompileConfig, sources: Mapping[str, str], progress: Progress) -> Path:
     check_supported(config)
-    with ThreadPoolExecutor(1) as background:
-        libraries = background.submit(build_libraries, Path(config.cache))
-        with progress.stage("import"):
-            model = import_model(config)
-            config, origins = resolve(
-                config, sources, checkpoint_dtype=model.dtype, context=model.spec.context
-            )
-        with progress.stage("design"):
-            made = design(model.spec, config)
-            figures = report.fit(made.weights_bytes, made.state, made.work_bytes, made.io_bytes)
-        progress.show(fit_report(made, figures, config))
-        with Package(Path(config.out), str(config.name)) as package:
-            with progress.stage("weights", made.weights_bytes) as advance:
-                tensors = store_weights(package, model, made, config, advance)
-            with progress.stage("accuracy"):
-                measured = measure(made, model.weights)
-                check_accuracy(measured.accuracy, config)
-            with progress.stage("kernels"):
-                packed = pack_libraries(package, libraries)
-            for name, data in sorted(model.text.files.items()):
-                package.add(f"text/{name}", "data", data)
-            for bucket in made.buckets:
-                plan = encode_plan(made.plans[bucket.name])
-                package.add(plan_path(0, bucket.name), "data", plan)
-            manifest = make_manifest(
-                config, origins, model, made, figures, tensors, packed, package
-            )
-            with progress.stage("verify"):
-                manifest = verified(package, manifest, made, measured)
-            with progress.stage("publish"):
-                path = package.publish(manifest)
+    with progress.stage("import"):
+        model = import_model(config)
+        config, origins = resolve(
+            config, sources, checkpoint_dtype=model.dtype, context=model.spec.context
+        )
+    with progress.stage("design"):
+        made = design(model.spec, config)
+        figures = report.fit(made.weights_bytes, made.state, made.work_bytes, made.io_bytes)
+    progress.show(fit_report(made, figures, config))
+    with Package(Path(config.out), str(config.name)) as package, ThreadPoolExecutor(1) as pool:
+        libraries = pool.submit(build_libraries, Path(config.cache))
+        with progress.stage("weights", made.weights_bytes) as advance:
+            tensors = store_weights(package, model, made, config, advance)
+        with progress.stage("accuracy"):
+            measured = measure(made, model.weights)
+            check_accuracy(measured.accuracy, config)
+        with progress.stage("kernels"):
+            packed = pack_libraries(package, libraries)
+        for name, data in sorted(model.text.files.items()):
+            package.add(f"text/{name}", "data", data)
+        for bucket in made.buckets:
+            package.add(plan_path(0, bucket.name), "data", encode_plan(made.plans[bucket.name]))
+        manifest = make_manifest(config, origins, model, made, figures, tensors, packed, package)
+        with progress.stage("verify"):
+            manifest = verified(package, manifest, made, measured)
+        with progress.stage("publish"):
+            path = package.publish(manifest)
     remember_weights(path, made, model, config)
     return path
 

@@ -75,10 +75,10 @@ def check_fit(figures: Mapping[str, int], context: int, memory: int) -> str:
             f"{memory / GIB:.2f} GiB are there; choose a smaller shape.context, quant or model"
         )
     return (
-        f"fit  weights {_size(figures['weights'])} + token state {_size(figures['token_state'])} + "
-        f"work {_size(figures['work'])} + io {_size(figures['io'])}; "
-        f"{_size(figures['kv_token'])}/token of context\n"
-        f"     {_size(memory)} memory hold {tokens} tokens: "
+        f"fit  weights {size(figures['weights'])} + token state {size(figures['token_state'])} + "
+        f"work {size(figures['work'])} + io {size(figures['io'])}; "
+        f"{size(figures['kv_token'])}/token of context\n"
+        f"     {size(memory)} memory hold {tokens} tokens: "
         f"{tokens // context} sequences of {context}"
     )
 
@@ -117,7 +117,7 @@ def render(
     for bucket in buckets:
         cost = costs[bucket.name]
         lines.append(
-            f"step {bucket.name}: {cost['launches']} launches, {_size(cost['read'])} read, "
+            f"step {bucket.name}: {cost['launches']} launches, {size(cost['read'])} read, "
             f"{cost['flops'] / 1e9:.2f} GFLOP, {predict(cost, bandwidth) * 1e3:.2f} ms at "
             f"{bandwidth / 1e9:.1f} GB/s"
         )
@@ -131,7 +131,7 @@ def stored_bytes(weight: StoredWeight) -> int:
     )
 
 
-def _size(count: float) -> str:
+def size(count: float) -> str:
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -87,8 +87,14 @@ def _logits(made: Design, weight: WeightOf) -> torch.Tensor:
         [Chunk(tokens=tokens, pages=pages)], size, made.shape.edits, every_row=True
     )
     state = new_state(made.program, len(pages))
-    with torch.inference_mode():
-        return run(made.program, inputs, state, weight, keep=("logits",))["logits"].double()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the same sums, so the same record, on any number of cores
+    try:
+        with torch.inference_mode():
+            out = run(made.program, inputs, state, weight, keep=("logits",), until="logits")
+            return out["logits"].double()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def check_device(made: Design, measured: Measured, session: Session, scheme: str) -> float:
