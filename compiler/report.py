@@ -117,7 +117,8 @@ def render(
     for bucket in buckets:
         cost = costs[bucket.name]
         lines.append(
-            f"step {bucket.name}: {cost['launches']} launches, {size(cost['read'])} read, "
+            f"step {bucket.name} at full context: {cost['launches']} launches, "
+            f"{size(cost['read'])} read, "
             f"{cost['flops'] / 1e9:.2f} GFLOP, {predict(cost, bandwidth) * 1e3:.2f} ms at "
             f"{bandwidth / 1e9:.1f} GB/s"
         )

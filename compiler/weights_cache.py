@@ -69,8 +69,8 @@ def find(cache: Path, key: str) -> Found | None:
         with open(entry.path, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() == entry.file.sha256:
                 return Found(path=Path(entry.path), entry=entry.file, tensors=entry.tensors)
-    except (FileNotFoundError, msgspec.DecodeError):
-        return None
+    except (OSError, msgspec.DecodeError):
+        return None  # gone or unreadable: the weights are written again
     return None
 
 
