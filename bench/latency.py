@@ -17,6 +17,7 @@ from typing import Any
 from bench import results
 from bench.bandwidth import Bandwidth
 from bench.static_batch import StaticBatch, TooLarge, step_bytes
+from bench.windows import windows
 from conf.bench_schema import LatencyConfig
 from conf.load import run
 from runtime.artifact import Artifact
@@ -43,7 +44,7 @@ def measure(
         done = static.run(static.prompts(batch, input_len, seed), output_len)
         prefills.append(done.prefill)
         totals.append(done.prefill + sum(done.decode))
-        medians.append(median(done.decode))
+        medians.append(median(windows(done.decode)))
         steps = steps or done.decode
     rate = buffer.read()
     prefill, total, decode = median(prefills), median(totals), median(medians)

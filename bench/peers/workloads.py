@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from bench.windows import windows
 from conf.bench_schema import PeersConfig
 
 WARM_STEPS = 2  # first steps of a decode run: caches and threads wake up
@@ -43,7 +44,7 @@ class Workload:
     def seconds(self, answer: dict[str, Any]) -> list[float]:
         """The timings of a worker's answer that count."""
         if self.batch:
-            return [float(s) for s in answer["steps"][WARM_STEPS:]]
+            return windows([float(s) for s in answer["steps"][WARM_STEPS:]])
         return [float(answer["seconds"])]
 
 

@@ -16,6 +16,7 @@ from bench.peers.launch import Skip, Worker, launch
 from bench.peers.shape import Shape
 from bench.peers.table import Figures, render
 from bench.peers.workloads import Workload, workloads
+from bench.windows import windows
 from conf.bench_schema import PeersConfig
 
 CONFIG = {
@@ -50,7 +51,14 @@ def test_workloads() -> None:
     ]
     assert (eight.tokens, prefill.tokens) == (8, 32)
     assert eight.command(5) == {"do": "decode", "batch": 8, "context": 16, "steps": 7}
-    assert eight.seconds({"steps": [9, 9, 1, 2]}) == [1.0, 2.0]  # two warm-up steps dropped
+    assert eight.seconds({"steps": [9, 9, 1, 2]}) == [1.5]  # two warm-up steps dropped
+
+
+def test_windows_average_what_overlap_tears_apart() -> None:
+    late_then_at_once = [0.02, 0.0] * 8
+    assert windows(late_then_at_once) == pytest.approx([0.01, 0.01])
+    assert windows([1.0] * 8 + [2.0] * 8 + [9.0]) == [1.0, 2.0]  # an incomplete window is left out
+    assert windows([3.0]) == [3.0]
 
 
 def test_names_are_checked() -> None:
