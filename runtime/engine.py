@@ -1,7 +1,8 @@
 """The engine without a server: `Engine(artifact).generate(prompts, sampling_params)`.
 
-Comes in: prompts and parameters as `/generate` takes them. Goes out: the objects `/generate` answers with, made by the same
-scheduler, device and text layer. The engine loop runs in one background thread; every method may be called from any thread.
+Comes in: prompts and parameters as `/generate` takes them. Goes out: the objects `/generate`
+answers with, made by the same scheduler, device and text layer. The engine loop runs in one
+background thread; every method may be called from any thread.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from typing import Any, Self
 import msgspec
 
 from conf.schema import LimitsConfig
+from runtime.answer import Answer, Output
 from runtime.artifact import Artifact
 from runtime.core.driver import Driver
 from runtime.core.loop import EngineLoop
 from runtime.core.options import EngineOptions
 from runtime.device.base import open_session
-from runtime.errors import EngineDead, InvalidRequest, UsageError
+from runtime.errors import EngineDead, UsageError
 from runtime.request import Event
 from runtime.text.call import Call
 from runtime.text.generate import read_generate
@@ -29,18 +31,20 @@ from runtime.text.sequence import Sequence
 from runtime.text.tokenizer import Tokenizer
 
 NO_LIMIT = 1 << 40
-# One caller who owns the machine: the limits that protect a server from its clients are off unless asked for.
+# One caller who owns the machine: the limits that protect a server from its clients are off unless
+# asked for.
 OFFLINE: dict[str, Any] = {
     "waiting_requests": NO_LIMIT,
     "waiting_tokens": NO_LIMIT,
     "queue_wait_s": None,
     "request_s": None,
 }
-Output = dict[str, Any]
 
 
 class Engine:
-    """`options`: those of EngineOptions (threads, kv_tokens, max_running, max_step_tokens, policy, overlap, prefix_cache, device, …)."""
+    """`options`: those of EngineOptions (threads, kv_tokens, max_running, max_step_tokens, policy,
+    overlap, prefix_cache, device, …).
+    """
 
     def __init__(self, artifact: str, **options: Any) -> None:
         self.options = read_options(str(artifact), options)
@@ -76,9 +80,19 @@ class Engine:
         stream: bool = False,
         **more: Any,
     ) -> Any:
-        """One object for one prompt, a list for a list or n > 1; with `stream` an iterator of cumulative objects. `more`: any other
-        field of a `/generate` body."""
-        body = _body(prompt, sampling_params, input_ids, return_logprob, logprob_start_len, top_logprobs_num, stream, more)  # fmt: skip
+        """One object for one prompt, a list for a list or n > 1; with `stream` an iterator of
+        cumulative objects. `more`: any other field of a `/generate` body.
+        """
+        body = {
+            "text": prompt,
+            "sampling_params": sampling_params,
+            "input_ids": input_ids,
+            "return_logprob": return_logprob,
+            "logprob_start_len": logprob_start_len,
+            "top_logprobs_num": top_logprobs_num,
+            "stream": stream,
+            **more,
+        }
         call, sequences = self._read(body)
         news: queue.SimpleQueue[list[Event] | EngineDead] = queue.SimpleQueue()
         if call.stream:
@@ -100,8 +114,19 @@ class Engine:
         stream: bool = False,
         **more: Any,
     ) -> Any:
-        """As `generate`, for an event loop; cancelling it aborts the requests. With `stream` an asynchronous iterator."""
-        body = _body(prompt, sampling_params, input_ids, return_logprob, logprob_start_len, top_logprobs_num, stream, more)  # fmt: skip
+        """As `generate`, for an event loop; cancelling it aborts the requests. With `stream` an
+        asynchronous iterator.
+        """
+        body = {
+            "text": prompt,
+            "sampling_params": sampling_params,
+            "input_ids": input_ids,
+            "return_logprob": return_logprob,
+            "logprob_start_len": logprob_start_len,
+            "top_logprobs_num": top_logprobs_num,
+            "stream": stream,
+            **more,
+        }
         call, sequences = await asyncio.to_thread(self._read, body)
         loop = asyncio.get_running_loop()
         news: asyncio.Queue[list[Event] | EngineDead] = asyncio.Queue()
@@ -129,7 +154,7 @@ class Engine:
             "artifact_digest": self._artifact.digest,
             "model": self._artifact.manifest.name,
             "capacity": msgspec.to_builtins(self._capacity),
-            "stats": msgspec.to_builtins(stats),
+            "stats": msgspec.structs.asdict(stats) if stats else None,
         }
 
     def shutdown(self) -> None:
@@ -212,91 +237,6 @@ class Running:
 
     def __exit__(self, *_: object) -> None:
         self._driver.abort([seq.request.id for seq in self._sequences if seq.finish is None])
-
-
-class Answer:
-    """The sequences of one call, fed by the reader's own thread."""
-
-    def __init__(self, call: Call, sequences: list[Sequence]) -> None:
-        self._call = call
-        self.sequences = sequences
-        self.open = len(sequences)
-        self._by_id = {seq.request.id: seq for seq in sequences}
-        self._told: dict[int, int] = {}  # index -> ids in its last message
-        self._fresh: dict[Sequence, None] = {}
-
-    @property
-    def live(self) -> bool:
-        """Stop strings are seen here, so the engine must be told in time."""
-        return any(prompt.sampling.stop for prompt in self._call.prompts)
-
-    def feed(self, batch: list[Event] | EngineDead) -> list[int]:
-        """Returns the ids whose text has ended while the engine still runs them."""
-        if isinstance(batch, EngineDead):
-            raise batch
-        stopped = []
-        for event in batch:
-            seq = self._by_id[event.id]
-            if seq.finish is not None:
-                continue
-            seq.feed(event)
-            self._fresh[seq] = None
-            if seq.finish is not None:
-                self.open -= 1
-                if event.finish is None:
-                    stopped.append(event.id)
-        return stopped
-
-    def told(self) -> Iterator[Output]:
-        """Messages for what is new: the first token and the end at once, the rest every `interval` tokens."""
-        for seq in self._fresh:
-            count, before = len(seq.ids), self._told.get(seq.index, 0)
-            if seq.finish is None and (
-                seq.holding or (before and count - before < seq.interval) or not count
-            ):
-                continue
-            self._told[seq.index] = count
-            _raise(seq)
-            output = seq.response()
-            output["output_ids"] = list(seq.ids)  # the sequence goes on growing its own
-            if not self._call.single:
-                output["index"] = seq.index
-            yield output
-        self._fresh.clear()
-
-    def result(self) -> Output | list[Output]:
-        for seq in self.sequences:
-            _raise(seq)
-        outputs = [seq.response() for seq in self.sequences]
-        return outputs[0] if self._call.single else outputs
-
-
-def _raise(seq: Sequence) -> None:
-    if seq.error is not None:
-        message, status = seq.error
-        raise InvalidRequest(message, status=status)
-
-
-def _body(
-    prompt: str | list[str] | None,
-    sampling_params: dict[str, Any] | list[dict[str, Any]] | None,
-    input_ids: list[int] | list[list[int]] | None,
-    return_logprob: bool | list[bool],
-    logprob_start_len: int | list[int],
-    top_logprobs_num: int | list[int],
-    stream: bool,
-    more: dict[str, Any],
-) -> dict[str, Any]:
-    return {
-        "text": prompt,
-        "sampling_params": sampling_params,
-        "input_ids": input_ids,
-        "return_logprob": return_logprob,
-        "logprob_start_len": logprob_start_len,
-        "top_logprobs_num": top_logprobs_num,
-        "stream": stream,
-        **more,
-    }
 
 
 def read_options(artifact: str, options: dict[str, Any]) -> EngineOptions:

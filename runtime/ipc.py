@@ -1,8 +1,9 @@
 """Frames between the HTTP process and the engine process, over one inherited socket pair.
 
-A frame is a little-endian u32 length and a msgpack map with a type tag (runtime/request.py). `Channel` is the engine's end
-(plain socket, poll), `EngineProtocol` the HTTP process's (an asyncio protocol, without importing asyncio here: the worker's
-start is measured). A frame that is too long or does not decode ends the connection: the peers are one release.
+A frame is a little-endian u32 length and a msgpack map with a type tag (runtime/request.py).
+`Channel` is the engine's end (plain socket, poll), `EngineProtocol` the HTTP process's (an asyncio
+protocol, without importing asyncio here: the worker's start is measured). A frame that is too long
+or does not decode ends the connection: the peers are one release.
 """
 
 from __future__ import annotations
@@ -82,7 +83,9 @@ class Framed:
 
 
 class Channel:
-    """The engine's end. `receive` waits at most `timeout`; `send` blocks when the reader is slow, which holds back the engine."""
+    """The engine's end. `receive` waits at most `timeout`; `send` blocks when the reader is slow,
+    which holds back the engine.
+    """
 
     def __init__(self, sock: socket.socket, incoming: Any = ToEngine) -> None:
         sock.setblocking(False)
@@ -95,7 +98,7 @@ class Channel:
         self._writable.register(sock, select.POLLOUT)
 
     def receive(self, timeout: float) -> list[Any]:
-        """Messages that have come; EOFError when the peer is gone. Interrupted waits return early."""
+        """Messages that have come; EOFError when the peer is gone."""
         if timeout > 0 and not self._readable.poll(timeout * 1e3):
             return []
         messages: list[Any] = []
@@ -130,8 +133,9 @@ class Channel:
 
 
 class EngineProtocol:
-    """The HTTP process's end, to be given to `loop.create_connection`. `receive` gets every message, `lost` is called once when
-    the engine is gone, whoever closed the connection."""
+    """The HTTP process's end, to be given to `loop.create_connection`. `receive` gets every
+    message, `lost` is called once when the engine is gone, whoever closed the connection.
+    """
 
     def __init__(
         self,

@@ -1,6 +1,8 @@
-"""What is asked of an engine and what it answers: plain msgspec data, sent as they are between processes.
+"""What is asked of an engine and what it answers: plain msgspec data, sent as they are between
+processes.
 
-`Request` passed `runtime.core.admission.check` before the scheduler sees it: every integer is in range, every float finite.
+`Request` passed `runtime.core.admission.check` before the scheduler sees it: every integer is in
+range, every float finite.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ MAX_TOP_LOGPROBS = 20
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Engine-side sampling parameters. Text-level ones (stop strings, detokenizing) stay in the text layer."""
+    """Engine-side sampling parameters. Text-level ones (stop strings, detokenizing) stay in the
+    text layer.
+    """
 
     max_new_tokens: int = 128
     min_new_tokens: int = 0
@@ -48,14 +52,18 @@ class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
 
 
 class Control(msgspec.Struct, frozen=True, kw_only=True, tag="control"):
-    """`flush_cache`, `stats`, `drain` (refuse new work, report when empty), `shutdown`; answered by one `ControlReply`."""
+    """`flush_cache`, `stats`, `drain` (refuse new work, report when empty), `shutdown`; answered by
+    one `ControlReply`.
+    """
 
     id: int
     verb: str
 
 
 class Finish(msgspec.Struct, frozen=True, kw_only=True):
-    """`reason`: stop | length | abort; `matched`: the stop token id; `message` and `status` for an abort."""
+    """`reason`: stop | length | abort; `matched`: the stop token id; `message` and `status` for an
+    abort.
+    """
 
     reason: str
     matched: int | None = None
@@ -68,10 +76,12 @@ TopLogprobs = list[tuple[float, int]]
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
-    """News of one request: new tokens since the last event (with logprobs if asked), prompt logprobs once, the finish last.
+    """News of one request: new tokens since the last event (with logprobs if asked), prompt
+    logprobs once, the finish last.
 
-    `prompt_logprobs` has one entry per prompt position from `prompt_logprobs_from` on (None for position 0); `cached_tokens`
-    is told with the first tokens and with the finish, `retractions` with the finish.
+    `prompt_logprobs` has one entry per prompt position from `prompt_logprobs_from` on (None for
+    position 0); `cached_tokens` is told with the first tokens and with the finish, `retractions`
+    with the finish.
     """
 
     id: int
@@ -112,7 +122,9 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
-    """First message of an engine: what it can hold. `phases`: seconds since process start by phase name."""
+    """First message of an engine: what it can hold. `phases`: seconds since process start by phase
+    name.
+    """
 
     context: int
     vocab: int

@@ -1,8 +1,9 @@
-"""The one typed validator at the engine's boundary: no request reaches the scheduler without passing `check`.
+"""The one typed validator at the engine's boundary: no request reaches the scheduler without
+passing `check`.
 
-Comes in: a decoded Request (msgspec has checked types). Every integer is held to a range tied to vocabulary, context or pool,
-every float to being finite and in range. Goes out: nothing, or InvalidRequest. Called by the engine loop for every request,
-whoever sent it.
+Comes in: a decoded Request (msgspec has checked types). Every integer is held to a range tied to
+vocabulary, context or pool, every float to being finite and in range. Goes out: nothing, or
+InvalidRequest. Called by the engine loop for every request, whoever sent it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def check(request: Request, capacity: Capacity, eos: int = 0) -> None:
         raise _refuse("input_ids", "cannot be empty.")
     if len(tokens) > capacity.context:
         raise InvalidRequest(
-            f"The input ({len(tokens)} tokens) is longer than the model's context length ({capacity.context} tokens).",
+            f"The input ({len(tokens)} tokens) is longer than the model's context length "
+            f"({capacity.context} tokens).",
             param="input_ids",
         )
     low, high = min(tokens), max(tokens)
@@ -66,16 +68,20 @@ def _check_lengths(prompt: int, sampling: SamplingParams, capacity: Capacity) ->
     total = prompt + most
     if total > capacity.context:
         raise InvalidRequest(
-            f"Requested token count exceeds the model's maximum context length of {capacity.context} tokens. You requested a "
-            f"total of {total} tokens: {prompt} tokens from the input messages and {most} tokens for the completion. Please "
-            "reduce the number of tokens in the input text or the completion to fit within the limit.",
+            "Requested token count exceeds the model's maximum context length of "
+            f"{capacity.context} tokens. You requested a "
+            f"total of {total} tokens: {prompt} tokens from the input messages and {most} tokens "
+            "for the completion. Please "
+            "reduce the number of tokens in the input text or the completion to fit within the "
+            "limit.",
             param="max_new_tokens",
         )
     pool = capacity.pages * capacity.page_size
     if total > pool:
         raise _refuse(
             "max_new_tokens",
-            f"and the input are {total} tokens, the KV pool holds {pool}; ask for fewer or raise kv_tokens.",
+            f"and the input are {total} tokens, the KV pool holds {pool}; ask for fewer or raise "
+            "kv_tokens.",
         )
     if not 0 <= sampling.min_new_tokens <= most:
         raise _refuse(

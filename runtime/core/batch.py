@@ -1,8 +1,9 @@
 """A `Step` as the arrays a session takes.
 
-Comes in: what the scheduler decided, and the slots it decided on (lengths already moved on). Goes out: a `StepInput`, valid
-until the next call: arrays that do not change while the same sequences decode are kept on `Rows` and handed out again.
-Called by the engine loop; sessions copy what they are given.
+Comes in: what the scheduler decided, and the slots it decided on (lengths already moved on). Goes
+out: a `StepInput`, valid until the next call: arrays that do not change while the same sequences
+decode are kept on `Rows` and handed out again. Called by the engine loop; sessions copy what they
+are given.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def _mixed(step: Step, slots: Slots, kv_slots: I32, edits: I32) -> StepInput:
         seq_len=slots.length[seqs],
         pages=page_tables(slots, seqs),
         edits=edits,
-        **_mixed_rows(rows, chunks, starts, slots),  # type: ignore[arg-type]
+        **_mixed_rows(rows, chunks, starts, slots),
     )
 
 

@@ -1,15 +1,17 @@
-"""Prompt chunks of a step: how much of which prompt is computed next, and which of its logits are wanted.
+"""Prompt chunks of a step: how much of which prompt is computed next, and which of its logits are
+wanted.
 
-Comes in: the scheduler and a step that holds the decode rows. Goes out: chunks and state edits added to the step, within what
-is left of its budgets of tokens, logit rows and edits. Called by `Scheduler.schedule`.
+Comes in: the scheduler and a step that holds the decode rows. Goes out: chunks and state edits
+added to the step, within what is left of its budgets of tokens, logit rows and edits. Called by
+`Scheduler.schedule`.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from runtime.core.edits import first_edits
-from runtime.core.sequence import Chunk, Sequence, Slots, Step
+from runtime.core.edits import first_edits, lift_ban
+from runtime.core.sequence import DECODE, Chunk, Sequence, Slots, Step
 
 if TYPE_CHECKING:
     from runtime.core.scheduler import Scheduler
@@ -43,7 +45,9 @@ def add_chunks(scheduler: Scheduler, step: Step) -> None:
 
 
 def next_chunk(seq: Sequence, slots: Slots, budget: int, rows: int) -> Chunk:
-    """As much of the prompt as `budget` tokens and, where it is scored, `rows` logit rows beyond its own allow."""
+    """As much of the prompt as `budget` tokens and, where it is scored, `rows` logit rows beyond
+    its own allow.
+    """
     slot = seq.slot
     start = int(slots.length[slot])
     chunk = Chunk(
@@ -74,5 +78,16 @@ def shorten(chunk: Chunk) -> None:
 
 
 def must_ban(seq: Sequence) -> bool:
-    """min_new_tokens forbids a stop token as the first output after this prompt (which may hold earlier outputs)."""
+    """min_new_tokens forbids a stop token as the first output after this prompt (which may hold
+    earlier outputs).
+    """
     return bool(seq.ban) and seq.prefill - seq.prompt_size < seq.request.sampling.min_new_tokens
+
+
+def lift_bans(scheduler: Scheduler, step: Step) -> None:
+    """Of decoding sequences whose next row samples output number min_new_tokens or a later one."""
+    for seq in list(scheduler.banned):
+        number = int(scheduler.slots.length[seq.slot]) + 1 - seq.prompt_size  # counted from 0
+        if seq.state == DECODE and number >= seq.request.sampling.min_new_tokens:
+            step.edits.append(lift_ban(seq, seq.slot))
+            del scheduler.banned[seq]

@@ -1,8 +1,9 @@
 """Results of a step back to the sequences, and what the clients hear of it.
 
-Comes in: a step as scheduled and the device's output, one or more steps later. Goes out: events. Rows whose sequence has left
-its slot meanwhile (finished one step ago, preempted, aborted) are dropped: what was computed for them is speculation that
-did not come true. Called by the engine loop.
+Comes in: a step as scheduled and the device's output, one or more steps later. Goes out: events.
+Rows whose sequence has left its slot meanwhile (finished one step ago, preempted, aborted) are
+dropped: what was computed for them is speculation that did not come true. Called by the engine
+loop.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def commit_step(scheduler: Scheduler, step: Step, output: StepOutput) -> list[Ev
 
 
 def _commit_rows(scheduler: Scheduler, step: Step, output: StepOutput) -> list[Event]:
-    """The common case is one plain token for each of many sequences: arrays, and one small object per event."""
+    """The common case is one plain token for each of many sequences: arrays, and one small object
+    per event.
+    """
     rows, slots = step.rows, scheduler.slots
     n = len(rows)
     index, seqs, ids, special = rows.slots, rows.seqs, rows.ids, rows.special
@@ -117,7 +120,9 @@ def _top(seq: Sequence, output: StepOutput, row: int) -> TopLogprobs:
 
 
 def _finished(scheduler: Scheduler, seq: Sequence, event: Event, token: int, status: int) -> Event:
-    """The sequence's last event: `event` with the finish, or the finish alone when the numbers cannot be trusted."""
+    """The sequence's last event: `event` with the finish, or the finish alone when the numbers
+    cannot be trusted.
+    """
     if status:
         scheduler.count.aborted += 1
         scheduler.end(seq, keep=False)

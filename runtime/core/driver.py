@@ -1,7 +1,8 @@
 """The engine loop in a thread of this process: what `runtime.engine.Engine` runs on.
 
-Comes in: requests and controls from any thread. Goes out: each request's events, to its `Inbox`, in batches: as they come for a
-stream, all at once for an answer nobody reads before its end. Blocks when there is nothing to do.
+Comes in: requests and controls from any thread. Goes out: each request's events, to its `Inbox`, in
+batches: as they come for a stream, all at once for an answer nobody reads before its end. Blocks
+when there is nothing to do.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ Deliver = Callable[[list[Event] | EngineDead], None]
 
 
 class Inbox:
-    """Where the events of a group of requests go. `deliver` is called in the engine's thread. `live`: every step; otherwise once,
-    when the last of them has finished."""
+    """Where the events of a group of requests go. `deliver` is called in the engine's thread.
+    `live`: every step; otherwise once, when the last of them has finished.
+    """
 
     def __init__(self, requests: list[Request], deliver: Deliver, *, live: bool) -> None:
         self.open = {request.id for request in requests}
@@ -38,7 +40,7 @@ class Driver:
         self._loop = loop
         self._inboxes: dict[int, Inbox] = {}
         self._controls: dict[int, queue.SimpleQueue[ControlReply | EngineDead]] = {}
-        self._messages: queue.SimpleQueue[ToEngine | Inbox] = queue.SimpleQueue()
+        self._messages: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
         self._lock = threading.Lock()  # of `_dead` and of what is promised an answer
         self._dead: EngineDead | None = None
         self._next_control = 0
@@ -92,7 +94,7 @@ class Driver:
                     self._hand_out(self._loop.step())
                 self._answer()
             self._end(EngineDead("The engine was shut down."))
-        except Exception as error:  # noqa: BLE001 - told to everyone who waits, then over
+        except Exception as error:
             log.exception("engine fault")
             self._end(EngineDead(f"The engine ended: {error}"))
         self._loop.close()

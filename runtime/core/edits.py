@@ -1,7 +1,9 @@
-"""Token-state edits of a sequence: what the device must know before it samples with penalties, bias or bans.
+"""Token-state edits of a sequence: what the device must know before it samples with penalties, bias
+or bans.
 
-Comes in: a sequence and its slot. Goes out: [e, 4] int32 arrays of (slot, token, kind, value), applied in order; kinds as in
-`StepInput.edits`. Called by the scheduler on a sequence's last prompt chunk and when min_new_tokens is reached.
+Comes in: a sequence and its slot. Goes out: [e, 4] int32 arrays of (slot, token, kind, value),
+applied in order; kinds as in `StepInput.edits`. Called by the scheduler on a sequence's last prompt
+chunk and when min_new_tokens is reached.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ CLEAR, MARK, COUNT, BIAS = range(4)
 
 
 def first_edits(seq: Sequence, slot: int, tokens: I32, banned: bool) -> I32:
-    """Everything from a slot in unknown state to this sequence's: `tokens` are its prompt and the outputs so far."""
+    """Everything from a slot in unknown state to this sequence's: `tokens` are its prompt and the
+    outputs so far.
+    """
     sampling = seq.request.sampling
     parts = [_edits(slot, np.zeros(1, np.int32), CLEAR, 0)]
     if sampling.repetition_penalty != 1.0:

@@ -1,7 +1,9 @@
-"""What running sequences hold: slots, pages, and the prefixes they publish. The one owner of each resource.
+"""What running sequences hold: slots, pages, and the prefixes they publish. The one owner of each
+resource.
 
-A waiting sequence holds nothing. `enter` gives it a slot and pages for all its known tokens, `grow` one more page, `leave` takes
-everything back; nothing else moves a page or a slot. Called by the scheduler.
+A waiting sequence holds nothing. `enter` gives it a slot and pages for all its known tokens, `grow`
+one more page, `leave` takes everything back; nothing else moves a page or a slot. Called by the
+scheduler.
 """
 
 from __future__ import annotations
@@ -37,12 +39,16 @@ class Holdings:
         return self.pool.matched(seq.keys, self._reusable(seq))
 
     def comes_soon(self, seq: Sequence) -> bool:
-        """A running prompt is computing a good part of what this one starts with: waiting is cheaper than computing it twice."""
+        """A running prompt is computing a good part of what this one starts with: waiting is
+        cheaper than computing it twice.
+        """
         ahead = self.matched(seq) + SHARED_PAGES
         return ahead <= self._reusable(seq) and seq.keys[ahead - 1] in self._pending
 
     def enter(self, seq: Sequence, reserve: int) -> bool:
-        """Slot and pages for a waiting sequence, or False and nothing changed when that would leave fewer than `reserve`."""
+        """Slot and pages for a waiting sequence, or False and nothing changed when that would leave
+        fewer than `reserve`.
+        """
         pool, slots, size = self.pool, self.slots, self._page_size
         matched = self.matched(seq)
         found = seq.keys[:matched]
@@ -74,8 +80,9 @@ class Holdings:
         return True
 
     def publish(self, seq: Sequence, start: int, end: int) -> bool:
-        """Prompt tokens [start, end) are submitted: steps run in order, so later ones may read their pages. True if any waiting
-        sequence may now find more."""
+        """Prompt tokens [start, end) are submitted: steps run in order, so later ones may read
+        their pages. True if any waiting sequence may now find more.
+        """
         first, last = start // self._page_size, min(end // self._page_size, len(seq.keys))
         for page, key in zip(
             self.slots.table[seq.slot, first:last].tolist(), seq.keys[first:last], strict=True
@@ -86,7 +93,9 @@ class Holdings:
         return last > first
 
     def leave(self, seq: Sequence, *, keep: bool) -> None:
-        """Takes everything back. `keep`: its complete pages stay findable; otherwise none of its pages does."""
+        """Takes everything back. `keep`: its complete pages stay findable; otherwise none of its
+        pages does.
+        """
         slots, slot = self.slots, seq.slot
         pages = slots.held(slot)
         for key in seq.keys:
@@ -95,7 +104,8 @@ class Holdings:
         if not keep:
             self.pool.withdraw(pages)
         elif self._prefix_cache and seq.state in (DECODE, DRAIN):
-            # The newest known token came from a row that was collected, so everything before it was computed soundly.
+            # The newest known token came from a row that was collected, so everything before it was
+            # computed soundly.
             sound = slots.seen(slot)[:-1][: int(slots.length[slot])]
             chain(self._secret, seq.request.salt, sound, self._page_size, seq.keys)
             for page, key in zip(pages, seq.keys[: len(sound) // self._page_size], strict=False):
@@ -113,14 +123,17 @@ class Holdings:
         owned = slots + self._free_slots
         if len(owned) != len(self.slots.sequences) or len(set(owned)) != len(owned):
             raise PageLeak(
-                f"{len(slots)} slots in use and {len(self._free_slots)} free, of {len(self.slots.sequences)}"
+                f"{len(slots)} slots in use and {len(self._free_slots)} free, of "
+                f"{len(self.slots.sequences)}"
             )
         if not self.running and self._pending:
             raise PageLeak(f"nothing runs, but {len(self._pending)} pages are said to be computed")
         self.pool.check(self.slots.held(slot) for slot in slots)
 
     def _reusable(self, seq: Sequence) -> int:
-        """Pages that may come from the cache: not the last token's, whose logits are wanted, nor those yet to be scored."""
+        """Pages that may come from the cache: not the last token's, whose logits are wanted, nor
+        those yet to be scored.
+        """
         last = len(seq.tokens) - 1
         if seq.scores and seq.score_next < seq.prompt_size:
             last = min(last, seq.score_next - 1)

@@ -1,7 +1,9 @@
-"""The engine loop: receive, schedule, submit step n, collect step n-1, emit. Everything above the device and below processes.
+"""The engine loop: receive, schedule, submit step n, collect step n-1, emit. Everything above the
+device and below processes.
 
-Comes in: a session, options, requests and aborts. Goes out: events and control replies. `worker.py` drives it over a socket,
-`runtime/engine.py` in a thread; both call `step` while `has_work` and `idle` when there is none.
+Comes in: a session, options, requests and aborts. Goes out: events and control replies. `worker.py`
+drives it over a socket, `runtime/engine.py` in a thread; both call `step` while `has_work` and
+`idle` when there is none.
 """
 
 from __future__ import annotations
@@ -17,15 +19,14 @@ from runtime.core.admission import check
 from runtime.core.batch import build
 from runtime.core.commit import commit_step
 from runtime.core.options import EngineOptions
-from runtime.core.scheduler import Policy, Scheduler
+from runtime.core.policy import resolve_policy
+from runtime.core.scheduler import Scheduler
 from runtime.core.sequence import Step
-from runtime.device.base import Capacity, Session, Ticket
-from runtime.errors import InvalidRequest, UsageError
+from runtime.device.base import Session, Ticket
+from runtime.errors import InvalidRequest
 from runtime.request import Abort, Control, ControlReply, Event, Finish, Request, Stats, ToEngine
 
 log = logging.getLogger("headstart.engine")
-
-QUEUE_FACTOR = 4  # default bounds of the line: so many times the running slots, and the KV pool
 
 
 class EngineLoop:
@@ -76,7 +77,7 @@ class EngineLoop:
             self.scheduler.add(request, self._clock())
         except InvalidRequest as error:
             self._refuse(request, str(error), error.status)
-        except Exception:  # noqa: BLE001 - request-scoped by rule: nothing is on the books before `add` succeeds
+        except Exception:
             log.exception("admission failed request=%d", request.id)
             self._refuse(request, "The engine could not admit this request.", 500)
 
@@ -100,7 +101,9 @@ class EngineLoop:
         self.replies.append(ControlReply(id=control.id, ok=ok, message=message, stats=self.stats()))
 
     def step(self) -> list[Event]:
-        """One step: submit n, collect n - 1. Raises what the device or the books raise: then the engine must end."""
+        """One step: submit n, collect n - 1. Raises what the device or the books raise: then the
+        engine must end.
+        """
         scheduler, flying = self.scheduler, self._in_flight
         self._checked = False
         step = scheduler.schedule(self._clock())
@@ -156,32 +159,3 @@ class EngineLoop:
     def _refuse(self, request: Request, message: str, status: int) -> None:
         finish = Finish(reason="abort", message=message, status=status)
         self.scheduler.outbox.append(Event(id=request.id, finish=finish))
-
-
-def resolve_policy(options: EngineOptions, capacity: Capacity) -> Policy:
-    """No `auto` and no default survives; contradictions are refused."""
-    sizes = {"max_running": (capacity.max_seqs, "sequences"), "max_step_tokens": (capacity.max_tokens, "tokens")}  # fmt: skip
-    for name, (most, unit) in sizes.items():
-        wanted = getattr(options, name)
-        if wanted is not None and wanted > most:
-            raise UsageError(
-                f"{name}: asked for {wanted}, the artifact was compiled for steps of {most} {unit}; ask for less or compile "
-                f"with a larger shape"
-            )
-    tokens = options.max_step_tokens or capacity.max_tokens
-    running = options.max_running or min(capacity.max_seqs, capacity.slots, tokens)
-    if running > tokens:
-        raise UsageError(
-            f"max_running {running} is more than max_step_tokens {tokens}: every running sequence takes a token of a step"
-        )
-    pool = capacity.pages * capacity.page_size
-    return Policy(
-        order=options.policy,
-        max_running=running,
-        max_step_tokens=tokens,
-        waiting_requests=options.waiting_requests or QUEUE_FACTOR * running,
-        waiting_tokens=options.waiting_tokens or QUEUE_FACTOR * pool,
-        queue_wait_s=options.queue_wait_s,
-        request_s=options.request_s,
-        prefix_cache=options.prefix_cache,
-    )

@@ -1,6 +1,7 @@
 """What an engine is started with: the engine's share of ServeConfig, resolved, as plain data.
 
-The HTTP process sends it to the worker as one JSON argument; the in-process Engine makes it from keyword arguments.
+The HTTP process sends it to the worker as one JSON argument; the in-process Engine makes it from
+keyword arguments.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ DEVICES = ("auto", "null")
 
 
 class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Fields as in ServeConfig and LimitsConfig; None means what their comments say. `seed` fixes the seeds the engine
-    chooses for requests that bring none; `null_step_s` is the time a step takes on the null device."""
+    """Fields as in ServeConfig and LimitsConfig; None means what their comments say. `seed` fixes
+    the seeds the engine chooses for requests that bring none; `null_step_s` is the time a step
+    takes on the null device.
+    """
 
     artifact: str
     device: str = "auto"

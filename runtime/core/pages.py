@@ -1,15 +1,16 @@
 """The paged KV pool: who owns which page, and which pages can be reused for an equal prefix.
 
-Comes in: page numbers asked for, given back, and published under the digest of the tokens they hold. Goes out: pages.
-Called by the scheduler only; holds no data itself.
+Comes in: page numbers asked for, given back, and published under the digest of the tokens they
+hold. Goes out: pages. Called by the scheduler only; holds no data itself.
 
     state of a page    owner                                 leaves it by
     free               `_free`                               allocate
     used               the `_refs[page]` sequences using it  release (the last one)
-    cached             `_lru` (refs 0, published)            match, or allocate (eviction, least recently used first)
+    cached             `_lru` (refs 0, published)            take, or allocate (least recently used)
 
-A published page stays findable while it is used or cached. Keys are keyed SHA-256 chains (`chain`): equal keys mean equal
-tokens from position 0 on and equal tenant salt, and nobody outside can construct them.
+A published page stays findable while it is used or cached. Keys are keyed SHA-256 chains (`chain`):
+equal keys mean equal tokens from position 0 on and equal tenant salt, and nobody outside can
+construct them.
 """
 
 from __future__ import annotations
@@ -97,11 +98,13 @@ class PagePool:
         return pages
 
     def unreferenced(self, keys: Iterable[bytes]) -> int:
-        """How many of these findable keys' pages are only cached: taking them makes as many fewer available."""
+        """How many of these findable keys' pages are only cached: taking them makes as many fewer
+        available.
+        """
         return sum(self._refs[self._page[key]] == 0 for key in keys)
 
     def publish(self, page: int, key: bytes) -> None:
-        """Makes a used page findable. The first page of a key stays; a second copy remains private."""
+        """Makes a used page findable. The first page of a key stays, a second copy is private."""
         if key not in self._page and self._key[page] is None:
             self._page[key] = page
             self._key[page] = key
@@ -137,7 +140,9 @@ class PagePool:
         return len(cached)
 
     def check(self, held: Iterable[Sequence[int]]) -> None:
-        """Every page is in exactly one state and referenced exactly as often as the sequences hold it."""
+        """Every page is in exactly one state and referenced exactly as often as the sequences hold
+        it.
+        """
         refs = [0] * self.total
         for pages in held:
             for page in pages:

@@ -1,4 +1,6 @@
-"""When each phase of a start ended, in seconds since the process was born (by the kernel's clock, so imports count)."""
+"""When each phase of a start ended, in seconds since the process was born (by the kernel's clock,
+so imports count).
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""The life of an engine process: open the device, say Ready (or Failed), then serve frames until told to stop.
+"""The life of an engine process: open the device, say Ready (or Failed), then serve frames until
+told to stop.
 
-Comes in: a descriptor and options from the command line, frames of ToEngine. Goes out: frames of FromEngine; `Stats` is the
-heartbeat, sent by the loop itself so that it cannot lie. Called by worker.py.
+Comes in: a descriptor and options from the command line, frames of ToEngine. Goes out: frames of
+FromEngine; `Stats` is the heartbeat, sent by the loop itself so that it cannot lie. Called by
+worker.py.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def run(channel: Channel, options: str, phases: Phases) -> int:
-    """The exit code. Only device-level faults and a broken connection end up here; what concerns one request is an event."""
+    """The exit code. Only device-level faults and a broken connection end up here; what concerns
+    one request is an event.
+    """
     try:
         loop = open_loop(msgspec.json.decode(options, type=EngineOptions), phases)
         channel.send(ready(loop, phases))
@@ -64,7 +68,7 @@ def run(channel: Channel, options: str, phases: Phases) -> int:
         code = error.exit_code if isinstance(error, HeadstartError) else UsageError.exit_code
         tell(channel, Failed(message=str(error), exit_code=code))
         return code
-    except Exception as error:  # noqa: BLE001 - the last word of a process that cannot go on
+    except Exception as error:
         log.exception("engine fault")
         tell(channel, Failed(message=f"engine fault: {error}", exit_code=1))
         return 1
@@ -72,7 +76,9 @@ def run(channel: Channel, options: str, phases: Phases) -> int:
 
 
 def open_loop(options: EngineOptions, phases: Phases) -> EngineLoop:
-    """A session and the loop over it, from options alone. The null device also runs without an artifact."""
+    """A session and the loop over it, from options alone. The null device also runs without an
+    artifact.
+    """
     artifact = None
     if options.artifact or options.device != "null":
         artifact = Artifact.open(options.artifact)

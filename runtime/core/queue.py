@@ -1,8 +1,9 @@
 """The waiting line: who is next, under which policy.
 
-Comes in: sequences, new or preempted. Goes out: candidates for admission, best first. Priority first, then by policy: `fcfs`
-is arrival order; `lpm` prefers the longest prefix already in the pool. A sequence others have passed PATIENCE times goes
-before all of its layer, so nobody waits for ever. Used by the scheduler.
+Comes in: sequences, new or preempted. Goes out: candidates for admission, best first. Priority
+first, then by policy: `fcfs` is arrival order; `lpm` prefers the longest prefix already in the
+pool. A sequence others have passed PATIENCE times goes before all of its layer, so nobody waits for
+ever. Used by the scheduler.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Callable, Iterator
 
+from runtime.core.policy import Policy
 from runtime.core.sequence import Sequence
 
 WINDOW = 64  # how far lpm looks: what it costs per step stays bounded
@@ -39,6 +41,14 @@ class WaitingLine:
     def remove(self, seq: Sequence) -> None:
         self._line.remove(seq)
         self.tokens -= len(seq.tokens)
+
+    def full(self, policy: Policy, tokens: int, free: int) -> bool:
+        """No room for a prompt of `tokens`; `free` of those that wait will not for long."""
+        most = policy.waiting_requests
+        if most is not None and len(self._line) >= most + free:
+            return True
+        most = policy.waiting_tokens
+        return most is not None and bool(self._line) and self.tokens + tokens > most
 
     def candidates(self, matched: Callable[[Sequence], int]) -> list[Sequence]:
         window = self._line[:WINDOW]

@@ -1,8 +1,10 @@
-"""What runs next: pure policy over plain data, with no clock and no device of its own (`now` is passed in).
+"""What runs next: pure policy over plain data, with no clock and no device of its own (`now` is
+passed in).
 
-Comes in: requests, aborts and, through commit.py, results. Goes out: a `Step`, and `outbox` events of requests that ended
-without one. A step holds one row per decoding sequence and prompt chunks in what is left of the token budget.
-Called by the engine loop: `add`/`abort`, `schedule(now)`; then commit.py with the step's output.
+Comes in: requests, aborts and, through commit.py, results. Goes out: a `Step`, and `outbox` events
+of requests that ended without one. A step holds one row per decoding sequence and prompt chunks in
+what is left of the token budget. Called by the engine loop: `add`/`abort`, `schedule(now)`; then
+commit.py with the step's output.
 
     waiting ──admit──► prefill ──last chunk──► decode ──all submitted──► drain ──results──► done
        ▲                  │                      │
@@ -12,14 +14,13 @@ Called by the engine loop: `add`/`abort`, `schedule(now)`; then commit.py with t
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 
 import numpy as np
 
-from runtime.core.chunks import add_chunks
-from runtime.core.edits import lift_ban
+from runtime.core.chunks import add_chunks, lift_bans
 from runtime.core.holdings import Holdings
 from runtime.core.pages import PageLeak
+from runtime.core.policy import Counters, Policy
 from runtime.core.queue import PATIENCE, WaitingLine
 from runtime.core.sequence import DECODE, DONE, DRAIN, PREFILL, WAITING, Rows, Sequence, Step
 from runtime.device.base import I32, Capacity
@@ -32,30 +33,6 @@ RETRY_STEPS = 16  # between fruitless rounds of admission when nobody left
 QUEUE_FULL = "The request queue is full."
 WAITED = "Request waiting timeout reached."
 RAN = "Request running timeout reached."
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Policy:
-    """Choices of the serve config, resolved. None: no limit."""
-
-    order: str = "lpm"
-    max_running: int
-    max_step_tokens: int
-    waiting_requests: int | None = None
-    waiting_tokens: int | None = None
-    queue_wait_s: float | None = None
-    request_s: float | None = None
-    prefix_cache: bool = True
-
-
-@dataclass(slots=True, kw_only=True)
-class Counters:
-    steps: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    generation_tokens: int = 0
-    retractions: int = 0
-    aborted: int = 0
 
 
 class Scheduler:
@@ -103,7 +80,8 @@ class Scheduler:
         if request.id in self.live:
             self._refuse(request, "The request id is in use.", 400)
             return
-        if self._full(len(request.tokens)):
+        free = max(policy.max_running - len(self.running), 0)  # admitted with the next step
+        if self.waiting.full(policy, len(request.tokens), free):
             self._refuse(request, QUEUE_FULL, 503)
             return
         stops = frozenset(sampling.stop_token_ids)
@@ -159,7 +137,8 @@ class Scheduler:
         self.held.check()
         if len(self.live) != len(self.running) + len(self.waiting):
             raise PageLeak(
-                f"{len(self.live)} requests, {len(self.running)} running, {len(self.waiting)} waiting"
+                f"{len(self.live)} requests, {len(self.running)} running, {len(self.waiting)} "
+                "waiting"
             )
         if not self.running and (self.prefilling or self.banned or self._ban_edits):
             raise PageLeak("nothing runs, but prompts or bans are on the books")
@@ -175,7 +154,7 @@ class Scheduler:
             self._admit()
         step = Step(rows=rows, positions=positions, lives=self.held.lives)
         if self.banned:
-            self._lift_bans(step)
+            lift_bans(self, step)
         if self.prefilling:
             add_chunks(self, step)
         if not len(rows) and not step.chunks:
@@ -184,7 +163,9 @@ class Scheduler:
         return step
 
     def _grow(self) -> tuple[Rows, I32]:
-        """The decode rows, each with room for one more token; the youngest sequences give way where pages run out."""
+        """The decode rows, each with room for one more token; the youngest sequences give way where
+        pages run out.
+        """
         slots = self.slots
         while True:
             rows = self._rows
@@ -203,7 +184,9 @@ class Scheduler:
             self._preempt(max(movable, key=lambda s: (-s.request.priority, s.order)))
 
     def _advance(self, step: Step) -> None:
-        """The step will run: lengths move on, finished prompts become decoders, complete pages become findable."""
+        """The step will run: lengths move on, finished prompts become decoders, complete pages
+        become findable.
+        """
         rows, slots = step.rows, self.slots
         self.count.steps += 1
         self._growth = max(self._growth * 0.998, 0.05)
@@ -227,23 +210,7 @@ class Scheduler:
                 seq.state = DECODE if more else DRAIN
                 self._rows = None
 
-    def _lift_bans(self, step: Step) -> None:
-        for seq in list(self.banned):
-            # Its next row samples output number `length + 1 - prompt`, counted from 0.
-            number = int(self.slots.length[seq.slot]) + 1 - seq.prompt_size
-            if seq.state == DECODE and number >= seq.request.sampling.min_new_tokens:
-                step.edits.append(lift_ban(seq, seq.slot))
-                del self.banned[seq]
-
     # --- admission and preemption ---------------------------------------------------------------
-
-    def _full(self, tokens: int) -> bool:
-        policy, waiting = self.policy, self.waiting
-        free = max(policy.max_running - len(self.running), 0)  # admitted with the next step
-        if policy.waiting_requests is not None and len(waiting) >= policy.waiting_requests + free:
-            return True
-        most = policy.waiting_tokens
-        return most is not None and len(waiting) > 0 and waiting.tokens + tokens > most
 
     def _admit(self) -> None:
         free = self.policy.max_running - len(self.running)
@@ -294,7 +261,7 @@ class Scheduler:
         return int(growth * self._growth) // self.capacity.page_size + 1
 
     def _preempt(self, seq: Sequence) -> None:
-        """Back to the line, to be computed again: what was in flight for it is dropped at commit."""
+        """Back to the line, to be computed again: commit drops what was in flight for it."""
         tokens = self.slots.seen(seq.slot)
         self._leave(seq, keep=True)
         seq.state = WAITING

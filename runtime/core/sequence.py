@@ -1,10 +1,12 @@
-"""The scheduler's nouns: a `Sequence` (one request and how far it got), `Slots` (the device-side rows of the running ones),
-and `Step` (what the scheduler decided). Plain data; made by scheduler.py, read by batch.py and commit.py.
+"""The scheduler's nouns: a `Sequence` (one request and how far it got), `Slots` (the device-side
+rows of the running ones), and `Step` (what the scheduler decided). Plain data; made by
+scheduler.py, read by batch.py and commit.py.
 
 Lengths of a running sequence, in tokens:
 
-    computed <= known, until the last prompt token is submitted; then computed counts on, known follows one step later
-    `length`  tokens whose keys and values are submitted     `known`  tokens the host has seen     `limit`  prompt + max_new_tokens
+    length   tokens whose keys and values are submitted to the device
+    known    tokens the host has seen: the prompt, and outputs that were collected
+    limit    prompt + max_new_tokens: known ends there, length one before
 """
 
 from __future__ import annotations
@@ -116,7 +118,9 @@ class Sequence:
 
 
 class Slots:
-    """One row per token-state slot, as arrays, so that a decode step costs a few numpy calls and not a loop."""
+    """One row per token-state slot, as arrays, so that a decode step costs a few numpy calls and
+    not a loop.
+    """
 
     def __init__(self, capacity: Capacity) -> None:
         n = capacity.slots
@@ -176,9 +180,11 @@ class Slots:
 
 
 class Rows:
-    """The decoding sequences, fixed: made anew when one joins or leaves, shared by every step in between.
+    """The decoding sequences, fixed: made anew when one joins or leaves, shared by every step in
+    between.
 
-    `pages` and `params` are batch.py's, kept here because they stay valid exactly as long."""
+    `pages` and `params` are batch.py's, kept here because they stay valid exactly as long.
+    """
 
     def __init__(self, seqs: list[Sequence], slots: Slots) -> None:
         n = len(seqs)
@@ -204,8 +210,9 @@ class Rows:
 
 @dataclass(slots=True, kw_only=True)
 class Chunk:
-    """Tokens [start, end) of one prompt. Rows: `score` targets (prompt positions score_at .. score_at + score), then one sampling
-    row if `samples`. `final`: the prompt is complete with it."""
+    """Tokens [start, end) of one prompt. Rows: `score` targets (prompt positions score_at ..
+    score_at + score), then one sampling row if `samples`. `final`: the prompt is complete with it.
+    """
 
     seq: Sequence
     slot: int
@@ -220,8 +227,9 @@ class Chunk:
 
 @dataclass(slots=True, kw_only=True)
 class Step:
-    """Decode rows first, then chunks. `positions`: of the decode rows. `lives`: how often a sequence had left a slot when this
-    was made; equal at commit means every row is still wanted."""
+    """Decode rows first, then chunks. `positions`: of the decode rows. `lives`: how often a
+    sequence had left a slot when this was made; equal at commit means every row is still wanted.
+    """
 
     rows: Rows
     positions: I32

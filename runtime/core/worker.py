@@ -1,6 +1,8 @@
-"""The engine process: `python -m runtime.core.worker FD OPTIONS`, FD our end of a socket pair, OPTIONS EngineOptions as JSON.
+"""The engine process: `python -m runtime.core.worker FD OPTIONS`, FD our end of a socket pair,
+OPTIONS EngineOptions as JSON.
 
-Started by `runtime.spawn`. This file only makes sure that the process cannot outlive its parent, then hands over to process.py.
+Started by `runtime.spawn`. This file only makes sure that the process cannot outlive its parent,
+then hands over to process.py.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
-    """The kernel kills us when the parent goes, even by kill -9. SIGTERM and ^C are for the parent: it orders the drain."""
+    """The kernel kills us when the parent goes, even by kill -9. SIGTERM and ^C are for the parent:
+    it orders the drain.
+    """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,7 +1,7 @@
 """The memory of a CPU session: four arenas, and what fits.
 
-An arena is anonymous memory in huge pages, zero until touched: nothing here writes to one, so state costs what is used of it.
-`kv_pages` decides the only size chosen at load. Called by cpu.py.
+An arena is anonymous memory in huge pages, zero until touched: nothing here writes to one, so state
+costs what is used of it. `kv_pages` decides the only size chosen at load. Called by cpu.py.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def kv_pages(manifest: Manifest, kv_tokens: int | None, available: int) -> int:
     room = available - fixed
     if room < 0:
         raise NoSpace(
-            f"artifact {manifest.name} needs {fixed >> 20} MiB before any KV page, {available >> 20} MiB are available; "
+            f"artifact {manifest.name} needs {fixed >> 20} MiB before any KV page, "
+            f"{available >> 20} MiB are available; "
             "free memory or take a smaller quantization"
         )
     if kv_tokens is not None and kv_tokens < state.page_size:
@@ -54,7 +55,8 @@ def kv_pages(manifest: Manifest, kv_tokens: int | None, available: int) -> int:
         pages = kv_tokens // state.page_size
     if pages * state.page_bytes > room:
         raise NoSpace(
-            f"a KV pool of {pages * state.page_size} tokens takes {pages * state.page_bytes >> 20} MiB, "
+            f"a KV pool of {pages * state.page_size} tokens takes {pages * state.page_bytes >> 20} "
+            "MiB, "
             f"{room >> 20} MiB are available beside the model; lower kv_tokens"
         )
     return pages

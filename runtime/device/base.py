@@ -1,7 +1,8 @@
 """One rank of one artifact on one device, as the engine loop sees it.
 
-A step is submitted as plain arrays and collected later; a session may hold two steps in flight (the loop submits step n
-before it collects n-1), in which tokens sampled by step n-1 feed step n on the device.
+A step is submitted as plain arrays and collected later; a session may hold two steps in flight (the
+loop submits step n before it collects n-1), in which tokens sampled by step n-1 feed step n on the
+device.
 """
 
 from __future__ import annotations
@@ -48,18 +49,21 @@ class StepInput:
     positions[n]   position of the token in its sequence
     kv_slots[n]    where its key and value go: page * page_size + offset
     seq_start[s+1] first token of each sequence in the flat batch
-    seq_len[s]     keys visible to the last token of the sequence in this step (its length after the step)
-    pages          page tables, one row per sequence: a 2-D array or a list of arrays; entries past seq_len are ignored
+    seq_len[s]     keys visible to the sequence's last token in this step (its length after it)
+    pages          page tables, one row per sequence: a 2-D array or a list of arrays; entries past
+                   seq_len are ignored
     row_token[r]   flat index of the token whose logits are wanted
     row_slot[r]    token-state slot (last token, counts, bias)
     row_target[r]  -1: sample; otherwise only report this token's logprob (prompt scoring)
     row_flags[r]   1: penalties or bias apply; 2: logprob wanted
     row_top[r]     number of top logprobs wanted, 0..20
-    temperature, top_p, min_p, frequency, presence, repetition [r] float32; top_k[r] int32 (0 = all); temperature 0 = greedy
+    temperature, top_p, min_p, frequency, presence, repetition [r] float32; temperature 0 = greedy
+    top_k[r]       int32, 0 = all
     seed[r]        int64; the draw is a function of (seed, position of the row's token)
     edits[e, 4]    (slot, token, kind, value) applied before sampling, in order:
-                   kind 0 clear the slot's counts and bias; 1 mark token as seen in the prompt; 2 add value to its output count;
-                   3 set its bias to the float32 whose bits are value
+                   kind 0 clear the slot's counts and bias; 1 mark token as seen in the prompt;
+                   2 add value to its output count; 3 set its bias to the float32 whose bits are
+                   value
     """
 
     tokens: I32
@@ -86,8 +90,10 @@ class StepInput:
 
 @dataclass(slots=True, kw_only=True)
 class StepOutput:
-    """Per logit row: token[r] (sampled, or row_target echoed), logprob[r] of it under the model's own distribution (before
-    temperature, penalties and bias; NaN unless wanted), top_ids/top_logprobs[r, 20], status[r] (0 ok, 1 non-finite logits)."""
+    """Per logit row: token[r] (sampled, or row_target echoed), logprob[r] of it under the model's
+    own distribution (before temperature, penalties and bias; NaN unless wanted),
+    top_ids/top_logprobs[r, 20], status[r] (0 ok, 1 non-finite logits).
+    """
 
     token: I32
     logprob: F32
@@ -120,8 +126,9 @@ def open_session(
     null_step_s: float = 0.0,
     mark: Callable[[str], None] = lambda phase: None,
 ) -> Session:
-    """The session for an artifact on this machine. `device`: auto (what the artifact was compiled for) or null (no kernels;
-    then `artifact` may be None). `mark` hears the phases of the start."""
+    """The session for an artifact on this machine. `device`: auto (what the artifact was compiled
+    for) or null (no kernels; then `artifact` may be None). `mark` hears the phases of the start.
+    """
     if device == "null":
         from runtime.device.null import NullSession, null_capacity
 
@@ -131,7 +138,8 @@ def open_session(
     check_trust(artifact, trust)
     if artifact.manifest.ranks != 1:
         raise IncompatibleTarget(
-            f"artifact {artifact.path} was compiled for {artifact.manifest.ranks} ranks, this runtime drives 1; compile it with "
+            f"artifact {artifact.path} was compiled for {artifact.manifest.ranks} ranks, this "
+            "runtime drives 1; compile it with "
             "parallel.tp=1"
         )
     from runtime.device.cpu import CpuSession
@@ -140,14 +148,18 @@ def open_session(
 
 
 def check_trust(artifact: Artifact, trust: str | None) -> None:
-    """An artifact brings binaries, and binaries are programs: one that another user wrote runs only when its digest is named."""
+    """An artifact brings binaries, and binaries are programs: one that another user wrote runs only
+    when its digest is named.
+    """
     if trust is not None and trust != artifact.digest:
         raise UsageError(
-            f"trust_artifact: {trust} is not this artifact's digest {artifact.digest}; check where it comes from"
+            f"trust_artifact: {trust} is not this artifact's digest {artifact.digest}; check where "
+            "it comes from"
         )
     owner = artifact.path.stat().st_uid
     if trust is None and owner not in (0, os.getuid()):
         raise UsageError(
-            f"artifact {artifact.path} belongs to user {owner}, not to {os.getuid()}, and holds programs; give "
+            f"artifact {artifact.path} belongs to user {owner}, not to {os.getuid()}, and holds "
+            "programs; give "
             f"trust_artifact={artifact.digest} if you trust it"
         )

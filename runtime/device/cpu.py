@@ -1,8 +1,9 @@
 """A session on the CPU: the artifact's plans, relocated and run by its native library.
 
-Comes in: an artifact. Goes out: `CpuSession`. Opening streams the weights into their arena, checks them while they are warm in
-the cache, and turns every stored plan into a native one. A step is copied into one of two staging buffers and queued; the
-native driver thread uploads, runs and downloads without the GIL. Opened by `open_session`.
+Comes in: an artifact. Goes out: `CpuSession`. Opening streams the weights into their arena, checks
+them while they are warm in the cache, and turns every stored plan into a native one. A step is
+copied into one of two staging buffers and queued; the native driver thread uploads, runs and
+downloads without the GIL. Opened by `open_session`.
 """
 
 from __future__ import annotations
@@ -26,13 +27,17 @@ READ_GROUP = 16 << 20  # weights are checked in groups that are still in the cac
 DEPTH = 2  # steps in flight
 
 TOKEN_FIELDS = ("tokens", "positions", "kv_slots")
-ROW_FIELDS = ("row_token", "row_slot", "row_target", "row_flags", "row_top", "temperature", "top_k", "top_p", "min_p",
-              "frequency", "presence", "repetition", "seed")  # fmt: skip
+ROW_FIELDS = (
+    *("row_token", "row_slot", "row_target", "row_flags", "row_top", "seed"),
+    *("temperature", "top_k", "top_p", "min_p", "frequency", "presence", "repetition"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A plan ready to run. `fields`: for each staging buffer, a view of it per io field; `outputs` likewise."""
+    """A plan ready to run. `fields`: for each staging buffer, a view of it per io field; `outputs`
+    likewise.
+    """
 
     bucket: Bucket
     handle: int
@@ -155,13 +160,15 @@ class CpuSession:
         self._team = None
 
     def _fitting(self, tokens: int, seqs: int, step: StepInput) -> Plan:
-        pages = step.pages.shape[1] if isinstance(step.pages, np.ndarray) else max(map(len, step.pages))  # fmt: skip
+        table = step.pages
+        pages = table.shape[1] if isinstance(table, np.ndarray) else max(map(len, table))
         for plan in self._plans:
             b = plan.bucket
             if b.tokens >= tokens and b.seqs >= seqs and b.pages >= pages:
                 return plan
         raise ValueError(
-            f"no plan for {tokens} tokens, {seqs} sequences, {pages} pages; the largest is {self._plans[-1].bucket}"
+            f"no plan for {tokens} tokens, {seqs} sequences, {pages} pages; the largest is "
+            f"{self._plans[-1].bucket}"
         )
 
     # --- opening --------------------------------------------------------------------------------
@@ -185,7 +192,8 @@ class CpuSession:
             )
             if error:
                 raise DamagedArtifact(
-                    f"artifact {artifact.path}, file {path.name}: reading tensor {tensors[first].name} ({size} bytes at "
+                    f"artifact {artifact.path}, file {path.name}: reading tensor "
+                    f"{tensors[first].name} ({size} bytes at "
                     f"{data + start}) failed: {os.strerror(error)}; copy the artifact again"
                 )
             self._native.hs_crc32c(
@@ -238,7 +246,8 @@ class CpuSession:
         foreign = (kinds != PARAM_BYTES) & (kinds != PARAM_ADDRESS)
         if foreign.any():
             raise IncompatibleTarget(
-                f"artifact {self._artifact.path}, plan {name}: expected parameters of the CPU, found kind "
+                f"artifact {self._artifact.path}, plan {name}: expected parameters of the CPU, "
+                "found kind "
                 f"{int(kinds[foreign][0])}; compile it for cpu"
             )
         address = kinds == PARAM_ADDRESS
@@ -246,7 +255,8 @@ class CpuSession:
         outside = values[address] >= np.maximum(sizes, 1)
         if outside.any():
             raise DamagedArtifact(
-                f"artifact {self._artifact.path}, plan {name}: expected an address below {int(sizes[outside][0])}, found "
+                f"artifact {self._artifact.path}, plan {name}: expected an address below "
+                f"{int(sizes[outside][0])}, found "
                 f"{int(values[address][outside][0])}; compile it again"
             )
         bases = np.array([a.address for a in self._arenas], np.uint64)

@@ -1,6 +1,7 @@
 """The native kernel library of an artifact: chosen for this CPU, opened from verified bytes, typed.
 
-Comes in: an artifact. Goes out: a ctypes library whose functions are those of kernels/cpu/abi.h and plan.cpp. Called by cpu.py.
+Comes in: an artifact. Goes out: a ctypes library whose functions are those of kernels/cpu/abi.h and
+plan.cpp. Called by cpu.py.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def choose_library(artifact: Artifact) -> CpuLibrary:
     target, machine = artifact.manifest.target, os.uname().machine
     if target.kind != "cpu" or target.machine != machine:
         raise IncompatibleTarget(
-            f"artifact {artifact.path} is for {target.kind} {target.machine}, this machine is cpu {machine}; compile it for "
+            f"artifact {artifact.path} is for {target.kind} {target.machine}, this machine is cpu "
+            f"{machine}; compile it for "
             "this target"
         )
     features = cpu_features()
@@ -45,7 +47,8 @@ def choose_library(artifact: Artifact) -> CpuLibrary:
     first = artifact.manifest.libraries[0] if artifact.manifest.libraries else None
     missing = sorted(set(first.requires) - features) if first else ["a packed library"]
     raise IncompatibleTarget(
-        f"artifact {artifact.path} needs {', '.join(missing)}, this CPU does not offer that; compile it on this machine"
+        f"artifact {artifact.path} needs {', '.join(missing)}, this CPU does not offer that; "
+        "compile it on this machine"
     )
 
 
@@ -55,7 +58,8 @@ def open_library(artifact: Artifact, library: CpuLibrary) -> ctypes.CDLL:
         native = ctypes.CDLL(f"/proc/self/fd/{fd}")
     except OSError as error:
         raise IncompatibleTarget(
-            f"artifact {artifact.path}, file {library.path}: the loader says {error}; compile it on this machine"
+            f"artifact {artifact.path}, file {library.path}: the loader says {error}; compile it "
+            "on this machine"
         ) from error
     finally:
         os.close(fd)
@@ -63,7 +67,8 @@ def open_library(artifact: Artifact, library: CpuLibrary) -> ctypes.CDLL:
     abi.restype, abi.argtypes = c_int, ()
     if abi() != ABI or artifact.manifest.target.abi != ABI:
         raise IncompatibleTarget(
-            f"artifact {artifact.path}: its kernels speak ABI {abi()}, this runtime {ABI}; compile it again"
+            f"artifact {artifact.path}: its kernels speak ABI {abi()}, this runtime {ABI}; compile "
+            "it again"
         )
     for name, (result, arguments) in SIGNATURES.items():
         function = symbol(native, name, artifact, library)
@@ -78,5 +83,6 @@ def symbol(
         return getattr(native, name)
     except AttributeError:
         raise DamagedArtifact(
-            f"artifact {artifact.path}, file {library.path}: expected the symbol {name}, found none; compile it again"
+            f"artifact {artifact.path}, file {library.path}: expected the symbol {name}, found "
+            "none; compile it again"
         ) from None

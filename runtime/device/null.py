@@ -1,8 +1,10 @@
-"""The null device: no kernels, deterministic tokens, and every promise of `StepInput` checked. The scheduler's test oracle.
+"""The null device: no kernels, deterministic tokens, and every promise of `StepInput` checked. The
+scheduler's test oracle.
 
-Comes in: steps. Goes out: `next_token` of everything a sequence has computed so far. The KV pool holds, per token, the running
-hash of its sequence, so a wrong page, position or prefix changes the answer; `strict` also reads back every visible key. Opened
-by `open_session` for `device=null` (load tests of everything above a device) and directly by tests.
+Comes in: steps. Goes out: `next_token` of everything a sequence has computed so far. The KV pool
+holds, per token, the running hash of its sequence, so a wrong page, position or prefix changes the
+answer; `strict` also reads back every visible key. Opened by `open_session` for `device=null` (load
+tests of everything above a device) and directly by tests.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from runtime.device.base import I32, I64, TOP, Capacity, StepInput, StepOutput, Ticket
+from runtime.device.base import I32, TOP, Capacity, StepInput, StepOutput, Ticket
+from runtime.device.contract import check_sharing, check_step, need, pages_at
 
 if TYPE_CHECKING:
     from runtime.artifact import Artifact
@@ -67,7 +70,9 @@ def choose(value: int, vocab: int, bias: dict[int, float]) -> int:
 
 
 class NullSession:
-    """`poison`: a token whose presence in the input makes the logits of its sequence's rows not finite."""
+    """`poison`: a token whose presence in the input makes the logits of its sequence's rows not
+    finite.
+    """
 
     def __init__(
         self,
@@ -95,7 +100,9 @@ class NullSession:
         """Computes at once; `collect` waits until the fake clock has got there."""
         if len(self._done) >= 2:
             raise ValueError(f"{len(self._done)} steps are in flight, a session holds two")
-        self._check(step)
+        check_step(step, self.capacity)
+        if self._strict:
+            check_sharing(step, self.capacity.page_size)
         self.steps += 1
         out = self._run(step)
         start = max(time.perf_counter(), self._busy_until) if self._step_s else 0.0
@@ -123,12 +130,14 @@ class NullSession:
         added = digests(tokens, step.positions)
         first = starts[:-1]
         before = step.positions[first] - 1  # the key each sequence goes on from
-        pages = self._column(step, before // size)
-        parents = np.where(before >= 0, pages.astype(np.int64) * size + before % size, 0)
+        column = np.maximum(before // size, 0)
+        pages = pages_at(step, np.arange(len(first)), column)
+        parents = np.where(before >= 0, pages * size + before % size, 0)
         hashes = np.where(before >= 0, self._hash[parents], np.uint64(0))
         bad = np.where(before >= 0, self._bad[parents], False)
-        if self._strict and (self._position[parents] != before)[before >= 0].any():
-            raise ValueError("a sequence goes on from a key that is not its own")
+        if self._strict:
+            own = self._position[parents] == before
+            need((own | (before < 0)).all(), "a sequence goes on from a key that is not its own")
         lengths = np.diff(starts)
         with np.errstate(over="ignore"):
             sums = np.cumsum(added, dtype=np.uint64)
@@ -195,11 +204,21 @@ class NullSession:
             seconds=self._step_s,
         )
 
+    def _check_keys(self, step: StepInput, chained: U64) -> None:
+        """Every key a sequence can see stands at its position, and together they are its text."""
+        size = self.capacity.page_size
+        for s, length in enumerate(step.seq_len.tolist()):
+            at = np.arange(length)
+            keys = step.pages[s][at // size].astype(np.int64) * size + at % size
+            need((self._position[keys] == at).all(), "a visible key of another position")
+            last = chained[step.seq_start[s + 1] - 1]
+            need(self._hash[keys[-1]] == last, "a key of another text")
+
     def _edit(self, edits: I32) -> None:
         for slot, token, kind, value in edits.tolist():
             state = self._state[slot]
             if kind == CLEAR:
-                state.__init__()  # type: ignore[misc]
+                self._state[slot] = TokenState()
             elif kind == MARK:
                 state.marks.add(token)
             elif kind == COUNT:
@@ -207,96 +226,12 @@ class NullSession:
             else:
                 state.bias[token] = float(np.int32(value).view(np.float32))
 
-    # --- the promises of StepInput --------------------------------------------------------------
-
-    def _column(self, step: StepInput, columns: npt.NDArray[np.generic]) -> npt.NDArray[np.int64]:
-        columns = np.maximum(columns, 0)
-        if isinstance(step.pages, np.ndarray):
-            return step.pages[np.arange(len(columns)), columns].astype(np.int64)
-        return np.array([p[c] for p, c in zip(step.pages, columns, strict=True)], np.int64)
-
-    def _check(self, step: StepInput) -> None:
-        c, n, s, r = self.capacity, len(step.tokens), len(step.seq_len), len(step.row_token)
-        _need(0 < n <= c.max_tokens, f"{n} tokens in a step of at most {c.max_tokens}")
-        _need(
-            0 < s <= c.max_seqs and r <= c.max_seqs,
-            f"{s} sequences, {r} rows, at most {c.max_seqs}",
-        )
-        _need(len(step.edits) <= c.edits, f"{len(step.edits)} edits, at most {c.edits}")
-        _need(len(step.pages) == s and len(step.seq_start) == s + 1, "arrays of unequal length")
-        starts = step.seq_start
-        lengths = np.diff(starts)
-        _need(starts[0] == 0 and starts[-1] == n and (lengths > 0).all(), "sequence starts")
-        _need(((step.tokens >= -c.slots) & (step.tokens < c.vocab)).all(), "a token out of range")
-        last = step.positions[starts[1:] - 1]
-        _need((last + 1 == step.seq_len).all(), "a length that is not its last position")
-        _need(((step.seq_len > 0) & (step.seq_len <= c.context)).all(), "a length out of range")
-        index = np.arange(n) - np.repeat(starts[:-1], lengths)
-        _need(
-            (step.positions - index == np.repeat(step.positions[starts[:-1]], lengths)).all(),
-            "positions with a gap",
-        )
-        owner = np.repeat(np.arange(s), lengths)
-        pages = self._pages_of(step, owner, step.positions // c.page_size)
-        _need(
-            (pages * c.page_size + step.positions % c.page_size == step.kv_slots).all(),
-            "kv slots off the page table",
-        )
-        _need(len(np.unique(step.kv_slots)) == n, "two tokens in one kv slot")
-        _need(((step.row_token >= 0) & (step.row_token < n)).all(), "a row of no token")
-        _need(((step.row_slot >= 0) & (step.row_slot < c.slots)).all(), "a slot out of range")
-        _need((step.row_target < c.vocab).all(), "a target out of range")
-        _need(((step.row_top >= 0) & (step.row_top <= TOP)).all(), "too many top logprobs")
-        sampled = step.row_slot[step.row_target < 0]
-        _need(len(np.unique(sampled)) == len(sampled), "two samples for one slot")
-        e = step.edits
-        _need(((e[:, :2] >= 0) & (e[:, :2] < (c.slots, c.vocab))).all(), "an edit out of range")
-        if self._strict:
-            self._check_sharing(step, owner)
-
-    def _pages_of(self, step: StepInput, owner: I64, columns: I32) -> npt.NDArray[np.int64]:
-        if isinstance(step.pages, np.ndarray):
-            _need(int(columns.max()) < step.pages.shape[1], "page table too short")
-            pages = step.pages[owner, columns].astype(np.int64)
-        else:
-            pages = np.array(
-                [step.pages[s][k] for s, k in zip(owner, columns, strict=True)], np.int64
-            )
-        _need(((pages >= 0) & (pages < self.capacity.pages)).all(), "a page out of range")
-        return pages
-
-    def _check_sharing(self, step: StepInput, owner: I64) -> None:
-        """A page that is written belongs to one sequence of the step."""
-        size = self.capacity.page_size
-        users: dict[int, set[int]] = {}
-        for s in range(len(step.seq_len)):
-            for page in step.pages[s][: -(-int(step.seq_len[s]) // size)].tolist():
-                users.setdefault(page, set()).add(s)
-        for page, s in zip((step.kv_slots // size).tolist(), owner.tolist(), strict=True):
-            _need(users[page] == {s}, f"page {page} is written while others read it")
-
-    def _check_keys(self, step: StepInput, chained: U64) -> None:
-        """Every key a sequence can see stands at its position, and together they are its text."""
-        size = self.capacity.page_size
-        for s, length in enumerate(step.seq_len.tolist()):
-            at = np.arange(length)
-            keys = step.pages[s][at // size].astype(np.int64) * size + at % size
-            _need((self._position[keys] == at).all(), "a visible key of another position")
-            _need(
-                self._hash[keys[-1]] == chained[step.seq_start[s + 1] - 1], "a key of another text"
-            )
-
 
 def logprobs(state: U64, token: I32) -> npt.NDArray[np.float32]:
     with np.errstate(over="ignore"):
         return -((mix(state + mix(token)) % np.uint64(1000)).astype(np.float32) + 1) / np.float32(
             100
         )
-
-
-def _need(ok: bool | np.bool_, what: str) -> None:
-    if not ok:
-        raise ValueError(f"step breaks its contract: {what}")
 
 
 # What the null device offers without an artifact.
@@ -313,7 +248,9 @@ ALONE = Capacity(
 
 
 def null_capacity(artifact: Artifact | None, kv_tokens: int | None) -> Capacity:
-    """The artifact's sizes; the KV pool, which costs nothing here, holds `kv_tokens` or every sequence at full length."""
+    """The artifact's sizes; the KV pool, which costs nothing here, holds `kv_tokens` or every
+    sequence at full length.
+    """
     if artifact is None:
         pages = ALONE.pages if kv_tokens is None else max(kv_tokens // ALONE.page_size, 1)
         context = min(ALONE.context, pages * ALONE.page_size)

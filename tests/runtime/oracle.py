@@ -1,4 +1,6 @@
-"""What the null device must answer, computed one sequence at a time without pages, batches or slots."""
+"""What the null device must answer, computed one sequence at a time without pages, batches or
+slots.
+"""
 
 from __future__ import annotations
 
@@ -57,9 +59,7 @@ def predict(request: Request, vocab: int = SMALL.vocab, eos: tuple[int, ...] = E
     if start >= 0:
         states = _states(text)
         answer.prompt_logprobs = [
-            None
-            if i == 0
-            else float(logprobs(states[i - 1 : i], np.array([text[i]], np.int32))[0])
+            None if i == 0 else float(logprobs(states[i - 1 : i], np.array([text[i]], np.int32))[0])
             for i in range(start, len(text))
         ]
     counts = TokenState()

@@ -1,4 +1,6 @@
-"""The scheduler under random load: every request ends with exactly its own tokens, and nothing leaks."""
+"""The scheduler under random load: every request ends with exactly its own tokens, and nothing
+leaks.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,8 @@ def random_history(rng: random.Random) -> list[tuple[int, str, Any]]:
 
 @settings(max_examples=200, deadline=None)
 @given(
-    # A seed and not hypothesis's own strategies: those prefer small values, and small requests prove little.
+    # A seed and not hypothesis's own strategies: those prefer small values, and small requests
+    # prove little.
     seed=st.integers(0, 2**32),
     policy=st.sampled_from(["lpm", "fcfs"]),
     overlap=st.booleans(),
