@@ -22,6 +22,7 @@ from runtime.artifact_files import (
     MANIFEST,
     REMEDY,
     check_files,
+    check_manifest,
     damaged,
     open_plain,
     read_plain,
@@ -42,6 +43,8 @@ from runtime.manifest import (
     decode_manifest,
     digest,
     encode_manifest,
+    plan_path,
+    weights_path,
 )
 from runtime.plan import (
     ARENAS,
@@ -95,15 +98,6 @@ __all__ = [
 ]
 
 MANIFEST_LIMIT = 64 << 20
-ROLES = ("weights", "binary", "data")
-
-
-def weights_path(rank: int) -> str:
-    return f"weights/rank{rank}.safetensors"
-
-
-def plan_path(rank: int, bucket: str) -> str:
-    return f"plans/rank{rank}.{bucket}.plan"
 
 
 class Artifact:
@@ -133,7 +127,7 @@ class Artifact:
             )
         try:
             manifest = decode_manifest(data)
-            _check_manifest(manifest)
+            check_manifest(manifest)
         except HeadstartError as error:
             raise type(error)(f"artifact {root}, file {MANIFEST}: {error}; {REMEDY}") from error
         check_files(root, manifest)
@@ -240,69 +234,3 @@ class Artifact:
                 raise damaged(
                     self.path, entry.path, f"expected sha256 {entry.sha256}, found {found}"
                 )
-
-
-def _check_manifest(manifest: Manifest) -> None:
-    """What the rest of the runtime relies on without looking again."""
-
-    def need(ok: bool, what: str) -> None:
-        if not ok:
-            raise DamagedArtifact(what)
-
-    paths = [entry.path for entry in manifest.files]
-    need(len(set(paths)) == len(paths), "files: expected each path once, found one twice")
-    for entry in manifest.files:
-        pure = PurePosixPath(entry.path)
-        plain = (
-            str(pure) == entry.path
-            and not pure.is_absolute()
-            and ".." not in pure.parts
-            and entry.path.isprintable()
-        )
-        need(
-            plain and entry.path not in (MANIFEST, "."),
-            f"files: expected a relative path, found {entry.path!r}",
-        )
-        need(
-            entry.size >= 0 and entry.role in ROLES,
-            f"files: {entry.path}: size {entry.size}, role {entry.role}",
-        )
-    need(
-        manifest.ranks >= 1 and len(manifest.tensors) == manifest.ranks,
-        f"ranks: {manifest.ranks} of {len(manifest.tensors)}",
-    )
-    sizes = {entry.path: entry.size for entry in manifest.files}
-    for rank, tensors in enumerate(manifest.tensors):
-        weights_file.check_tensors(tensors, manifest.weights_bytes)
-        size = len(weights_file.header(tensors)) + manifest.weights_bytes
-        need(
-            sizes.get(weights_path(rank)) == size,
-            f"files: {weights_path(rank)}: expected {size} bytes, found "
-            f"{sizes.get(weights_path(rank))}",
-        )
-        for bucket in manifest.buckets:
-            need(
-                plan_path(rank, bucket.name) in sizes,
-                f"files: expected {plan_path(rank, bucket.name)}, found no entry",
-            )
-    need(len(manifest.buckets) > 0, "buckets: expected at least one, found none")
-    for library in manifest.libraries:
-        need(
-            library.path in sizes,
-            f"libraries: expected {library.path} among the files, found no entry",
-        )
-    state = manifest.state
-    counts = (
-        manifest.work_bytes,
-        manifest.io_bytes,
-        manifest.edits,
-        manifest.max_seqs,
-        manifest.max_tokens,
-        state.slots,
-        state.page_size,
-        state.page_bytes,
-        state.pages_offset,
-        manifest.model.context,
-        manifest.model.vocab,
-    )
-    need(min(counts) > 0, f"sizes: expected positive ones, found {counts}")

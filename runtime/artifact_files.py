@@ -1,4 +1,4 @@
-"""Files of an artifact directory, opened and read without trusting what lies there.
+"""Files and manifest of an artifact directory, read without trusting what lies there.
 
 Comes in: the artifact's root and a relative path. Goes out: a descriptor or bytes, or
 DamagedArtifact in the one form all its errors have. Called by `runtime.artifact` only.
@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path, PurePosixPath
 
+from runtime import weights_file
 from runtime.errors import DamagedArtifact
-from runtime.manifest import Manifest
+from runtime.manifest import Manifest, plan_path, weights_path
 
 MANIFEST = "manifest.json"
+ROLES = ("weights", "binary", "data")
 REMEDY = "copy the artifact again or compile it again"
 
 
@@ -91,3 +93,69 @@ def seal(fd: int) -> None:
         fcntl.F_ADD_SEALS,
         fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE,
     )
+
+
+def check_manifest(manifest: Manifest) -> None:
+    """What the rest of the runtime relies on without looking again."""
+
+    def need(ok: bool, what: str) -> None:
+        if not ok:
+            raise DamagedArtifact(what)
+
+    paths = [entry.path for entry in manifest.files]
+    need(len(set(paths)) == len(paths), "files: expected each path once, found one twice")
+    for entry in manifest.files:
+        pure = PurePosixPath(entry.path)
+        plain = (
+            str(pure) == entry.path
+            and not pure.is_absolute()
+            and ".." not in pure.parts
+            and entry.path.isprintable()
+        )
+        need(
+            plain and entry.path not in (MANIFEST, "."),
+            f"files: expected a relative path, found {entry.path!r}",
+        )
+        need(
+            entry.size >= 0 and entry.role in ROLES,
+            f"files: {entry.path}: size {entry.size}, role {entry.role}",
+        )
+    need(
+        manifest.ranks >= 1 and len(manifest.tensors) == manifest.ranks,
+        f"ranks: {manifest.ranks} of {len(manifest.tensors)}",
+    )
+    sizes = {entry.path: entry.size for entry in manifest.files}
+    for rank, tensors in enumerate(manifest.tensors):
+        weights_file.check_tensors(tensors, manifest.weights_bytes)
+        size = len(weights_file.header(tensors)) + manifest.weights_bytes
+        need(
+            sizes.get(weights_path(rank)) == size,
+            f"files: {weights_path(rank)}: expected {size} bytes, found "
+            f"{sizes.get(weights_path(rank))}",
+        )
+        for bucket in manifest.buckets:
+            need(
+                plan_path(rank, bucket.name) in sizes,
+                f"files: expected {plan_path(rank, bucket.name)}, found no entry",
+            )
+    need(len(manifest.buckets) > 0, "buckets: expected at least one, found none")
+    for library in manifest.libraries:
+        need(
+            library.path in sizes,
+            f"libraries: expected {library.path} among the files, found no entry",
+        )
+    state = manifest.state
+    counts = (
+        manifest.work_bytes,
+        manifest.io_bytes,
+        manifest.edits,
+        manifest.max_seqs,
+        manifest.max_tokens,
+        state.slots,
+        state.page_size,
+        state.page_bytes,
+        state.pages_offset,
+        manifest.model.context,
+        manifest.model.vocab,
+    )
+    need(min(counts) > 0, f"sizes: expected positive ones, found {counts}")

@@ -147,3 +147,11 @@ def decode_manifest(data: bytes) -> Manifest:
 
 def digest(manifest_bytes: bytes) -> str:
     return hashlib.sha256(manifest_bytes).hexdigest()
+
+
+def weights_path(rank: int) -> str:
+    return f"weights/rank{rank}.safetensors"
+
+
+def plan_path(rank: int, bucket: str) -> str:
+    return f"plans/rank{rank}.{bucket}.plan"
