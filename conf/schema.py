@@ -109,7 +109,7 @@ class CompileConfig:
 
 @dataclass(slots=True)
 class LimitsConfig:
-    """Defaults of docs/limits.md; null switches a limit off and prints a warning."""
+    """Defaults of docs/http.md."""
 
     waiting_requests: int | None = None  # null here: 4 x running slots
     waiting_tokens: int | None = None  # null here: 4 x KV pool
