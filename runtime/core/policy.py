@@ -42,7 +42,7 @@ class Counters:
 def resolve_policy(options: EngineOptions, capacity: Capacity) -> Policy:
     """No `auto` and no default survives; contradictions are refused."""
     sizes = {
-        "max_running": (capacity.max_seqs, "sequences"),
+        "max_running": (min(capacity.max_seqs, capacity.slots), "sequences"),
         "max_step_tokens": (capacity.max_tokens, "tokens"),
     }
     for name, (most, unit) in sizes.items():
@@ -54,7 +54,7 @@ def resolve_policy(options: EngineOptions, capacity: Capacity) -> Policy:
                 f"with a larger shape"
             )
     tokens = options.max_step_tokens or capacity.max_tokens
-    running = options.max_running or min(capacity.max_seqs, capacity.slots, tokens)
+    running = options.max_running or min(sizes["max_running"][0], tokens)
     if running > tokens:
         raise UsageError(
             f"max_running {running} is more than max_step_tokens {tokens}: every running sequence "
