@@ -1,0 +1,208 @@
+"""The CPU session: what it refuses to open, and that batches, chunks and overlap change no greedy
+token.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import Mock
+
+import msgspec
+import numpy as np
+import pytest
+
+from runtime.artifact import Artifact
+from runtime.core.loop import EngineLoop
+from runtime.core.options import EngineOptions
+from runtime.device import cpu, native
+from runtime.device.arena import Arena, kv_pages
+from runtime.device.base import check_trust, open_session
+from runtime.device.cpu import CpuSession
+from runtime.device.machine import available_memory, cores, cpu_features, cpus
+from runtime.errors import DamagedArtifact, IncompatibleTarget, NoSpace, UsageError
+from runtime.request import Request, SamplingParams
+
+
+@pytest.fixture(scope="module")
+def artifact(tiny_artifact: Path) -> Artifact:
+    return Artifact.open(tiny_artifact)
+
+
+def generate(artifact: Artifact, prompts: list[list[int]], **options: object) -> list[list[int]]:
+    session = open_session(artifact, threads=1, kv_tokens=options.pop("kv_tokens", 4096))  # type: ignore[arg-type]
+    given = {"waiting_requests": 1000, "queue_wait_s": None, "request_s": None, **options}
+    loop = EngineLoop(session, EngineOptions(artifact=str(artifact.path), **given), eos=())  # type: ignore[arg-type]
+    tokens: dict[int, list[int]] = {i: [] for i in range(len(prompts))}
+    sampling = SamplingParams(max_new_tokens=12, temperature=0)
+    for i, prompt in enumerate(prompts):
+        loop.add(Request(id=i, tokens=prompt, sampling=sampling))
+    while loop.has_work:
+        for event in loop.step():
+            tokens[event.id] += event.tokens
+    loop.idle()
+    loop.close()
+    return list(tokens.values())
+
+
+def test_greedy_tokens_do_not_depend_on_batch_chunk_overlap_or_preemption(
+    artifact: Artifact,
+) -> None:
+    rng = np.random.default_rng(0)
+    vocab = artifact.manifest.model.vocab
+    prompts = [rng.integers(0, vocab, size).tolist() for size in (3, 17, 40, 64, 90, 33)]
+    alone = [generate(artifact, [p], prefix_cache=False)[0] for p in prompts]
+    assert generate(artifact, prompts) == alone
+    assert generate(artifact, prompts, overlap=False) == alone
+    assert generate(artifact, prompts, max_step_tokens=7, max_running=5) == alone
+    assert generate(artifact, prompts, kv_tokens=160) == alone
+
+
+def damaged(artifact: Artifact, tmp_path: Path, name: str, at: int) -> Artifact:
+    """A copy with one bit of one file flipped, opened: L0 does not read that far."""
+    copy = tmp_path / artifact.path.name
+    shutil.copytree(artifact.path, copy)
+    path = copy / name
+    for p in (copy, path.parent, path):
+        os.chmod(p, 0o755)
+    with open(path, "r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+    return Artifact.open(copy)
+
+
+def test_a_flipped_weight_is_refused_by_name(artifact: Artifact, tmp_path: Path) -> None:
+    tensor = artifact.manifest.tensors[0][-1]
+    _, start = artifact.weights_data(0)
+    bad = damaged(artifact, tmp_path, "weights/rank0.safetensors", start + tensor.offset + 5)
+    with pytest.raises(DamagedArtifact, match=r"rank0\.safetensors.*") as refused:
+        CpuSession(bad, threads=1)
+    assert tensor.name in str(refused.value)
+
+
+@pytest.mark.parametrize("role", ["library", "plan"])
+def test_a_flipped_byte_of_code_or_plan_is_refused(
+    artifact: Artifact, tmp_path: Path, role: str
+) -> None:
+    library = native.choose_library(artifact).path
+    plan = next(f.path for f in artifact.manifest.files if f.path.startswith("plans/"))
+    name = library if role == "library" else plan
+    bad = damaged(artifact, tmp_path, name, 100)
+    with pytest.raises(DamagedArtifact) as refused:
+        CpuSession(bad, threads=1)
+    assert name in str(refused.value)
+
+
+def with_manifest(artifact: Artifact, **changes: object) -> Artifact:
+    return Artifact(artifact.path, msgspec.structs.replace(artifact.manifest, **changes))
+
+
+def test_foreign_machines_and_features_are_named(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = msgspec.structs.replace(artifact.manifest.target, machine="riscv")
+    with pytest.raises(IncompatibleTarget, match="riscv"):
+        native.choose_library(with_manifest(artifact, target=target))
+    needy = tuple(
+        msgspec.structs.replace(lib, requires=("warp_drive",))
+        for lib in artifact.manifest.libraries
+    )
+    with pytest.raises(IncompatibleTarget, match="warp_drive"):
+        native.choose_library(with_manifest(artifact, libraries=needy))
+    monkeypatch.setattr(native, "cpu_features", lambda: frozenset())
+    best = [lib for lib in artifact.manifest.libraries if not lib.requires]
+    assert native.choose_library(artifact) == best[-1]
+
+
+def test_abi_is_checked_before_a_plan_is_made(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "ABI", 99)
+    with pytest.raises(IncompatibleTarget, match="ABI"):
+        native.open_library(artifact, native.choose_library(artifact))
+
+
+def test_pool_size_is_asked_for_or_bounded_and_refused_with_both_numbers(
+    artifact: Artifact,
+) -> None:
+    m = artifact.manifest
+    size, context = m.state.page_size, -(-m.model.context // m.state.page_size)
+    assert kv_pages(m, 10 * size, 1 << 40) == 10
+    assert kv_pages(m, None, 1 << 50) == context * m.max_seqs
+    fixed = m.weights_bytes + m.state.pages_offset + m.work_bytes + m.io_bytes
+    available = fixed + (context + 10) * m.state.page_bytes
+    assert kv_pages(m, None, available) >= context
+    with pytest.raises(NoSpace, match=r"tokens takes .* MiB are available"):
+        kv_pages(m, 1 << 40, 1 << 40)
+    with pytest.raises(NoSpace, match="before any KV page"):
+        kv_pages(m, None, fixed // 2)
+    with pytest.raises(UsageError, match="one page"):
+        kv_pages(m, 1, 1 << 40)
+
+
+def test_a_small_pool_shortens_the_context(artifact: Artifact) -> None:
+    session = CpuSession(artifact, threads=1, kv_tokens=64)
+    assert (session.capacity.context, session.capacity.pages) == (64, 4)
+    session.close()
+    session.close()
+
+
+def test_an_address_outside_its_arena_is_refused(artifact: Artifact) -> None:
+    session = CpuSession(artifact, threads=1, kv_tokens=64)
+    plan = artifact.plan(0, artifact.manifest.buckets[0].name)
+    params = plan.params.copy()
+    params["value"][np.flatnonzero(params["kind"] == cpu.PARAM_ADDRESS)[0]] = 1 << 60
+    with pytest.raises(DamagedArtifact, match="address below"):
+        session._relocate(msgspec.structs.replace(plan, params=params))
+    params = plan.params.copy()
+    params["kind"][0] = 3
+    with pytest.raises(IncompatibleTarget, match="kind 3"):
+        session._relocate(msgspec.structs.replace(plan, params=params))
+    session.close()
+
+
+def test_steps_beyond_every_bucket_and_depth_are_refused(artifact: Artifact) -> None:
+    from test_null import good
+
+    session = CpuSession(artifact, threads=1, kv_tokens=1024)
+    wide = replace(good(), pages=np.zeros((2, 10_000), np.int32))
+    with pytest.raises(ValueError, match="no plan for"):
+        session.submit(wide)
+    first, second = session.submit(good()), session.submit(good())
+    with pytest.raises(ValueError, match="in flight"):
+        session.submit(good())
+    with pytest.raises(ValueError, match="oldest"):
+        session.collect(second)
+    one, two = session.collect(first), session.collect(second)
+    assert one.token.tolist() == two.token.tolist()
+    session.close()
+
+
+def test_state_costs_nothing_until_used() -> None:
+    arena = Arena(1 << 33)
+    before = available_memory()
+    assert not arena.bytes[: 1 << 20].any()
+    assert before - available_memory() < 1 << 30
+
+
+def test_threads_are_cores_and_never_more_than_cpus() -> None:
+    assert cpu.choose_threads(None) == cores() <= cpus() == len(os.sched_getaffinity(0))
+    with pytest.raises(UsageError, match="threads"):
+        cpu.choose_threads(cpus() + 1)
+    assert cpu_features()
+
+
+def test_an_artifact_of_another_user_needs_its_digest(artifact: Artifact) -> None:
+    check_trust(artifact, None)
+    check_trust(artifact, artifact.digest)
+    with pytest.raises(UsageError, match="not this artifact's digest"):
+        check_trust(artifact, "0" * 64)
+    foreign = Mock(digest=artifact.digest)
+    foreign.path.stat.return_value.st_uid = os.getuid() + 1
+    with pytest.raises(UsageError, match=f"trust_artifact={artifact.digest}"):
+        check_trust(foreign, None)
+    check_trust(foreign, artifact.digest)
