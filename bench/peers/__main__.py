@@ -29,7 +29,7 @@ from conf.bench_schema import PeersConfig
 from conf.load import run
 
 PRECISIONS = ("fp32", "bf16", "int8", "int4")
-BITS = {"fp32": 32.0, "bf16": 16.0, "int8": 9.0, "int4": 5.0}  # with the scales of groups of 32
+BITS = {"fp32": 32.0, "bf16": 16.0, "int8": 8.5, "int4": 4.5}  # with 16-bit scales of groups of 32
 
 
 def check(config: PeersConfig) -> None:
