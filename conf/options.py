@@ -69,6 +69,8 @@ def check_override(schema: type[Any], key: str, value: Any, text: str) -> str:
         _check_choice(key, value, text)
     if free and text[0] not in "+~":
         text = "++" + text
+    if node is str and value is None and text.endswith("=null"):
+        text = f"{key}='null'"  # a name like any other where no value is not an option
     return text
 
 
