@@ -71,6 +71,13 @@ serve: setup
 bench: setup
 	$(BIN)/python -m bench.latency $(OVERRIDES)
 
+## peers      build llama.cpp for this machine into .peers/ (minutes; needs cmake), for python -m bench.peers
+peers: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[peers]'
+	$(PYTHON) -m venv .peers/venv
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DGGML_BLAS=OFF -DLLAVA_BUILD=OFF -DCMAKE_CXX_FLAGS='-include $(CURDIR)/bench/peers/gcc_amx.h'" \
+	CMAKE_BUILD_PARALLEL_LEVEL=2 nice .peers/venv/bin/python -m pip install --quiet llama-cpp-python==0.3.36
+
 ## clean      remove build products (not the virtual environment, not artifacts)
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
