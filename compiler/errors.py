@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from runtime.errors import DamagedCheckpoint, HeadstartError, NoSpace, UsageError
 
-__all__ = ["CompileError", "DamagedCheckpoint", "HeadstartError", "NoSpace", "ProgramError", "UsageError"]
+__all__ = [
+    "CompileError",
+    "DamagedCheckpoint",
+    "HeadstartError",
+    "NoSpace",
+    "ProgramError",
+    "UsageError",
+]
 
 
 class CompileError(HeadstartError):
-    """The chosen configuration cannot be compiled (an unsupported value, no kernel for a call, an accuracy gate)."""
+    """The chosen configuration cannot be compiled (an unsupported value, no kernel for a call, an
+    accuracy gate)."""
 
     exit_code = 2
 

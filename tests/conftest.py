@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session")
 def compile_artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`compile_artifact("model=tiny", "quant=int8")` → artifact path; equal overrides compile once."""
+    """`compile_artifact("model=tiny", "quant=int8")` → path; equal overrides compile once."""
     out = tmp_path_factory.mktemp("artifacts")
     done: dict[tuple[str, ...], Path] = {}
 

@@ -1,4 +1,6 @@
-"""Who may import whom: the dependency rules of docs/architecture.md, kept by reading every import in the tree."""
+"""Who may import whom: the dependency rules of docs/architecture.md, kept by reading every import
+in the tree.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("conf", "kernels", "compiler", "runtime", "bench")
 SHIPPED = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
 
-# package prefix -> what files under it must not import; the longest matching prefix is added to the shorter ones
+# package prefix -> what no file under it may import
 FORBIDDEN = {
     "conf": {"torch", "transformers", "triton", "kernels", "compiler", "runtime", "bench"},
     "kernels": {"conf", "compiler", "runtime", "bench", "transformers"},

@@ -1,4 +1,5 @@
-"""Read this first: the whole road on the embedded tiny model. Compile it, generate offline, serve it, ask over HTTP.
+"""Read this first: the whole road on the embedded tiny model. Compile it, generate offline, serve
+it, ask over HTTP.
 
 The slower, deeper tests of each station mirror the tree beside this file.
 """
