@@ -226,7 +226,7 @@ static void unpack_tile(const Weight& w, int64_t tile, int8_t* data, float* scal
     const __m512i mask = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8), high = _mm512_set1_epi8(-128);
     for (int64_t i = 0; i < w.tile_bytes(); i += 64) {
         __m512i v = _mm512_loadu_si512(p + i);
-        prefetch(p + i + INT_AHEAD);
+        prefetch_far(p + i + INT_FAR);
         if (FMT == INT8) {
             _mm512_store_si512(data + i, _mm512_xor_si512(v, high));
         } else {

@@ -162,5 +162,6 @@ HS_INLINE vf vexp(vf x) {
 HS_INLINE vf silu(vf x) { return x / (1.0f + vexp(-x)); }
 
 HS_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+HS_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }  // into the second-level cache
 
 }  // namespace hs

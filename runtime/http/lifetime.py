@@ -28,6 +28,7 @@ from runtime.http.connection import Connections
 from runtime.http.link import EngineLink
 from runtime.http.render import Renderer
 from runtime.http.server import Server
+from runtime.manifest import Manifest
 from runtime.request import Failed
 from runtime.spawn import EngineProcess
 from runtime.text.model import TextModel
@@ -36,6 +37,7 @@ from runtime.text.tokenizer import Tokenizer
 log = logging.getLogger("headstart.serve")
 
 BACKLOG = 1024
+SLOW_FLOPS = 20e9  # per second: below what one core of any machine we know sustains
 
 
 class EngineFailed(HeadstartError):
@@ -54,9 +56,17 @@ def serve(
 ) -> int:
     log_lines.setup(config.log_level)
     artifact = Artifact.open(config.artifact)
-    server = _server(config, artifact, EngineLink(spawn, engine, step_s=config.limits.step_s))
+    step_s = max(config.limits.step_s, slow_step_s(artifact.manifest))
+    server = _server(config, artifact, EngineLink(spawn, engine, step_s=step_s))
     asyncio.run(_live(server, listener))
     return 0
+
+
+def slow_step_s(manifest: Manifest) -> float:
+    """Seconds the largest step may take before it counts as stalled: a large model's first prompt
+    on a small machine is slow, not dead."""
+    steps = manifest.report.get("steps", {}).values()
+    return max((step["flops"] for step in steps), default=0) / SLOW_FLOPS
 
 
 def _server(config: ServeConfig, artifact: Artifact, link: EngineLink) -> Server:
@@ -95,13 +105,14 @@ def _info(config: ServeConfig, artifact: Artifact, generation: dict[str, Any]) -
             "model_type": manifest.model.family,
             "architectures": manifest.model.architectures,
             "max_model_len": manifest.model.context,
+            "vocab_size": manifest.model.vocab,
             "has_image_understanding": False,
             "has_audio_understanding": False,
         },
         "server": {
             **shown,
             "version": manifest.tool,
-            "artifact_digest": artifact.path.name,
+            "artifact_digest": artifact.digest,
             "quant": manifest.quant,
             "dtype": manifest.dtype,
             "kv_dtype": manifest.kv_dtype,

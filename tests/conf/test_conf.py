@@ -101,7 +101,7 @@ MISTAKES = [
     (("model=tiny", "shape.max_seqs=0"), "shape.max_seqs=0", "1 to 4096"),
     (("model=tiny", "quant.head=perhaps"), "quant.head=perhaps", "true or false"),
     (("model=tiny", "dtype=fp16"), "dtype=fp16", "float32"),
-    (("model=tiny", "dtype=null"), "dtype=null", "text"),
+    (("model=tiny", "dtype=null"), "dtype=null", "choices: auto"),
     (("model=tiny", "weights=rand"), "weights=rand", "random"),
     (("model=tiny", "kv=int8"), "kv=int8", "bf16"),
     (("model=tiny", "quant=int8,int4"), "several values", "-m"),

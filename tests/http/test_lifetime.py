@@ -11,9 +11,21 @@ import threading
 import time
 from pathlib import Path
 
+import msgspec
 from serving import ENDLESS, ROOT, alive, serving, wait_until
 
+from runtime.artifact import Artifact
+from runtime.http.lifetime import slow_step_s
+
 SLOW = {"input_ids": [7, 8, 9], "sampling_params": ENDLESS}
+
+
+def test_a_slow_machine_is_not_a_stalled_engine(toy_artifact):
+    manifest = Artifact.open(toy_artifact).manifest
+    steps = {"t1": {"flops": 10**9}, "t512": {"flops": 512 * 2 * 8 * 10**9}}
+    large = msgspec.structs.replace(manifest, report={"steps": steps})
+    assert slow_step_s(large) > 400  # an 8B prompt chunk at 20 GFLOP/s
+    assert slow_step_s(msgspec.structs.replace(manifest, report={})) == 0
 
 
 def read_to_end(sock) -> bytes:
