@@ -48,7 +48,7 @@ RECIPES: dict[str, list[Recipe]] = {
         Recipe(
             label="biases",
             config_class="LlamaConfig",
-            values={"attention_bias": True, "mlp_bias": True, "head_dim": 24},
+            values={"attention_bias": True, "mlp_bias": True, "head_dim": 48},
         ),
         Recipe(label="llama3", config_class="LlamaConfig", theta=5e5, rope=LLAMA3),
         Recipe(
@@ -59,7 +59,7 @@ RECIPES: dict[str, list[Recipe]] = {
         Recipe(
             label="window",
             config_class="MistralConfig",
-            values={"sliding_window": 4, "head_dim": 24},
+            values={"sliding_window": 4, "head_dim": 48},
         ),
         Recipe(
             label="full", config_class="MistralConfig", theta=1e6, values={"sliding_window": None}
@@ -75,11 +75,11 @@ RECIPES: dict[str, list[Recipe]] = {
         Recipe(label="yarn", config_class="Qwen2Config", theta=1e6, rope=YARN),
     ],
     "qwen3": [
-        Recipe(label="plain", config_class="Qwen3Config", values={"head_dim": 24}),
+        Recipe(label="plain", config_class="Qwen3Config", values={"head_dim": 48}),
         Recipe(
             label="yarn-biases",
             config_class="Qwen3Config",
-            values={"head_dim": 24, "attention_bias": True},
+            values={"head_dim": 48, "attention_bias": True},
             rope={**YARN, "attention_factor": 1.3, "beta_fast": 16.0},
         ),
     ],
