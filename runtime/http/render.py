@@ -22,6 +22,7 @@ log = logging.getLogger("headstart.chat")
 OUTPUT_FACTOR = 16  # characters out per character in
 OUTPUT_FLOOR = 65_536
 SLACK_S = 1.0  # the child ends itself first
+START_S = 10.0
 
 
 class Renderer:
@@ -33,38 +34,47 @@ class Renderer:
 
     async def start(self) -> None:
         """Start the child ahead of the first request; its imports take a tenth of a second."""
-        async with self._lock:
-            await self._ensure_child()
+        await self._turn(None)
 
     async def render(self, request: dict[str, Any], size: int) -> str:
         """`size`: characters that came in."""
         request = request | {"most": max(OUTPUT_FLOOR, OUTPUT_FACTOR * size)}
-        async with self._lock:
-            answer = await self._exchange(msgspec.msgpack.encode(request))
+        answer = await self._turn(msgspec.msgpack.encode(request))
         if "prompt" in answer:
             return str(answer["prompt"])
         raise InvalidRequest(str(answer["refused"]), param="messages")
 
     async def close(self) -> None:
-        if self._child is not None and self._child.returncode is None:
-            self._child.kill()
-            await self._child.wait()
+        child, self._child = self._child, None
+        if child is not None and child.returncode is None:
+            child.kill()
+            await child.wait()
 
-    async def _exchange(self, frame: bytes) -> dict[str, Any]:
-        child = await self._ensure_child()
-        if self._broken:
-            return {"refused": "this model's chat template cannot be compiled."}
+    async def _turn(self, frame: bytes | None) -> dict[str, Any]:
+        """One exchange at a time, each to its end even when its client leaves meanwhile: an answer
+        left in the pipe would reach the next request.
+        """
+        await self._lock.acquire()  # a client that leaves while waiting here costs nothing
+        turn = asyncio.create_task(self._exchange(frame))
+        turn.add_done_callback(lambda _: self._lock.release())
+        return await asyncio.shield(turn)
+
+    async def _exchange(self, frame: bytes | None) -> dict[str, Any]:
         try:
+            async with asyncio.timeout(START_S):
+                child = await self._ensure_child()
+            if self._broken:
+                return {"refused": "this model's chat template cannot be compiled."}
+            if frame is None:
+                return {}
             async with asyncio.timeout(SECONDS + SLACK_S):
                 return await self._ask(child, frame)
-        except (TimeoutError, asyncio.IncompleteReadError, ConnectionError):
-            log.warning("chat template worker ended pid=%d", child.pid)
+        except (TimeoutError, asyncio.IncompleteReadError, OSError):
+            log.warning("chat template worker ended")
             await self.close()
-            self._child = None
             return {"refused": f"the chat template did not finish within {SECONDS:g} s."}
-        except asyncio.CancelledError:  # its answer would reach the next request
+        except BaseException:
             await self.close()
-            self._child = None
             raise
 
     async def _ensure_child(self) -> asyncio.subprocess.Process:
