@@ -110,6 +110,18 @@ static inline int panel_height(int64_t rows) {
     return rows > PANEL * 2 / 3 ? PANEL : rows > PANEL / 3 ? PANEL * 2 / 3 : PANEL / 3;
 }
 
+// to[i * stride + j] = row[j][k + i] for i, j < 4.
+HS_INLINE void transpose4(const float* const* row, int64_t k, float* to, int64_t stride) {
+    typedef float v4 __attribute__((vector_size(16), aligned(4)));
+    v4 a = *(const v4*)(row[0] + k), b = *(const v4*)(row[1] + k), c = *(const v4*)(row[2] + k), d = *(const v4*)(row[3] + k);
+    v4 ab0 = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab1 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    v4 cd0 = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd1 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    *(v4*)to = __builtin_shufflevector(ab0, cd0, 0, 1, 4, 5);
+    *(v4*)(to + stride) = __builtin_shufflevector(ab0, cd0, 2, 3, 6, 7);
+    *(v4*)(to + 2 * stride) = __builtin_shufflevector(ab1, cd1, 0, 1, 4, 5);
+    *(v4*)(to + 3 * stride) = __builtin_shufflevector(ab1, cd1, 2, 3, 6, 7);
+}
+
 static inline void fill_panel(const Linear& c, int64_t r0, float* panel) {
     const int64_t k = c.w.k, kp = c.w.padded_k();
     const int height = panel_height(c.t - r0);
@@ -120,7 +132,10 @@ static inline void fill_panel(const Linear& c, int64_t r0, float* panel) {
     constexpr int THIRD = PANEL / 3;
     for (int r = 0; r < height; r += THIRD) {
         float* to = panel + r;
-        for (int64_t i = 0; i < k; i++, to += height)
+        int64_t i = 0;
+        if (THIRD == 4)
+            for (; i + 4 <= k; i += 4, to += 4 * height) transpose4(row + r, i, to, height);
+        for (; i < k; i++, to += height)
             HS_UNROLL for (int j = 0; j < THIRD; j++) to[j] = row[r + j][i];
         for (int64_t i = k; i < kp; i++, to += height)
             for (int j = 0; j < THIRD; j++) to[j] = 0;
