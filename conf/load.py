@@ -63,7 +63,8 @@ def run(
         return 0
     sweep = any(a in ("-m", "--multirun") for a in args)
     show = "--cfg" in args
-    overrides = [a for a in args if a not in ("-m", "--multirun", "--cfg")]
+    flags = ("-m", "--multirun", "--cfg", *(["job"] if show else []))  # Hydra's own: --cfg job
+    overrides = [a for a in args if a not in flags]
     code = 0
     try:
         for job in _jobs(schema, overrides, sweep):

@@ -7,12 +7,14 @@ Pure functions over the dataclasses of `conf.schema` and the names of the YAML g
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
-from dataclasses import Field, fields, is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, fields, is_dataclass
+from inspect import getdoc
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from conf.errors import ConfigError
+from conf.schema import NO_LIMIT
 
 CONF = Path(__file__).resolve().parent
 
@@ -45,6 +47,7 @@ def check_override(schema: type[Any], key: str, value: Any, text: str) -> str:
     that does not.
     """
     node: Any = schema
+    metadata: Mapping[str, Any] = {}
     path: list[str] = []
     for part in key.split("."):
         hints = get_type_hints(node)
@@ -57,6 +60,7 @@ def check_override(schema: type[Any], key: str, value: Any, text: str) -> str:
                 f"options{inside}: {', '.join(options)}"
             )
         path.append(part)
+        metadata = next(f.metadata for f in fields(node) if f.name == part)
         node = hints[part]
         if not is_dataclass(node):
             break
@@ -71,6 +75,10 @@ def check_override(schema: type[Any], key: str, value: Any, text: str) -> str:
         text = "++" + text
     if node is str and value is None and text.endswith("=null"):
         text = f"{key}='null'"  # a name like any other where no value is not an option
+    if value is None and metadata.get("none"):
+        text = f"{key}={NO_LIMIT}"
+    if get_origin(node) is list and value is not None and not isinstance(value, list):
+        text = f"{key}=[{text.partition('=')[2]}]"  # one is a list of one
     return text
 
 
@@ -93,9 +101,11 @@ def type_name(kind: Any) -> str:
     parts = get_args(kind)
     if type(None) in parts:
         return " or ".join([*(type_name(p) for p in parts if p is not type(None)), "null"])
-    if kind in names:
-        return names[kind]
-    return f"a list like [1,2] ({kind})" if "list" in str(kind) else str(kind)
+    if get_origin(kind) is list:
+        return "a list like [1,2]" if parts == (int,) else "a list like [a,b]"
+    if get_origin(kind) is dict:
+        return "entries, one by one: <option>.<entry>=…"
+    return names.get(kind, str(kind))
 
 
 def hint(schema: type[Any], key: str) -> str:
@@ -135,7 +145,9 @@ def check_values(config: Any, path: str = "") -> None:
 
 def help_text(schema: type[Any], config_name: str) -> str:
     lines = [
-        f"options of {config_name} (key=value; -m sweeps key=a,b; --cfg prints what was composed):",
+        f"options of {config_name.replace('/', '.')}: key=value; -m sweeps key=a,b; "
+        "--cfg prints what was composed",
+        *_about(schema, ""),
         "",
     ]
 
@@ -148,14 +160,29 @@ def help_text(schema: type[Any], config_name: str) -> str:
                 if choices:
                     lines.append(f"  {key}=  choices: {', '.join(choices)}")
                 assert isinstance(kind, type)
+                lines.extend(_about(kind, "  "))
                 walk(kind, key + ".")
             else:
-                text = f.metadata.get("help", "")
-                default = "" if str(f.default) in ("???",) else f"  [{f.default}]"
                 among = " | ".join(f.metadata.get("choices", ())) or type_name(kind)
-                lines.append(
-                    f"  {key}=  {among}{default if f.metadata or default else ''}  {text}".rstrip()
-                )
+                if f.metadata.get("none"):
+                    among += " or null"
+                lines.append(f"  {key}=  {among}{_default(f)}")
 
     walk(schema, "")
     return "\n".join(lines)
+
+
+def _about(schema: type[Any], indent: str) -> list[str]:
+    """What the schema says of itself (a dataclass without a docstring has a signature there)."""
+    text = getdoc(schema) or ""
+    return [] if text.startswith(f"{schema.__name__}(") else [indent + s for s in text.splitlines()]
+
+
+def _default(field: Field[Any]) -> str:
+    value = field.default if field.default_factory is MISSING else field.default_factory()
+    if value == "???" or isinstance(value, dict):
+        return ""
+    if isinstance(value, list):
+        return f"  [[{','.join(map(str, value))}]]"
+    words = {"None": "null", "True": "true", "False": "false"}
+    return f"  [{words.get(str(value), value)}]"

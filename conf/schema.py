@@ -5,10 +5,11 @@ hydra or torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 MISSING: Any = "???"
+NO_LIMIT = 2**62  # what null becomes in an option that is a limit: nothing reaches it
 
 
 def option(
@@ -107,34 +108,52 @@ class CompileConfig:
     cache: str = "~/.cache/headstart"
 
 
+def limit(default: float) -> Any:
+    """A limit: positive, or null for none, of which the server warns."""
+    return field(
+        default=default, metadata={"low": 1e-3 if isinstance(default, float) else 1, "none": True}
+    )
+
+
 @dataclass(slots=True)
 class LimitsConfig:
-    """Defaults of docs/http.md."""
+    """`limits` (docs/http.md): null is no limit, but for `waiting_requests` (4 x running sequences)
+    and `waiting_tokens` (4 x KV pool). `step_s`: an engine without progress for this long, or 20
+    p99 steps, is replaced.
+    """
 
-    waiting_requests: int | None = None  # null here: 4 x running slots
-    waiting_tokens: int | None = None  # null here: 4 x KV pool
-    queue_wait_s: float = 60.0
-    request_s: float = 600.0
-    send_stall_s: float = 30.0
-    header_s: float = 10.0
-    body_idle_s: float = 30.0
-    step_s: float = 10.0  # an engine without progress for this long, or 20 p99 steps, is replaced
-    connections: int = 2048
-    connections_per_address: int = 256
-    n: int = 128
-    prompts_per_request: int = 1024
-    stop_strings: int = 32
-    stop_bytes: int = 512
-    stop_token_ids: int = 128
-    logit_bias: int = 1024
-    messages: int = 4096
+    waiting_requests: int | None = option(None, low=1)
+    waiting_tokens: int | None = option(None, low=1)
+    queue_wait_s: float = limit(60.0)
+    request_s: float = limit(600.0)
+    send_stall_s: float = limit(30.0)
+    header_s: float = limit(10.0)
+    body_idle_s: float = limit(30.0)
+    step_s: float = limit(10.0)
+    connections: int = limit(2048)
+    connections_per_address: int = limit(256)
+    n: int = limit(128)
+    prompts_per_request: int = limit(1024)
+    stop_strings: int = limit(32)
+    stop_bytes: int = limit(512)
+    stop_token_ids: int = limit(128)
+    logit_bias: int = limit(1024)
+    messages: int = limit(4096)
+
+    def lifted(self) -> list[str]:
+        """Names of the limits that were set to null."""
+        return [f.name for f in fields(self) if getattr(self, f.name) == NO_LIMIT]
 
 
 @dataclass(slots=True)
 class ServeConfig:
     """`threads`: kernel threads (null: physical cores). `kv_tokens`: KV pool size in tokens (null:
-    from free memory, bounded). `policy`: lpm | fcfs. `device`: auto | null (no kernels:
-    deterministic tokens on a fake clock, for load tests).
+    from free memory, bounded). `max_running`, `max_step_tokens`: sequences and tokens in a step
+    (null: what the artifact was compiled for). `policy`: lpm (longest cached prefix first) | fcfs.
+    `device`: auto | null (no kernels: deterministic tokens, a step takes `null_step_s`; for load
+    tests). `api_key` guards all but /health, `admin_api_key` the admin routes. `stream_interval`:
+    tokens per stream event. `drain_s`: for running requests after SIGTERM. `trust_artifact`: the
+    digest the artifact must have.
     """
 
     artifact: str = MISSING
@@ -154,7 +173,7 @@ class ServeConfig:
     stream_interval: int = option(1, low=1)
     incremental_stream: bool = False
     drain_s: float = option(30.0, low=0)
-    null_step_s: float = option(0.0, low=0)  # time a step takes on the null device
+    null_step_s: float = option(0.0, low=0)
     trust_artifact: str | None = None
-    log_level: str = "info"
+    log_level: str = option("info", choices=("debug", "info", "warning", "error"))
     limits: LimitsConfig = field(default_factory=LimitsConfig)

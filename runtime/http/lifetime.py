@@ -55,6 +55,8 @@ def serve(
     spawn: Callable[[], EngineProcess],
 ) -> int:
     log_lines.setup(config.log_level)
+    for name in config.limits.lifted():
+        log.warning("no limit limits.%s=null: one client can take what all share", name)
     artifact = Artifact.open(config.artifact)
     step_s = max(config.limits.step_s, slow_step_s(artifact.manifest))
     server = _server(config, artifact, EngineLink(spawn, engine, step_s=step_s))

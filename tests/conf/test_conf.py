@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from conf.bench_schema import LatencyConfig
 from conf.errors import ConfigError
 from conf.load import load, run
-from conf.options import CONF, group_choices
+from conf.options import CONF, group_choices, help_text
 from conf.resolve import check_supported, resolve
 from conf.schema import CompileConfig, ServeConfig
 
@@ -169,6 +170,34 @@ def test_serve_options() -> None:
         load(ServeConfig, "serve")
 
 
+def test_a_limit_of_null_is_none_and_known_as_such() -> None:
+    loaded = load(ServeConfig, "serve", ["artifact=x", "limits.n=null", "limits.request_s=null"])
+    assert loaded.config.limits.lifted() == ["request_s", "n"]
+    assert loaded.config.limits.waiting_requests is None
+    assert load(ServeConfig, "serve", ["artifact=x"]).config.limits.lifted() == []
+    for wrong in ("limits.n=0", "limits.request_s=-1", "log_level=loud"):
+        with pytest.raises(ConfigError, match=wrong):
+            load(ServeConfig, "serve", ["artifact=x", wrong])
+
+
+def test_one_value_is_a_list_of_one() -> None:
+    def batch(given: str) -> list[int]:
+        loaded = load(LatencyConfig, "bench/latency", ["artifact=x", f"batch={given}"])
+        return loaded.config.batch
+
+    assert batch("8") == [8]
+    assert batch("[1,8]") == [1, 8]
+    with pytest.raises(ConfigError, match="batch"):
+        batch("x")
+
+
+def test_help_says_what_options_mean_and_their_defaults() -> None:
+    text = help_text(LatencyConfig, "bench/latency")
+    assert "batch=  a list like [1,2]  [[1]]" in text
+    assert "`runs`: measured runs of each" in text
+    assert "dataclasses" not in text + help_text(CompileConfig, "compile")
+
+
 def test_help_and_cfg(capsys: pytest.CaptureFixture[str]) -> None:
     def never(config: CompileConfig, sources: object) -> None:
         raise AssertionError("main must not run")
@@ -178,6 +207,8 @@ def test_help_and_cfg(capsys: pytest.CaptureFixture[str]) -> None:
     assert "smollm-135m" in text and "shape.max_seqs=" in text
     assert run(CompileConfig, "compile", never, ["--cfg", "model=tiny", "quant=int4"]) == 0
     assert "scheme: int4" in capsys.readouterr().out
+    assert run(CompileConfig, "compile", never, ["--cfg", "job", "model=tiny"]) == 0
+    assert "name: tiny" in capsys.readouterr().out
 
 
 def test_nothing_is_written_and_any_directory_works(tmp_path: Path) -> None:
