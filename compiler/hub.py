@@ -79,7 +79,10 @@ def _huggingface(repo: str, revision: str | None) -> Path:
     except RevisionNotFoundError:
         why = f"has no revision {revision!r}; check model.revision"
     except LocalEntryNotFoundError:
-        why = "is not in the cache and the hub cannot be reached; give a local directory"
+        why = (
+            "is not in the cache and the hub cannot be reached; give a local directory "
+            "(model.source=…), or weights=random for the shape alone"
+        )
     except (HfHubHTTPError, OSError) as e:
         why = f"could not be downloaded ({str(e).splitlines()[0]}); try again"
     raise HubError(f"model.source={repo}: {why}")

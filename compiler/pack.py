@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from compiler.errors import NoSpace
+from compiler.errors import NoSpace, UsageError
 from runtime.artifact import MANIFEST, Artifact, FileEntry, Manifest, digest, encode_manifest
 from runtime.errors import DamagedArtifact, IncompatibleTarget
 
@@ -57,9 +57,16 @@ class Package:
         self._lock = -1
 
     def __enter__(self) -> Package:
-        self.out.mkdir(parents=True, exist_ok=True)
-        remove_stale(self.out)
-        self.path.mkdir(mode=0o755)
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            remove_stale(self.out)
+            self.path.mkdir(mode=0o755)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise NoSpace(f"out={self.out}: no space left; free some") from error
+            raise UsageError(
+                f"out={self.out}: cannot be written ({error.strerror}); choose another directory"
+            ) from error
         self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         return self

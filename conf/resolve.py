@@ -5,6 +5,7 @@ refused here, before anything is read or allocated.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
@@ -30,6 +31,11 @@ def check_supported(config: CompileConfig) -> None:
         raise ConfigError(
             f"quant.group_size={config.quant.group_size}: not a choice; "
             "choices: 16, 32, 64, 128, 256"
+        )
+    if config.name is not None and not re.fullmatch(r"\w[\w.-]*", config.name):
+        raise ConfigError(
+            f"name={config.name}: names a directory; use letters, digits, dots, dashes and "
+            "underscores"
         )
     if config.parallel.tp > 1:
         raise ConfigError(

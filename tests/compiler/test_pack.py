@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from compiler.errors import NoSpace
+from compiler.errors import NoSpace, UsageError
 from compiler.pack import STALE_SECONDS, TEMPORARY, Package, remove, remove_stale
 from runtime.artifact import Artifact, Manifest
 
@@ -142,3 +142,9 @@ def test_kill_at_any_moment_shows_no_partial_artifact(source: Artifact, tmp_path
         for path in visible(tmp_path):
             Artifact.open(path).verify()
             path.rename(tmp_path / f".seen-{round_}")
+
+
+def test_a_place_that_cannot_be_written_is_said_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"out=.*file/here: cannot be written"):
+        Package(tmp_path / "file" / "here", "tiny").__enter__()

@@ -77,6 +77,12 @@ def test_context_beyond_the_model_is_refused() -> None:
         resolve(loaded.config, loaded.sources, checkpoint_dtype="float32", context=2048)
 
 
+@pytest.mark.parametrize("name", ["a/b", ".hidden", "..", "two words"])
+def test_a_name_that_is_no_directory_name_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"name={name}"):
+        check_supported(compose("model=tiny", f"name='{name}'"))
+
+
 def test_name_of_a_local_model() -> None:
     config = compose("model=hf", "model.source=/models/My-Model/")
     resolved, _ = resolve(config, {}, checkpoint_dtype="float32", context=128)
