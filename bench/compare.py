@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from bench import results
-from bench.errors import BenchError
+from bench.errors import BenchError, BenchUsage
 from conf.bench_schema import CompareConfig
 from conf.load import run
 
@@ -95,7 +95,7 @@ def compare(
         wanted = METRICS[bench]
         unknown = [m for m in config.metrics if all(m not in r for r in old[key])]
         if unknown:
-            raise BenchError(f"metrics: {unknown[0]!r} is not in {config.before} for {bench}")
+            raise BenchUsage(f"metrics: {unknown[0]!r} is not in {config.before} for {bench}")
         for metric in config.metrics or wanted:
             a, b = (median(float(r[metric]) for r in rows[key]) for rows in (old, new))
             worsening = change(a, b, wanted.get(metric, metric.endswith("throughput")))

@@ -7,3 +7,9 @@ class BenchError(Exception):
     """A benchmark cannot run or must not be believed."""
 
     exit_code = 1
+
+
+class BenchUsage(BenchError):
+    """An option is wrong or missing."""
+
+    exit_code = 2

@@ -13,7 +13,7 @@ import pandas as pd
 
 from bench import results
 from bench.compare import METRICS, SETTINGS, flatten
-from bench.errors import BenchError
+from bench.errors import BenchUsage
 from conf.bench_schema import ReportConfig
 from conf.load import run
 
@@ -21,7 +21,7 @@ from conf.load import run
 def frame(config: ReportConfig) -> pd.DataFrame:
     """One row per result; `columns`, or the settings and main figures of the benchmarks found."""
     if not config.files:
-        raise BenchError("files=[…] is empty: name result files")
+        raise BenchUsage("files=[…] is empty: name result files")
     rows: list[dict[str, Any]] = []
     for path in config.files:
         rows += [flat for line in results.read(path) for flat in flatten(line)]
@@ -35,7 +35,7 @@ def frame(config: ReportConfig) -> pd.DataFrame:
     table = pd.DataFrame(rows)
     missing = [name for name in wanted if name not in table.columns]
     if missing:
-        raise BenchError(f"columns: no {missing[0]!r}; there are {', '.join(table.columns)}")
+        raise BenchUsage(f"columns: no {missing[0]!r}; there are {', '.join(table.columns)}")
     return table if config.plot else table[wanted]
 
 
@@ -44,7 +44,7 @@ def plot(table: pd.DataFrame, config: ReportConfig) -> None:
     assert config.plot is not None
     for name in (config.x, config.y, config.by):
         if name not in table.columns:
-            raise BenchError(f"plot: no column {name!r}; there are {', '.join(table.columns)}")
+            raise BenchUsage(f"plot: no column {name!r}; there are {', '.join(table.columns)}")
     matplotlib.use("Agg")  # a file, never a window
     from matplotlib import pyplot
 

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from bench.errors import BenchError
+from bench.errors import BenchUsage
 
 PACKAGES = ("headstart", "numpy", "aiohttp", "msgspec", "torch", "transformers")
 
@@ -93,7 +93,7 @@ def read(path: str) -> list[dict[str, Any]]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as e:
-        raise BenchError(f"cannot read results {path}: {e.strerror}") from None
+        raise BenchUsage(f"cannot read results {path}: {e.strerror}") from None
     lines = []
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
@@ -101,10 +101,10 @@ def read(path: str) -> list[dict[str, Any]]:
         try:
             value = json.loads(line)
         except ValueError as e:
-            raise BenchError(f"{path}:{number} is not JSON ({e}): not a result file") from None
+            raise BenchUsage(f"{path}:{number} is not JSON ({e}): not a result file") from None
         if not isinstance(value, dict):
-            raise BenchError(f"{path}:{number} is {type(value).__name__}, not a JSON object")
+            raise BenchUsage(f"{path}:{number} is {type(value).__name__}, not a JSON object")
         lines.append(value)
     if not lines:
-        raise BenchError(f"{path} holds no results")
+        raise BenchUsage(f"{path} holds no results")
     return lines

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from bench import block, results, workload
 from bench.client import Target, ask
-from bench.errors import BenchError
+from bench.errors import BenchError, BenchUsage
 from bench.lag import LoopWatch
 from bench.metrics import Timeline, summarise
 from bench.workload import Prompt
@@ -30,6 +31,7 @@ from conf.bench_schema import ServingConfig
 from conf.load import run
 
 HEALTH_POLL = 0.25
+REFUSED = ("HTTP 429", "HTTP 503")
 
 
 async def get_json(session: aiohttp.ClientSession, url: str) -> dict[str, Any] | None:
@@ -67,8 +69,7 @@ async def build_prompts(
 ) -> list[Prompt]:
     count, seed = config.num_prompts, config.seed
     if config.dataset == "sharegpt":
-        if config.dataset_path is None or tokenizer is None:
-            raise BenchError("dataset=sharegpt needs dataset_path=<file.json> and tokenizer=<path>")
+        assert config.dataset_path is not None and tokenizer is not None, "_check"
         return workload.sharegpt_prompts(
             config.dataset_path, config.sharegpt, count, tokenizer, seed
         )
@@ -87,8 +88,7 @@ async def build_prompts(
         prompts = workload.shared_prefix_prompts(config.shared_prefix, count, vocab, seed, special)
     if config.backend != "openai-chat":
         return prompts
-    if tokenizer is None:
-        raise BenchError("backend=openai-chat sends text: give tokenizer=<path> to make it from")
+    assert tokenizer is not None, "_check"
     return [
         Prompt(text=tokenizer.decode(list(p.tokens or ())), output_len=p.output_len)
         for p in prompts
@@ -124,9 +124,30 @@ async def drive(
     return timelines, start, watch
 
 
+def _check(config: ServingConfig) -> None:
+    """What is wrong whatever the server answers, said before it is waited for."""
+    config.url = config.url.rstrip("/")
+    if not config.url.startswith(("http://", "https://")):
+        raise BenchUsage(f"url={config.url}: must start with http:// or https://")
+    if config.dataset == "sharegpt" and None in (config.dataset_path, config.tokenizer):
+        raise BenchUsage("dataset=sharegpt needs dataset_path=<file.json> and tokenizer=<path>")
+    if config.dataset_path is not None and not Path(config.dataset_path).is_file():
+        raise BenchUsage(f"dataset_path={config.dataset_path}: no such file")
+    if config.backend == "openai-chat" and config.dataset != "sharegpt" and not config.tokenizer:
+        raise BenchUsage("backend=openai-chat sends text: give tokenizer=<path> to make it from")
+
+
+def running_at_once(info: dict[str, Any] | None) -> int | None:
+    """Sequences this server runs at once, where it tells (ours does)."""
+    states = (info or {}).get("internal_states") or [None]
+    capacity = states[0].get("capacity") if isinstance(states[0], dict) else None
+    most = capacity.get("max_seqs") if isinstance(capacity, dict) else None
+    return most if isinstance(most, int) else None
+
+
 async def measure(config: ServingConfig) -> dict[str, Any]:
     """One run, as its JSON line."""
-    config.url = config.url.rstrip("/")
+    _check(config)
     tokenizer = workload.load_tokenizer(config.tokenizer) if config.tokenizer else None
     headers = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
     async with aiohttp.ClientSession(
@@ -152,6 +173,9 @@ async def measure(config: ServingConfig) -> dict[str, Any]:
         prompts = await build_prompts(config, session, tokenizer)
         await _warm_up(config, target, prompts, session)
         info = await get_json(session, config.url + "/get_server_info")
+        if config.request_rate is None and config.max_concurrency is None:
+            # No arrival process is being measured: more at once would only be refused.
+            config.max_concurrency = running_at_once(info)
         timelines, start, watch = await drive(config, target, prompts, session)
     objectives = {k: v for k, v in asdict(config.goodput).items() if v is not None}
     result = {
@@ -173,6 +197,13 @@ async def measure(config: ServingConfig) -> dict[str, Any]:
         "client_cpu": watch.cpu,
         "warnings": watch.warnings(),
     }
+    refused = sum(n for why, n in result["failures"].items() if why.startswith(REFUSED))
+    if refused:
+        result["warnings"].append(
+            f"the server refused {refused} requests: lower request_rate or max_concurrency, or "
+            "raise the server's limits (limits.waiting_requests, limits.queue_wait_s, "
+            "limits.connections_per_address)"
+        )
     if tokenizer is not None:
         result["total_output_tokens_retokenized"] = sum(
             len(tokenizer.encode(t.text, add_special_tokens=False).ids) for t in timelines if t.ok

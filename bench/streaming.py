@@ -22,7 +22,7 @@ import aiohttp
 
 from bench import results
 from bench.client import Target, ask
-from bench.errors import BenchError
+from bench.errors import BenchError, BenchUsage
 from bench.lag import LoopWatch
 from bench.server import Server
 from bench.serving import first_model
@@ -39,7 +39,7 @@ def cpu_seconds(pid: int) -> float:
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
     except OSError:
-        raise BenchError(f"pid={pid}: there is no such process") from None
+        raise BenchUsage(f"pid={pid}: there is no such process") from None
     # The name in parentheses may hold spaces; utime and stime are fields 14 and 15.
     fields = stat.rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / TICKS
@@ -87,7 +87,7 @@ def _short(prompt: Prompt) -> Prompt:
 
 def main(config: StreamingConfig, sources: Mapping[str, str]) -> int:
     if (config.artifact is None) == (config.url is None or config.pid is None):
-        raise BenchError("give artifact=<directory>, or url=… and pid=… of a running server")
+        raise BenchUsage("give artifact=<directory>, or url=… and pid=… of a running server")
     results.warn_if_busy()
     with contextlib.ExitStack() as stack:
         url, pid, digest = config.url, config.pid, None

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from bench.errors import BenchError
+from bench.errors import BenchError, BenchUsage
 from conf.bench_schema import RandomDataset, SharedPrefixDataset, ShareGptDataset
 
 
@@ -47,7 +47,7 @@ def load_tokenizer(path: str) -> Tokenizer:
     for file in candidates:
         if file.is_file():
             return Tokenizer.from_file(str(file))
-    raise BenchError(f"tokenizer={path}: no tokenizer.json there; give its path or an artifact's")
+    raise BenchUsage(f"tokenizer={path}: no tokenizer.json there; give its path or an artifact's")
 
 
 def _token_ids(
@@ -137,11 +137,11 @@ def _read_json(path: str) -> list[Any]:
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as e:
-        raise BenchError(f"dataset_path={path}: {e.strerror}") from None
+        raise BenchUsage(f"dataset_path={path}: {e.strerror}") from None
     except ValueError as e:
-        raise BenchError(f"dataset_path={path} is not JSON: {e}") from None
+        raise BenchUsage(f"dataset_path={path} is not JSON: {e}") from None
     if not isinstance(data, list):
-        raise BenchError(f"dataset_path={path} holds {type(data).__name__}, not a list")
+        raise BenchUsage(f"dataset_path={path} holds {type(data).__name__}, not a list")
     return data
 
 

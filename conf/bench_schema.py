@@ -68,9 +68,10 @@ class Goodput:
 @dataclass(slots=True)
 class ServingConfig:
     """Load on a running server. `backend`: native (/generate, SGLang's too), openai
-    (/v1/completions) or openai-chat. `request_rate` null: all at once. `tokenizer`: tokenizer.json,
-    a directory with one, or an artifact; `vocab`: draws random token ids below it without a
-    tokenizer."""
+    (/v1/completions) or openai-chat. `request_rate` null: as fast as the server takes them.
+    `max_concurrency` null: no bound, but without a rate what our server runs at once.
+    `tokenizer`: tokenizer.json, a directory with one, or an artifact; `vocab`: draws random token
+    ids below it without a tokenizer."""
 
     url: str = "http://127.0.0.1:30000"
     backend: str = option("native", choices=("native", "openai", "openai-chat"))

@@ -8,6 +8,7 @@ log file, no traceback for a typo.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -59,7 +60,8 @@ def run(
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if "-h" in args or "--help" in args:
-        print(help_text(schema, config_name))
+        with contextlib.suppress(BrokenPipeError):  # … | head
+            print(help_text(schema, config_name), flush=True)
         return 0
     sweep = any(a in ("-m", "--multirun") for a in args)
     show = "--cfg" in args

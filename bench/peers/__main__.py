@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from bench import results
 from bench.bandwidth import Bandwidth, Rate
-from bench.errors import BenchError
+from bench.errors import BenchError, BenchUsage
 from bench.peers.launch import Skip, Worker, launch
 from bench.peers.shape import Shape
 from bench.peers.table import Figures, render, result_lines
@@ -40,7 +40,7 @@ def check(config: PeersConfig) -> None:
     ):
         for name in given:
             if name not in valid:
-                raise BenchError(f"{option}: no {name!r}; choices: {', '.join(valid)}")
+                raise BenchUsage(f"{option}: no {name!r}; choices: {', '.join(valid)}")
 
 
 def measure(

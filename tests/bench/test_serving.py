@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models
 
 from bench import serving
 from bench.client import Target, ask
-from bench.errors import BenchError
+from bench.errors import BenchError, BenchUsage
 from bench.workload import Prompt
 from conf.bench_schema import Goodput, RandomDataset, ServingConfig
 
@@ -99,6 +99,43 @@ async def test_failures_are_counted_and_named(fake: FakeServer) -> None:
 async def test_max_concurrency(fake: FakeServer) -> None:
     result = await serving.measure(config(fake.url, max_concurrency=3))
     assert fake.most_running == 3 == result["max_concurrent_requests"]
+
+
+async def test_without_a_rate_no_more_than_the_server_runs_at_once(
+    fake: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = {"internal_states": [{"capacity": {"max_seqs": 2}}]}
+    assert serving.running_at_once(states) == 2
+    assert serving.running_at_once(None) is None
+    assert serving.running_at_once({"internal_states": [{"capacity": None}]}) is None
+    monkeypatch.setattr(serving, "running_at_once", lambda info: 2)
+    result = await serving.measure(config(fake.url))
+    assert fake.most_running == 2 == result["max_concurrency"] and result["completed"] == 12
+    result = await serving.measure(config(fake.url, request_rate=1e4))
+    assert result["max_concurrency"] is None, "a rate is an arrival process: nothing bounds it"
+
+
+async def test_refusals_come_with_a_remedy(fake: FakeServer) -> None:
+    fake.fail_every = 3
+    result = await serving.measure(config(fake.url))
+    assert any("refused 1 requests" in w and "max_concurrency" in w for w in result["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"url": "localhost:30000"}, "url=localhost:30000: must start"),
+        ({"dataset": "sharegpt"}, "dataset_path="),
+        ({"dataset_path": "/nope.json"}, "dataset_path=/nope"),
+        ({"backend": "openai-chat"}, "tokenizer="),
+    ],
+)
+async def test_wrong_options_are_said_before_a_server_is_waited_for(
+    changes: dict[str, object], said: str
+) -> None:
+    options = {"url": "http://127.0.0.1:1", **changes}
+    with pytest.raises(BenchUsage, match=said):
+        await serving.measure(config(**options))  # type: ignore[arg-type]
 
 
 async def test_coalesced_tokens_are_all_counted(fake: FakeServer) -> None:
