@@ -38,6 +38,9 @@ log = logging.getLogger("headstart.engine")
 STALL_STEPS = 20  # times the p99 step
 BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 SETTLED_S = 60.0  # ready for so long: the next failure starts the backoff anew
+CAN_START = 3  # of BACKOFF_S, the most that an engine which does get ready is made to wait
+START_S = 60.0  # to become ready again, or this many times what the first one took
+START_TIMES = 10
 LOST = "The engine ended while this request was running; try again."
 
 
@@ -190,6 +193,7 @@ class EngineLink:
         self.stats = None
         self.up = True
         self._ready_at = time.monotonic()
+        self._failures = min(self._failures, CAN_START)
         phases = " ".join(f"{name}={seconds:.3f}" for name, seconds in ready.phases.items())
         log.info("engine ready pid=%d pages=%d %s", self.process.pid, ready.pages, phases)
         self.changed.set()
@@ -242,6 +246,15 @@ class EngineLink:
             if self.up and self.stalled():
                 log.error("engine stalled pid=%d limit_s=%.1f", self.process.pid, self.stall_s())
                 self.process.kill()  # its socket closes, and the rest follows
+            elif not self.up and time.monotonic() - self._progress > self._start_s():
+                log.error("engine start stalled pid=%d", self.process.pid)
+                self.process.kill()
+
+    def _start_s(self) -> float:
+        """The first one may take as long as it needs: nobody knows yet what is long."""
+        if self.capacity is None or self._protocol is None:
+            return float("inf")
+        return max(START_S, START_TIMES * self.capacity.phases.get("ready", 0.0))
 
     def stall_s(self) -> float:
         steps = sorted(self._step_ms)

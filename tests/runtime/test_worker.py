@@ -182,3 +182,14 @@ def test_usage_on_wrong_arguments() -> None:
             [sys.executable, "-m", "runtime.core.worker"], cwd=ROOT, capture_output=True, text=True
         )
     assert done.returncode == 2 and "usage" in done.stderr
+
+
+def test_a_parent_that_was_gone_before_it_started_ends_it() -> None:
+    """Before anything is loaded: the kernel tells only of deaths after it was asked to."""
+    ours, theirs = socket.socketpair()
+    ours.close()
+    fd = theirs.fileno()
+    options = '{"artifact": "/nowhere"}'  # would be exit code 2
+    child = [sys.executable, "-m", "runtime.core.worker", str(fd), options]
+    assert subprocess.run(child, pass_fds=(fd,), cwd=ROOT, timeout=20).returncode == 0
+    theirs.close()

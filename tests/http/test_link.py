@@ -1,0 +1,40 @@
+"""The engine link's clocks: how long a lost engine is waited for."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+from runtime.http.link import BACKOFF_S, START_S, EngineLink
+from runtime.request import Ready
+
+READY = Ready(
+    context=64,
+    vocab=8,
+    pages=4,
+    page_size=16,
+    max_seqs=2,
+    max_step_tokens=8,
+    phases={"ready": 1.0},
+)
+
+
+def link() -> EngineLink:
+    process = cast(Any, SimpleNamespace(pid=1))
+    return EngineLink(cast(Any, None), process, step_s=1.0)
+
+
+def test_an_engine_that_becomes_ready_is_never_waited_for_longer_than_five_seconds():
+    lost = link()
+    for _ in range(50):
+        assert BACKOFF_S[min(lost._failures, len(BACKOFF_S) - 1)] <= 2.0
+        lost._failures += 1  # as _restart does
+        lost._set_ready(READY)
+
+
+def test_a_restart_has_a_deadline_and_the_first_start_has_none():
+    fresh = link()
+    assert fresh._start_s() == float("inf")
+    fresh._set_ready(READY)
+    fresh._protocol = cast(Any, object())
+    assert fresh._start_s() == START_S
