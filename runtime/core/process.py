@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from runtime import log as log_lines
 from runtime.artifact import Artifact
 from runtime.core.loop import EngineLoop
 from runtime.core.options import EngineOptions
@@ -37,9 +38,7 @@ def main(arguments: Sequence[str]) -> None:
     """Does not return: threads of the native library may be in a step nobody waits for."""
     phases = Phases()
     phases.mark("imports")
-    logging.basicConfig(
-        level=logging.INFO, format="level=%(levelname)s logger=%(name)s %(message)s"
-    )
+    log_lines.setup("info")
     if len(arguments) != 2 or not arguments[0].isdigit():
         sys.stderr.write("usage: python -m runtime.core.worker FD OPTIONS\n")
         code = UsageError.exit_code

@@ -20,9 +20,9 @@ from aiohttp import web
 
 from runtime.errors import EngineDead, InvalidRequest, UsageError
 from runtime.http import chat, native, openai, tokens
-from runtime.http.log import AccessLog
 from runtime.http.replies import error_reply
 from runtime.http.server import RequestEnded, Server
+from runtime.log import AccessLog
 from runtime.metrics import prometheus_text
 
 log = logging.getLogger("headstart.http")

@@ -20,9 +20,9 @@ import msgspec
 from aiohttp import web
 
 from conf.schema import ServeConfig
+from runtime import log as log_lines
 from runtime.artifact import Artifact
 from runtime.errors import HeadstartError
-from runtime.http import log as log_lines
 from runtime.http.app import build_app
 from runtime.http.connection import Connections
 from runtime.http.link import EngineLink

@@ -1,7 +1,7 @@
 """Log lines: one JSON object per event, at most so many per second and class.
 
-`setup` routes every logger through it; `AccessLog` writes one line per request. Used by serve.py
-and app.py.
+`setup` routes every logger of a process through it, the HTTP process's as the engine's; `AccessLog`
+writes one line per request.
 """
 
 from __future__ import annotations
