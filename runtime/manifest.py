@@ -141,7 +141,7 @@ def decode_manifest(data: bytes) -> Manifest:
                 f"schema: expected {SCHEMA}, found {version}; compile it again with this version"
             )
         return msgspec.json.decode(data, type=Manifest)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DamagedArtifact(f"manifest: {error}") from error
 
 

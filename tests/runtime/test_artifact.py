@@ -322,6 +322,8 @@ def test_manifest_encoding_is_canonical() -> None:
         decode_manifest(b"{}")
     with pytest.raises(DamagedArtifact):
         decode_manifest(b"\xff\xfe")
+    with pytest.raises(DamagedArtifact):
+        decode_manifest(b'{"a":' * 100_000)
 
 
 def test_tool_version_is_that_of_the_package() -> None:
