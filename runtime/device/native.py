@@ -53,6 +53,9 @@ def choose_library(artifact: Artifact) -> CpuLibrary:
 
 
 def open_library(artifact: Artifact, library: CpuLibrary) -> ctypes.CDLL:
+    for other in artifact.manifest.libraries:
+        if other.path != library.path:
+            artifact.read(other.path)  # not ours to run, but damage is told on every machine
     fd = artifact.library(library.path)
     try:
         native = ctypes.CDLL(f"/proc/self/fd/{fd}")

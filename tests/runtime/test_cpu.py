@@ -84,13 +84,14 @@ def test_a_flipped_weight_is_refused_by_name(artifact: Artifact, tmp_path: Path)
     assert tensor.name in str(refused.value)
 
 
-@pytest.mark.parametrize("role", ["library", "plan"])
+@pytest.mark.parametrize("role", ["library", "library of other machines", "plan"])
 def test_a_flipped_byte_of_code_or_plan_is_refused(
     artifact: Artifact, tmp_path: Path, role: str
 ) -> None:
     library = native.choose_library(artifact).path
     plan = next(f.path for f in artifact.manifest.files if f.path.startswith("plans/"))
-    name = library if role == "library" else plan
+    others = [lib.path for lib in artifact.manifest.libraries if lib.path != library]
+    name = {"library": library, "plan": plan}.get(role) or others[0]
     bad = damaged(artifact, tmp_path, name, 100)
     with pytest.raises(DamagedArtifact) as refused:
         CpuSession(bad, threads=1)
