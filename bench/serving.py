@@ -38,6 +38,8 @@ async def get_json(session: aiohttp.ClientSession, url: str) -> dict[str, Any] |
     """The JSON object at `url`, or None when this server has none there."""
     try:
         async with session.get(url) as response:
+            if response.status in (401, 403):
+                raise BenchUsage(f"{url} answered {response.status}: give the server's api_key=…")
             if response.status != 200:
                 return None
             value = msgspec.json.decode(await response.read())

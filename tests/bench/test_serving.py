@@ -8,6 +8,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from aiohttp import web
 from aiohttp.test_utils import TestServer
 from bench_fake_server import FakeServer
 from tokenizers import Tokenizer, models
@@ -136,6 +137,17 @@ async def test_wrong_options_are_said_before_a_server_is_waited_for(
     options = {"url": "http://127.0.0.1:1", **changes}
     with pytest.raises(BenchUsage, match=said):
         await serving.measure(config(**options))  # type: ignore[arg-type]
+
+
+async def test_a_server_that_wants_a_key_is_named_as_such() -> None:
+    async def guarded(request: web.Request) -> web.Response:
+        return web.Response(status=200 if request.path == "/health" else 401)
+
+    app = web.Application()
+    app.router.add_get("/{path:.*}", guarded)
+    async with TestServer(app) as server:
+        with pytest.raises(BenchUsage, match=r"answered 401: give the server's api_key="):
+            await serving.measure(config(str(server.make_url(""))))
 
 
 async def test_coalesced_tokens_are_all_counted(fake: FakeServer) -> None:
