@@ -209,7 +209,8 @@ def _named_template(wanted: str, named: dict[str, str]) -> str:
     if not path.is_file():
         choices = ", ".join(sorted({*named, *built_in}))
         raise CompileError(
-            f"model.chat_template={wanted}: neither a file nor a template; choices: {choices}"
+            f"model.chat_template={wanted}: no such file or template; "
+            f"give a .jinja file or one of: {choices}"
         )
     source = path.read_text()
     _check_template(source, wanted)

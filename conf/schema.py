@@ -29,6 +29,7 @@ def option(
 class ModelConfig:
     """`source`: directory, hub id, or modelscope:<id>. `config`: the published config.json of a
     named shape, used by weights=random (and checked against the checkpoint's own otherwise).
+    `chat_template`: a .jinja file or the name of a template, instead of the checkpoint's.
     """
 
     name: str = MISSING

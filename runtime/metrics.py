@@ -73,6 +73,9 @@ class RequestMetrics:
         )
         self.e2e = Histogram("e2e_request_latency_seconds", "Request to last token.", E2E_S)
         self.prompts = Histogram("prompt_tokens_histogram", "Prompt lengths.", TOKENS)
+        self.uncached = Histogram(
+            "uncached_prompt_tokens_histogram", "Prompt lengths less what was cached.", TOKENS
+        )
         self.outputs = Histogram("generation_tokens_histogram", "Output lengths.", TOKENS)
         self.prompt_tokens = 0
         self.cached_tokens = 0
@@ -103,6 +106,7 @@ class RequestMetrics:
             self.aborted += 1
             return
         self.cached_tokens += seq.cached_tokens
+        self.uncached.observe(len(seq.request.tokens) - seq.cached_tokens)
         self.outputs.observe(len(seq.ids))
         self.e2e.observe(seq.finished_at - seq.created)
         if len(seq.ids) > 1:
@@ -126,7 +130,7 @@ class _Scrape(Collector):
 
     def collect(self) -> Iterable[Metric]:
         m = self._metrics
-        for histogram in (m.ttft, m.itl, m.tpot, m.e2e, m.prompts, m.outputs):
+        for histogram in (m.ttft, m.itl, m.tpot, m.e2e, m.prompts, m.uncached, m.outputs):
             yield histogram.family(self._model)
         for name, text, value in (
             ("prompt_tokens", "Prompt tokens received.", m.prompt_tokens),
@@ -151,6 +155,7 @@ class _Scrape(Collector):
         for name, text, value in (
             ("num_running_reqs", "Sequences in the running batch.", s.running),
             ("num_queue_reqs", "Requests waiting.", s.waiting),
+            ("utilization", "Running sequences, of those that fit.", s.running / ready.max_seqs),
             ("token_usage", "Share of the KV pool in use.", used / total if total else 0.0),
             ("num_used_tokens", "KV slots referenced by running sequences.", used),
             ("kv_used_tokens", "KV slots referenced by running sequences.", used),

@@ -82,6 +82,10 @@ async def chat_ids(server: Server, body: ChatBody) -> list[int]:
     messages = [_message(message, i) for i, message in enumerate(body.messages)]
     if body.tools is not None and len(body.tools) > TOOLS:
         raise InvalidRequest(f"at most {TOOLS} tools are allowed, got {len(body.tools)}")
+    if body.tools and not renderer.knows_tools:
+        raise InvalidRequest(
+            "This model's chat template has no place for tools; leave tools out.", param="tools"
+        )
     kwargs = dict(body.chat_template_kwargs or {})
     for name in kwargs.keys() - KWARGS:
         raise InvalidRequest(

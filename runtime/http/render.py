@@ -28,6 +28,7 @@ START_S = 10.0
 class Renderer:
     def __init__(self, source: str, constants: dict[str, str]) -> None:
         self._setup = msgspec.msgpack.encode({"source": source, "constants": constants})
+        self.knows_tools = "tools" in source
         self._broken = False
         self._child: asyncio.subprocess.Process | None = None
         self._lock = asyncio.Lock()

@@ -48,6 +48,13 @@ def check_unsupported(
     return rest
 
 
+# What callers of the OpenAI API write on the native route.
+OTHER_API = {
+    "sampling_params.max_tokens": "max_new_tokens",
+    "sampling_params.seed": "sampling_seed",
+}
+
+
 def show(value: object) -> str:
     """A client's value in an error text: short, and no control characters."""
     text = ascii(value)[1:-1] if isinstance(value, str) else str(value)
@@ -65,7 +72,8 @@ def _refusal(text: str, where: str) -> InvalidRequest:
     if unknown := _UNKNOWN.search(text):
         field = show(unknown["name"])
         param = f"{name}.{field}" if name else field
-        return InvalidRequest(f"Unknown parameter: {param}.", param=param)
+        meant = f"; did you mean {OTHER_API[param]}?" if param in OTHER_API else "."
+        return InvalidRequest(f"Unknown parameter: {param}{meant}", param=param)
     if missing := _MISSING.search(text):
         param = f"{name}.{missing['name']}" if name else missing["name"]
         return InvalidRequest(f"Missing parameter: {param}.", param=param)

@@ -248,6 +248,10 @@ TOO_MANY = (
         ({"text": "a", "stream": "yes"}, "stream must be bool | null, got str."),
         ({"text": "a", "sampling_params": {"foo": 1}}, "Unknown parameter: sampling_params.foo."),
         (
+            {"text": "a", "sampling_params": {"max_tokens": 1}},
+            "Unknown parameter: sampling_params.max_tokens; did you mean max_new_tokens?",
+        ),
+        (
             {"text": "a", "lora_path": "x"},
             "lora_path is not supported by this server; leave it out.",
         ),

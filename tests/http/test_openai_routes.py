@@ -222,6 +222,11 @@ def test_text_parts_are_joined(server: ServerProcess):
             {"messages": HELLO, "chat_template": "{{ 1 }}"},
             "Unknown parameter: chat_template.",
         ),
+        (
+            "chat/completions",
+            {"messages": HELLO, "tools": [{"type": "function", "function": {"name": "f"}}]},
+            "This model's chat template has no place for tools; leave tools out.",
+        ),
     ],
 )
 def test_refusals(server: ServerProcess, path: str, body: dict, message: str):
