@@ -36,6 +36,7 @@ from conf.options import (
 )
 
 T = TypeVar("T")
+INTERRUPTED = 130  # what a shell calls a command ended by ^C
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +78,9 @@ def run(
     except ConfigError as e:
         print(f"error: {e}", file=sys.stderr)
         return ConfigError.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
     return code
 
 

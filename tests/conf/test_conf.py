@@ -164,6 +164,19 @@ def test_a_bug_keeps_its_traceback() -> None:
         run(ServeConfig, "serve", main, ["artifact=x"])
 
 
+def test_an_interrupt_ends_the_sweep_without_a_traceback(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    seen: list[str] = []
+
+    def main(config: ServeConfig, sources: object) -> None:
+        seen.append(config.artifact)
+        raise KeyboardInterrupt
+
+    assert run(ServeConfig, "serve", main, ["-m", "artifact=x,y"]) == 130
+    assert seen == ["x"] and "Traceback" not in capsys.readouterr().err
+
+
 def test_serve_options() -> None:
     loaded = load(ServeConfig, "serve", ["artifact=a/b-1", "port=0", "limits.n=4", "overlap=false"])
     assert (loaded.config.artifact, loaded.config.port) == ("a/b-1", 0)
