@@ -27,6 +27,9 @@ TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float
 REQUIRED: Any = object()
 
 
+MOST_LAYERS = 10_000
+
+
 class ConfigReader:
     """A config.json that knows which of its keys were asked for. `null` counts as absent."""
 
@@ -61,6 +64,10 @@ class ConfigReader:
         value = self.value(key, int, default)
         if value is not default and value <= 0:
             raise DamagedCheckpoint(f"{self.where}: {key} is {value}, expected a positive number")
+        if key == "num_hidden_layers" and value > MOST_LAYERS:  # each becomes an object of its own
+            raise DamagedCheckpoint(
+                f"{self.where}: {key} is {value}, expected at most {MOST_LAYERS}"
+            )
         return cast(int, value)
 
     def number(self, key: str, default: Any = REQUIRED) -> float:

@@ -7,6 +7,7 @@ weights of an earlier artifact and takes its libraries from the cache.
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 from collections.abc import Mapping
@@ -35,7 +36,13 @@ from compiler.verify import (
 )
 from conf.resolve import check_supported, resolve
 from conf.schema import CompileConfig
-from kernels.toolchain import build_cpu, compiler_version, find_compiler, machine_levels
+from kernels.toolchain import (
+    ToolchainError,
+    build_cpu,
+    compiler_version,
+    find_compiler,
+    machine_levels,
+)
 from runtime.artifact import (
     SCHEMA,
     TOOL,
@@ -49,6 +56,7 @@ from runtime.artifact import (
     plan_path,
     weights_path,
 )
+from runtime.errors import NoSpace
 
 ABI = 1  # HS_ABI_VERSION of kernels/cpu/abi.h
 NOT_INPUTS = ("out", "cache")  # where things go does not change what they are
@@ -91,7 +99,15 @@ def build_libraries(cache: Path) -> list[tuple[CpuLibrary, bytes]]:
     """One native library per instruction-set level of this machine's architecture, best last."""
     built = []
     for level in machine_levels():
-        data = build_cpu(level.name, cache).read_bytes()
+        try:
+            data = build_cpu(level.name, cache).read_bytes()
+        except (ToolchainError, OSError) as error:
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            if full or "No space left on device" in str(error):
+                raise NoSpace(
+                    f"kernels: no space left in cache={cache} or the temporary folder; free some"
+                ) from error
+            raise
         library = CpuLibrary(
             level=level.name, path=f"code/{level.name}.so", requires=level.requires
         )
