@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,7 +72,10 @@ class ConfigReader:
         return cast(int, value)
 
     def number(self, key: str, default: Any = REQUIRED) -> float:
-        return cast(float, self.value(key, float, default))
+        value = self.value(key, float, default)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise DamagedCheckpoint(f"{self.where}: {key} is {value}, expected a finite number")
+        return cast(float, value)
 
     def flag(self, key: str, default: Any = REQUIRED) -> bool:
         return cast(bool, self.value(key, bool, default))

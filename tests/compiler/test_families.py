@@ -180,6 +180,7 @@ REFUSALS = [
     ({"hidden_size": 66, "head_dim": None}, "66.*4"),
     ({"hidden_size": "64"}, "hidden_size is '64'"),
     ({"hidden_size": None}, "'hidden_size' is missing"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, expected a finite number"),
     ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, expected at most"),
     ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
     ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1"),
