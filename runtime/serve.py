@@ -7,13 +7,14 @@ do.
 
 from __future__ import annotations
 
+import errno
 import socket
 import sys
 from collections.abc import Mapping
 
 from conf.load import run
 from conf.schema import ServeConfig
-from runtime.errors import Busy, HeadstartError
+from runtime.errors import Busy, HeadstartError, UsageError
 from runtime.spawn import EngineProcess
 
 
@@ -40,6 +41,10 @@ def bind(host: str, port: int) -> socket.socket:
         listener.listen(1)  # without it, two servers could both bind
     except OSError as error:
         listener.close()
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            raise UsageError(
+                f"host={host}: {error.strerror}; give an address of this machine"
+            ) from None
         raise Busy(
             f"cannot listen on {host} port {port}: {error.strerror}; choose another with port=…"
         ) from None
