@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
+import struct
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +25,7 @@ HEADERS = 64
 KEEPALIVE_S = 75.0
 SWEEP_S = 0.5
 NEVER = float("inf")
+RESET = struct.pack("ii", 1, 0)  # linger for no time
 
 _NO_ACCESS_LOG = logging.getLogger("headstart.aiohttp")  # app.py writes the access log
 _NO_ACCESS_LOG.disabled = True
@@ -95,7 +98,12 @@ class Connection(RequestHandler):
             self.on_resume()
 
     def abort(self) -> None:
+        """A reset, not an orderly end: what the kernel holds for a client that does not read is
+        given back at once, and the client notices."""
         if self.transport is not None:
+            sock = self.transport.get_extra_info("socket")
+            if sock is not None:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
             self.transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

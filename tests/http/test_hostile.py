@@ -152,7 +152,8 @@ def test_slow_head_slow_body_and_idle_reader_are_closed(toy_artifact):
 
 
 def test_a_reader_that_stops_is_aborted(toy_artifact):
-    with serving(toy_artifact, "limits.send_stall_s=0.5") as server:
+    # Slow steps: the stall must end the request, not its last token.
+    with serving(toy_artifact, "limits.send_stall_s=0.5", "null_step_s=0.02") as server:
         sock = socket.socket()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.connect(("127.0.0.1", server.port))
@@ -164,7 +165,7 @@ def test_a_reader_that_stops_is_aborted(toy_artifact):
             + b"Content-Length: %d\r\n\r\n%b" % (len(data), data)
         )  # fmt: skip
         wait_until(lambda: server.info()["in_flight"] > 0)
-        wait_until(lambda: server.info()["in_flight"] == 0, 20)
+        wait_until(lambda: server.info()["in_flight"] == 0, 15)
         assert server.get("/health").status == 200
         with pytest.raises(ConnectionError):
             for _ in range(100_000):
