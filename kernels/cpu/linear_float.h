@@ -2,6 +2,8 @@
 //
 // A few rows are read where they are; more are repacked in panels [K][R] so that one pointer serves all R broadcasts.
 #pragma once
+#include <unistd.h>
+
 #include "linear_call.h"
 
 namespace hs {
@@ -142,6 +144,15 @@ static inline void fill_panel(const Linear& c, int64_t r0, float* panel) {
     }
 }
 
+// Bytes of a core's second-level cache; a megabyte where the system does not say.
+static inline int64_t second_level_cache() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    static const long told = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (told > 0) return told;
+#endif
+    return 1 << 20;
+}
+
 template <int FMT>
 static void many_rows(const hs_ctx* ctx, const Linear& c) {
     const int64_t kp = c.w.padded_k(), panels = (c.t + PANEL - 1) / PANEL;
@@ -151,7 +162,7 @@ static void many_rows(const hs_ctx* ctx, const Linear& c) {
     Range range = split(c.tiles(), c.unit(), ctx);
     const int64_t lines = c.w.tile_bytes() / 64, pieces = (lines + PIECE - 1) / PIECE;
     // Panels that stay in the second-level cache beside the weights, and their sums.
-    const int64_t fitting = (768 << 10) / (PANEL * kp * 4), chunk = fitting < 8 ? 8 : fitting > 64 ? 64 : fitting;
+    const int64_t fitting = second_level_cache() / 8 * 7 / (PANEL * kp * 4), chunk = fitting < 8 ? 8 : fitting > 64 ? 64 : fitting;
     float(*sums)[32] = (float(*)[32])scratch(64 * PANEL * 128);
     for (int64_t p0 = 0; p0 < panels; p0 += chunk) {
         const int64_t stop = p0 + chunk < panels ? p0 + chunk : panels;
