@@ -57,10 +57,11 @@ class ParallelConfig:
 
 @dataclass(slots=True)
 class KvConfig:
-    """`dtype`: auto | float32 | bfloat16. `page_size` in tokens."""
+    """`dtype`: auto | float32 | bfloat16. `page_size` in tokens: what the
+    kernels are written for."""
 
     dtype: str = option("auto", choices=("auto", "float32", "bfloat16"))
-    page_size: int = option(16, low=1, high=256)
+    page_size: int = option(16, low=16, high=16)
 
 
 @dataclass(slots=True)

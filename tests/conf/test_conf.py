@@ -56,7 +56,7 @@ def test_all_groups_of_the_defaults_list_are_tested() -> None:
 
 
 def test_resolution_of_auto_and_its_sources() -> None:
-    loaded = load(CompileConfig, "compile", ["model=qwen3-8b", "quant=int4", "kv.page_size=32"])
+    loaded = load(CompileConfig, "compile", ["model=qwen3-8b", "quant=int4", "kv.page_size=16"])
     config, origin = resolve(
         loaded.config, loaded.sources, checkpoint_dtype="float16", context=40960
     )
