@@ -18,6 +18,7 @@ constexpr int PANEL = 6, DIRECT = 4;
 constexpr int PANEL = 3, DIRECT = 2;
 #endif
 constexpr int64_t FLOAT_AHEAD = 4096;  // prefetch distance in each tile's stream, bytes
+constexpr int64_t PANEL_AHEAD = 512;   // floats: panels come from the second-level cache
 constexpr int64_t PIECE = 128;  // lines of each of two tiles (16 KB) that stay in the first-level cache for all panels
 
 // acc[r][0..31] += x[r] . W over `lines` lines of two tiles, for R rows. x element (r,k) is x[k*R + r] in a panel, row[r][k]
@@ -38,6 +39,7 @@ static void block(const float* const* row, const float* panel, const Streams& s,
         auto run = [&](int64_t begin, int64_t end, const uint8_t* const* ahead, int64_t shift) __attribute__((always_inline)) {
             for (int64_t i = begin; i < end; i++) {
                 HS_UNROLL for (int t = 0; t < NT; t++) prefetch(ahead[t0 + t] + i * 64 + shift);
+                if (IN_PANEL) prefetch(x[0] + i * STEP * R + PANEL_AHEAD);
                 vf w[STEP][NT][NV];
                 HS_UNROLL for (int t = 0; t < NT; t++)
                     HS_UNROLL for (int v = 0; v < NV; v++) {
