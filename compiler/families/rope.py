@@ -12,7 +12,7 @@ import math
 import torch
 
 from compiler.checkpoint import ConfigReader
-from compiler.errors import CompileError
+from compiler.errors import CompileError, DamagedCheckpoint
 from compiler.families.spec import RopeSpec
 
 SUPPORTED = ("default", "linear", "llama3", "yarn")
@@ -34,6 +34,8 @@ def rope_spec(config: ConfigReader, head_dim: int, context: int) -> RopeSpec:
             scaling = config.section("rope_scaling")
     if config.number("partial_rotary_factor", partial) != 1.0:
         raise CompileError(f"{config.where}: partial_rotary_factor {partial} is not supported here")
+    if theta <= 0:
+        raise DamagedCheckpoint(f"{config.where}: rope_theta is {theta}, expected more than 0")
     powers = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     freq, scale = 1.0 / (theta**powers), 1.0
     if scaling is not None:

@@ -188,6 +188,7 @@ REFUSALS = [
     ({"num_hidden_layers": 3}, r"tensor model.layers.2.\S+ is missing"),
     ({"num_hidden_layers": 1}, r"tensor model.layers.1.\S+ .* not used"),
     ({"attention_bias": True}, "q_proj.bias is missing"),
+    ({"rope_theta": 0.0}, "rope_theta is 0.0, expected more than 0"),
 ]
 
 
