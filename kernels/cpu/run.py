@@ -147,16 +147,3 @@ def run_on(team: Team, kernel: Kernel, call: CallShape, arrays: dict[str, Array]
     for name, array in arrays.items():
         array[...] = own[name]
     return seconds
-
-
-def run_kernel(
-    kernel: Kernel,
-    call: CallShape,
-    arrays: dict[str, Array],
-    level: str,
-    threads: int = 2,
-    cache: Path = CACHE,
-) -> float:
-    """`run_on` with a team of its own."""
-    with Team(level, threads, cache) as team:
-        return run_on(team, kernel, call, arrays)
