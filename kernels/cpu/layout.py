@@ -68,6 +68,15 @@ def fields(
     }
 
 
+def stack_fields(
+    format: str, shape: tuple[int, ...], swiglu: bool = False
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The same for a weight [n,k], or a stack of them [count,n,k] packed one after the other."""
+    *count, n, k = shape
+    one = fields(format, n, k, swiglu)
+    return {name: (dtype, (*count, *dims)) for name, (dtype, dims) in one.items()}
+
+
 def _arrange(rows: Array, swiglu: bool) -> Array:
     """[N,K] -> [tiles, 16, K]: pad the outputs with zeros, interleave the tiles of gate and up."""
     n, k = rows.shape
@@ -82,9 +91,12 @@ def _arrange(rows: Array, swiglu: bool) -> Array:
 def pack_linear(
     format: str, weight: Array | tuple[Array, Array], swiglu: bool = False
 ) -> dict[str, Array]:
-    """Pack float32 [N,K], bf16 bits uint16 [N,K], or (int8 q [N,K], float32 scale [N,K/G])."""
+    """Pack float32 [N,K], bf16 bits uint16 [N,K], or (int8 q [N,K], float32 scale [N,K/G]); or a
+    stack of any of them (one more axis in front)."""
     kind, group = parse_format(format)
     values = weight[0] if isinstance(weight, tuple) else weight
+    if values.ndim == 3:
+        return _pack_stack(format, weight, swiglu)
     n, k = values.shape
     fields(format, n, k, swiglu)  # refuses what cannot be packed
     wanted = {"float32": "float32", "bfloat16": "uint16"}.get(kind, "int8")
@@ -110,6 +122,18 @@ def pack_linear(
         nibbles = np.add(quads, np.int8(8), dtype=np.int8).view(np.uint8)
         data = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
     return {"data": data, "scale": _pack_scale(weight[1], (n, k // group), swiglu)}
+
+
+def _pack_stack(format: str, weight: Array | tuple[Array, Array], swiglu: bool) -> dict[str, Array]:
+    parts = weight if isinstance(weight, tuple) else (weight,)
+    out: dict[str, Array] = {}
+    for name, (dtype, shape) in stack_fields(format, parts[0].shape, swiglu).items():
+        out[name] = np.empty(shape, dtype)
+    for i in range(len(parts[0])):
+        one = (parts[0][i], parts[1][i]) if len(parts) == 2 else parts[0][i]
+        for name, array in pack_linear(format, one, swiglu).items():
+            out[name][i] = array
+    return out
 
 
 def _pack_scale(scale: Array, shape: tuple[int, int], swiglu: bool) -> Array:

@@ -1,5 +1,5 @@
 """The KV cache as references see it: one tensor per layer, in the plain order [page, 2, kv head,
-token of page, dim].
+token of page, dim]; for latent attention [page, token of page, latent + rotary].
 
 Kernels keep the same values in their own page layout (kernels/cpu/kv_page.h); tests convert
 between the two.
@@ -7,6 +7,7 @@ between the two.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -21,6 +22,22 @@ KV_ATTRS: dict[str, type] = {
     "page_bytes": int,
     "kv_dtype": str,
 }
+# Latent attention stores one row per token for all heads: a latent, then a rotated key.
+LATENT_ATTRS: dict[str, type] = {
+    "latent": int,
+    "rotary": int,
+    "page_size": int,
+    "layer_offset": int,
+    "page_bytes": int,
+    "kv_dtype": str,
+}
+
+
+def page_shape(attrs: dict[str, Any]) -> tuple[int, ...]:
+    """One layer of one page, in elements."""
+    if "latent" in attrs:
+        return attrs["page_size"], attrs["latent"] + attrs["rotary"]
+    return 2, attrs["kv_heads"], attrs["page_size"], attrs["head_dim"]
 
 
 class KvState:
@@ -34,12 +51,11 @@ class KvState:
     def layer(self, attrs: dict[str, Any]) -> Tensor:
         key = attrs["layer_offset"]
         if key not in self.layers:
-            shape = (self.pages, 2, attrs["kv_heads"], attrs["page_size"], attrs["head_dim"])
+            shape = (self.pages, *page_shape(attrs))
             self.layers[key] = torch.full(shape, float("nan"), dtype=KV_DTYPES[attrs["kv_dtype"]])
         return self.layers[key]
 
 
 def layer_bytes(attrs: dict[str, Any]) -> int:
     """Bytes of one layer in one page."""
-    size = KV_DTYPES[attrs["kv_dtype"]].itemsize
-    return 2 * attrs["kv_heads"] * attrs["page_size"] * attrs["head_dim"] * size
+    return math.prod(page_shape(attrs)) * KV_DTYPES[attrs["kv_dtype"]].itemsize

@@ -20,6 +20,7 @@ from kernels.op import Op, Sample
 from kernels.ops.kv import KvState, layer_bytes
 
 GROUP = 32
+GATED = ("swiglu", "geglu_tanh", "swiglu_clamped")  # their weights are cat(gate, up)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -37,7 +38,7 @@ class Case:
 
 def formats(op: Op) -> list[str]:
     """Storage formats worth testing: one per kind when the op has a matrix weight."""
-    if not any(a.role == "weight" and len(a.dims) == 2 for a in op.args):
+    if not any(a.role == "weight" and len(a.dims) > 1 for a in op.args):
         return [""]
     return [f"{kind}g{GROUP}" if kind.startswith("int") else kind for kind in FORMAT_CODES]
 
@@ -61,7 +62,7 @@ def _stored(
             fmt, rounded.view(torch.int16).numpy().view(np.uint16), swiglu
         ), rounded.float()
     limit = 127 if kind == "int8" else 7
-    groups = weight.reshape(len(weight), -1, group)
+    groups = weight.unflatten(-1, (-1, group))
     scale = (groups.abs().amax(-1) / limit).clamp(min=1e-6).half().float()  # stored as float16
     q = (groups / scale[..., None]).round().clamp(-limit, limit)
     packed = pack_linear(
@@ -74,7 +75,7 @@ def make_case(op: Op, sample: Sample, fmt: str = "") -> Case:
     args, attrs = copy.deepcopy(sample.args), sample.attrs
     arrays: dict[str, Any] = {}
     stored: dict[str, str] = {}
-    swiglu = attrs.get("act", "") == "swiglu"
+    gated = attrs.get("act", "") in GATED
     for arg in op.args:
         value = args.get(arg.name)
         if value is None:
@@ -87,12 +88,14 @@ def make_case(op: Op, sample: Sample, fmt: str = "") -> Case:
                 else layer.numpy()
             )
             pool = np.full((value.pages, attrs["page_bytes"]), 0xFF, np.uint8)
-            pool[:, attrs["layer_offset"] : attrs["layer_offset"] + layer_bytes(attrs)] = pack_kv(
-                bits
-            )
+            place = np.s_[:, attrs["layer_offset"] : attrs["layer_offset"] + layer_bytes(attrs)]
+            if "latent" in attrs:  # stored as it is
+                pool[place] = bits.view(np.uint8).reshape(value.pages, -1)
+            else:
+                pool[place] = pack_kv(bits)
             arrays[arg.name] = pool
-        elif arg.role == "weight" and len(arg.dims) == 2:
-            packed, args[arg.name] = _stored(value, fmt, swiglu)
+        elif arg.role == "weight" and len(arg.dims) > 1:
+            packed, args[arg.name] = _stored(value, fmt, gated)
             arrays |= {f"{arg.name}.{field}": data for field, data in packed.items()}
             stored[arg.name] = fmt
         else:
@@ -112,17 +115,20 @@ def make_case(op: Op, sample: Sample, fmt: str = "") -> Case:
     return Case(op=op, sample=sample, call=call, arrays=arrays, expected=expected, state=state)
 
 
-def live_rows(case: Case) -> int:
-    """Rows of the outputs that exist."""
-    per_row = case.op.name in ("gather", "sample") or case.sample.attrs.get("live_index") == 2
+def live_rows(case: Case, name: str) -> int:
+    """Rows of an output that exist."""
+    rows = case.op.arg(name).dims[0]
+    if rows not in ("tokens", "seqs", "R"):
+        return len(case.expected[name])
+    per_row = rows == "seqs" or case.sample.attrs.get("live_index") == 2
     return int(case.sample.args["live"][2 if per_row else 0])
 
 
 def check_case(case: Case, slack: float = 1.0) -> None:
     """The arrays a kernel left against the reference; integers exactly, floats within the op's
     tolerance."""
-    n = live_rows(case)
     for name, value in case.expected.items():
+        n = live_rows(case, name)
         _close(case, name, case.arrays[name][:n], value[:n].numpy(), slack)
         if n < len(value):
             assert (case.arrays[name][n:] == 77).all(), (
@@ -155,13 +161,11 @@ def _check_kv(case: Case, pool: np.ndarray, after: KvState) -> None:
     assert (others == 0xFF).all(), "bytes of other layers were written"
     want = after.layer(attrs)
     dtype = "uint16" if want.dtype == torch.bfloat16 else "float32"
-    got = unpack_kv(
-        pool[:, first : first + size],
-        attrs["kv_heads"],
-        attrs["page_size"],
-        attrs["head_dim"],
-        dtype,
-    )
+    layer = pool[:, first : first + size]
+    if "latent" in attrs:
+        got = np.ascontiguousarray(layer).view(dtype).reshape(tuple(want.shape))
+    else:
+        got = unpack_kv(layer, attrs["kv_heads"], attrs["page_size"], attrs["head_dim"], dtype)
     tensor = (
         torch.from_numpy(got.view(np.int16)).view(torch.bfloat16)
         if dtype == "uint16"
