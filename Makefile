@@ -9,7 +9,7 @@ VENV   ?= .venv
 # PyPI's torch for Linux x86-64 carries CUDA (gigabytes). For the small CPU build:
 #   make setup TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 TORCH  ?= torch==2.13.0
-EXTRAS ?= compile,bench,dev
+EXTRAS ?= compile,cuda,bench,dev
 
 BIN   := $(VENV)/bin
 READY := $(VENV)/.headstart-ready

@@ -16,13 +16,15 @@ from typing import Any
 class CallShape:
     """What a kernel sees of a call: argument shapes at the bucket's sizes (dims already
     numbers), dtypes, attributes and, for weights, the storage format (`float32`, `bfloat16`,
-    `int8g32`, `int4g64`, …). Absent optional arguments are not listed."""
+    `int8g32`, `int4g64`, …). Absent optional arguments are not listed. `kind` of the bucket: in
+    `decode` every sequence has exactly one token, in `mixed` any number."""
 
     op: str
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, str]
     formats: Mapping[str, str]
     attrs: Mapping[str, Any]
+    kind: str = "mixed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +47,8 @@ class Kernel:
     workspace: Callable[[CallShape], int] = field(default=lambda call: 0)
 
 
-KERNELS: dict[str, list[Kernel]] = {"cpu": [], "cuda": []}
+# "cpu": Kernel, "cuda": kernels.cuda.kernel.CudaKernel
+KERNELS: dict[str, list[Any]] = {"cpu": [], "cuda": []}
 
 
 def register(kernel: Kernel) -> Kernel:

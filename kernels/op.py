@@ -19,7 +19,8 @@ class Arg:
 
     `role` is input | weight | state | output | inout; `dims` names its axes (`tokens`, `seqs`,
     `pages` are the symbolic ones, every other name is bound by the call); `dtypes` are the accepted
-    element types ("float" = the activation type).
+    element types. "float" is the target's activation type (float32 on CPU, the model's dtype on
+    CUDA); "float32" alone means that less would lose something (angles, logits).
     """
 
     name: str

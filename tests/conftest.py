@@ -1,13 +1,19 @@
-"""Fixtures shared by all tiers: artifacts compiled once per test session."""
+"""Fixtures shared by all tiers: artifacts compiled once per test session.
+
+Triton interprets in the test process (kernels run on CPU memory); cubins are built in workers.
+"""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 
 ROOT = Path(__file__).resolve().parent.parent
 

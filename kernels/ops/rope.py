@@ -63,7 +63,7 @@ ROPE_TABLE = register(
             LIVE,
             POSITIONS,
             Arg(name="inv_freq", role="weight", dims=("R/2",), dtypes=("float",)),
-            Arg(name="out", role="output", dims=("tokens", "R"), dtypes=("float",)),
+            Arg(name="out", role="output", dims=("tokens", "R"), dtypes=("float32",)),
         ),
         attrs={"scale": float},
         reference=rope_table_reference,
@@ -129,7 +129,7 @@ ROPE = register(
         args=(
             LIVE,
             Arg(name="x", role="input", dims=("tokens", "H*E"), dtypes=("float",)),
-            Arg(name="table", role="input", dims=("tokens", "R"), dtypes=("float",)),
+            Arg(name="table", role="input", dims=("tokens", "R"), dtypes=("float32",)),
             Arg(name="out", role="output", dims=("tokens", "H*E"), dtypes=("float",)),
         ),
         attrs={"heads": int, "head_dim": int, "interleaved": bool},
@@ -225,7 +225,9 @@ ROPE_KV = register(
         args=(
             LIVE,
             Arg(name="qkv", role="input", dims=("tokens", "(H+2K)*E"), dtypes=("float",)),
-            Arg(name="table", role="input", dims=("tokens", "R"), dtypes=("float",), optional=True),
+            Arg(
+                name="table", role="input", dims=("tokens", "R"), dtypes=("float32",), optional=True
+            ),
             Arg(name="q_norm", role="weight", dims=("E",), dtypes=("float",), optional=True),
             Arg(name="k_norm", role="weight", dims=("E",), dtypes=("float",), optional=True),
             KV_SLOTS,

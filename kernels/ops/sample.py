@@ -243,7 +243,7 @@ SAMPLE = register(
         name="sample",
         args=(
             LIVE,
-            Arg(name="logits", role="input", dims=("seqs", "V"), dtypes=("float",)),
+            Arg(name="logits", role="input", dims=("seqs", "V"), dtypes=("float32",)),
             *(
                 _row(n, "int32")
                 for n in ("row_token", "row_slot", "row_target", "row_flags", "row_top", "top_k")

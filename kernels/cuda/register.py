@@ -1,0 +1,3 @@
+"""Importing this module fills KERNELS["cuda"]."""
+
+from kernels.cuda import basic  # noqa: F401
