@@ -19,7 +19,7 @@ def synthetic_tokenizer(vocab: int, specials: dict[int, str]) -> bytes | None:
     """tokenizer.json with ids 0 … vocab-1, `specials` at their ids; None if bytes and specials
     alone need more.
     """
-    alphabet = _byte_alphabet()
+    alphabet = byte_alphabet()
     merges: list[tuple[str, str]] = []
     wanted = vocab - len(alphabet) - len(specials)
     if wanted < 0:
@@ -70,7 +70,7 @@ def _document(
     }
 
 
-def _byte_alphabet() -> list[str]:
+def byte_alphabet() -> list[str]:
     """The printable character that stands for each byte (GPT-2's table)."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     spare = iter(range(256, 512))

@@ -8,9 +8,6 @@ objects, one list of end tokens, one template. Called by `compiler.importer`.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +20,12 @@ import tokenizers
 from compiler.checkpoint import read_json
 from compiler.errors import CompileError, DamagedCheckpoint
 from compiler.synthetic_tokenizer import synthetic_tokenizer
+from compiler.tokenizer_rules import Rules, rules_of
+from compiler.tokenizer_source import tokenizer_json
 
 TEMPLATES = Path(__file__).resolve().parent / "data" / "templates"
-CONVERTER = Path(__file__).resolve().parent / "convert_tokenizer.py"
-CONVERTIBLE = ("tokenizer.model", "*.tiktoken", "vocab.json", "vocab.txt", "spiece.model")
 SPECIALS = ("bos_token", "eos_token", "pad_token", "unk_token")
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-BOS_CLASSES = ("Llama", "CodeLlama", "Gemma")  # classes whose add_bos_token flag is honoured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +42,7 @@ def read_text(directory: Path, config: Mapping[str, Any], vocab: int, template: 
     serves token ids only.
     """
     settings = _optional_json(directory / "tokenizer_config.json")
-    data = _tokenizer_json(directory)
+    data = tokenizer_json(directory, settings)
     files, ids = {}, dict[str, int | None]()
     generation = _optional_json(directory / "generation_config.json")
     if data is not None:
@@ -58,8 +54,15 @@ def read_text(directory: Path, config: Mapping[str, Any], vocab: int, template: 
             tokens |= {k: _token_text(listed.get(k)) for k in SPECIALS if tokens[k] is None}
         ids = {key: tokenizer.token_to_id(t) if t else None for key, t in tokens.items()}
         files["tokenizer.json"] = data
+        # A tokenizer.json says itself what its class adds by default; a bare model file does not.
+        ready = (directory / "tokenizer.json").is_file()
+        flags = _flags(settings, rules_of(settings), defaults=not ready)
         files["tokenizer_config.json"] = _json(
-            {**tokens, "add_bos_token": _adds_bos(settings, tokenizer, ids["bos_token"])}
+            {
+                **tokens,
+                "add_bos_token": _adds(flags, tokenizer, "bos_token", ids),
+                "add_eos_token": _adds(flags, tokenizer, "eos_token", ids),
+            }
         )
         source = _template(directory, settings, template)
         if source is not None:
@@ -97,7 +100,9 @@ def made_up_text(config: Mapping[str, Any], vocab: int, template: str | None) ->
             "pad_token": None,
             "unk_token": None,
         }
-        files["tokenizer_config.json"] = _json({**tokens, "add_bos_token": False})
+        files["tokenizer_config.json"] = _json(
+            {**tokens, "add_bos_token": False, "add_eos_token": False}
+        )
         source = _named_template(template, {}) if template else None
         files["chat_template.jinja"] = (
             source.encode() if source else (TEMPLATES / "chatml.jinja").read_bytes()
@@ -108,23 +113,6 @@ def made_up_text(config: Mapping[str, Any], vocab: int, template: str | None) ->
 
 
 # --- tokenizer ------------------------------------------------------------------------------------
-
-
-def _tokenizer_json(directory: Path) -> bytes | None:
-    if (directory / "tokenizer.json").is_file():
-        return (directory / "tokenizer.json").read_bytes()
-    if not any(any(directory.glob(pattern)) for pattern in CONVERTIBLE):
-        return None
-    with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, "-P", str(CONVERTER), str(directory.resolve()), out]
-        done = subprocess.run(command, cwd=out, capture_output=True, text=True, check=False)
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise CompileError(
-                f"{directory}: the tokenizer cannot be converted ({reason}); "
-                "put a tokenizer.json beside config.json"
-            )
-        return (Path(out) / "tokenizer.json").read_bytes()
 
 
 def _load(data: bytes, directory: Path) -> tokenizers.Tokenizer:
@@ -143,16 +131,27 @@ def _check_ids(tokenizer: tokenizers.Tokenizer, vocab: int, directory: Path) -> 
         )
 
 
-def _adds_bos(settings: dict[str, Any], tokenizer: tokenizers.Tokenizer, bos: int | None) -> bool:
-    """Whether a prompt starts with bos: by the tokenizer's own post-processor, or by the flag that
-    Llama classes turn into one.
+def _flags(settings: dict[str, Any], rules: Rules, *, defaults: bool) -> dict[str, bool]:
+    """What the tokenizer class makes of add_bos_token and add_eos_token. `defaults`: also of their
+    absence.
     """
-    if bos is None:
+    usual = {"bos_token": rules.adds_bos and defaults, "eos_token": False}
+    return {k: rules.flags and bool(settings.get(f"add_{k}", usual[k])) for k in usual}
+
+
+def _adds(
+    flags: dict[str, bool],
+    tokenizer: tokenizers.Tokenizer,
+    key: str,
+    ids: dict[str, int | None],
+) -> bool:
+    """Whether every text starts (ends) with bos (eos): by the tokenizer's own post-processor, or
+    by its class's flag.
+    """
+    token = ids[key]
+    if token is None:
         return False
-    if tokenizer.encode("a").ids[:1] == [bos]:
-        return True
-    llama = str(settings.get("tokenizer_class", "")).startswith(BOS_CLASSES)
-    return llama and bool(settings.get("add_bos_token", False))
+    return flags[key] or tokenizer.encode("a").ids[0 if key == "bos_token" else -1 :][:1] == [token]
 
 
 def _token_text(token: Any) -> str | None:

@@ -49,6 +49,8 @@ class Tokenizer:
     special: dict[int, str]  # control tokens
     bos: str | None
     eos: str | None
+    first: int | None  # token that starts every text
+    last: int | None  # token that ends every text
     _special_ids: dict[str, int]
     _spellings: re.Pattern[str] | None
     _texts: dict[int, str] = field(default_factory=dict)
@@ -73,13 +75,16 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         special = {i: token.content for i, token in added.items() if token.special}
         spellings = "|".join(map(re.escape, sorted(special.values(), key=len, reverse=True)))
+        bos, eos = _spelling(config.get("bos_token")), _spelling(config.get("eos_token"))
         return Tokenizer(
             backend=backend,
             config=config,
             decoder=_decoder_kind(head.decoder),
             special=special,
-            bos=_spelling(config.get("bos_token")),
-            eos=_spelling(config.get("eos_token")),
+            bos=bos,
+            eos=eos,
+            first=backend.token_to_id(bos) if bos and config.get("add_bos_token") else None,
+            last=backend.token_to_id(eos) if eos and config.get("add_eos_token") else None,
             _special_ids={text: i for i, text in special.items()},
             _spellings=re.compile(spellings) if spellings else None,
         )
@@ -88,10 +93,11 @@ class Tokenizer:
         # encode_batch, not encode: it releases the GIL (tokenizers 0.23).
         batch = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         ids: list[int] = batch[0].ids
-        if add_special_tokens and self.config.get("add_bos_token") and self.bos is not None:
-            bos = self.backend.token_to_id(self.bos)
-            if bos is not None and ids[:1] != [bos]:
-                ids.insert(0, bos)
+        if add_special_tokens:  # those the post-processor in tokenizer.json has not put there
+            if self.first is not None and ids[:1] != [self.first]:
+                ids.insert(0, self.first)
+            if self.last is not None and ids[-1:] != [self.last]:
+                ids.append(self.last)
         return ids
 
     def encode_chat(self, prompt: str, guard: Guard) -> list[int]:
