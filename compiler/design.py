@@ -59,6 +59,7 @@ def design(spec: ModelSpec, config: CompileConfig) -> Design:
         edits=config.shape.context + EDITS_BEYOND_CONTEXT,
         page_size=config.kv.page_size,
         kv_dtype=config.kv.dtype,
+        context=config.shape.context,
     )
     program = verify(fuse(build(spec, shape)))
     formats = storage_formats(

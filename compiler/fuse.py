@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from compiler.program import Call, Dim, Program, Value, rewrite, verify
+from kernels.ops.mlp import GATED
 
 
 def merge_qkv(program: Program) -> Program:
-    """q, k, v linears, head norms, rope and kv_write -> one linear and rope_kv."""
+    """q, k, v linears, head norms, clips, rope and kv_write -> one linear and rope_kv."""
     edit = _Edit(program)
     for write in program.calls:
         if write.op != "kv_write":
@@ -43,43 +44,61 @@ def merge_qkv(program: Program) -> Program:
             not _mergeable(linears)
             or v.norm
             or v.rope
-            or bool(q.norm) != bool(k.norm)
-            or bool(q.rope) != bool(k.rope)
+            or len({bool(side.norm) for side in (q, k)}) != 1
+            or len({bool(side.rope) for side in (q, k)}) != 1
+            or len({side.clip.attrs["limit"] if side.clip else 0.0 for side in (q, k, v)}) != 1
         ):
             continue
         ins = {"live": "live", "qkv": edit.merged_linear(linears, "qkv", at=write)}
-        eps, interleaved = 0.0, False
+        eps, centre, interleaved = 0.0, False, False
         if q.rope and k.rope:
             if q.rope.ins["table"] != k.rope.ins["table"]:
                 continue
             ins["table"], interleaved = q.rope.ins["table"], q.rope.attrs["interleaved"]
         if q.norm and k.norm:
             ins |= {"q_norm": q.norm.ins["w"], "k_norm": k.norm.ins["w"]}
-            eps = q.norm.attrs["eps"]
+            eps, centre = q.norm.attrs["eps"], q.norm.attrs["centre"]
         ins |= {"kv_slots": write.ins["kv_slots"], "kv": write.ins["kv"]}
         attrs = {
             **write.attrs,
             "heads": attention[0].attrs["heads"],
             "eps": eps,
+            "centre": centre,
+            "clip": q.clip.attrs["limit"] if q.clip else 0.0,
             "interleaved": interleaved,
         }
         outs = {"q": attention[0].ins["q"], **write.outs}
         edit.insert(write, Call(op="rope_kv", ins=ins, outs=outs, attrs=attrs))
-        edit.drop(write, *linears, *(c for side in (q, k) for c in (side.norm, side.rope) if c))
+        between = (c for side in (q, k, v) for c in (side.norm, side.clip, side.rope) if c)
+        edit.drop(write, *linears, *between)
     return edit.result()
 
 
-def merge_swiglu(program: Program) -> Program:
-    """gate and up linears and swiglu -> one linear with act=swiglu."""
+def merge_gated(program: Program) -> Program:
+    """gate and up linears and a gated activation -> one linear with that act."""
     edit = _Edit(program)
     for call in program.calls:
-        if call.op != "swiglu":
+        if call.op != "gated":
             continue
         gate, up = (_only(program, call.ins[side], call, "linear") for side in ("gate", "up"))
         if gate is None or up is None or gate is up or not _mergeable((gate, up)):
             continue
-        edit.merged_linear((gate, up), "gate_up", at=call, out=call.outs["out"], act="swiglu")
+        out, act = call.outs["out"], call.attrs["act"]
+        edit.merged_linear((gate, up), "gate_up", at=call, out=out, act=act)
         edit.drop(call, gate, up)
+    return edit.result()
+
+
+def activation_into_linear(program: Program) -> Program:
+    """linear, then activation -> linear with that act."""
+    edit = _Edit(program)
+    for call in program.calls:
+        linear = _only(program, call.ins["x"], call, "linear") if call.op == "activation" else None
+        if linear is None or not _plain(linear):
+            continue
+        attrs = {**linear.attrs, "act": call.attrs["act"]}
+        edit.insert(call, replace(linear, outs=call.outs, attrs=attrs))
+        edit.drop(call, linear)
     return edit.result()
 
 
@@ -101,7 +120,7 @@ def norm_into_linear(program: Program) -> Program:
     """rms_norm whose only readers are linears -> linears that normalise their input."""
     edit = _Edit(program)
     for norm in program.calls:
-        if norm.op != "rms_norm":
+        if norm.op != "rms_norm" or "residual" in norm.ins:
             continue
         name = norm.outs["out"]
         readers = program.consumers(name)
@@ -132,7 +151,8 @@ def residual_into_linear(program: Program) -> Program:
                 linear is None
                 or "residual" in linear.ins
                 or "rows" in linear.ins
-                or linear.attrs["act"]
+                or linear.attrs["act"] in GATED
+                or linear.attrs["softcap"]
             ):
                 continue
             edit.insert(
@@ -143,7 +163,33 @@ def residual_into_linear(program: Program) -> Program:
     return edit.result()
 
 
-RULES = (merge_qkv, merge_swiglu, rows_into_linear, norm_into_linear, residual_into_linear)
+def residual_into_norm(program: Program) -> Program:
+    """rms_norm, then add -> rms_norm that adds the residual (a norm after the branch)."""
+    edit = _Edit(program)
+    for add in program.calls:
+        if add.op != "add":
+            continue
+        for side, other in (("b", "a"), ("a", "b")):
+            norm = _only(program, add.ins[side], add, "rms_norm")
+            if norm is None or "residual" in norm.ins:
+                continue
+            edit.insert(
+                add, replace(norm, ins={**norm.ins, "residual": add.ins[other]}, outs=add.outs)
+            )
+            edit.drop(add, norm)
+            break
+    return edit.result()
+
+
+RULES = (
+    merge_qkv,
+    merge_gated,
+    activation_into_linear,
+    rows_into_linear,
+    norm_into_linear,
+    residual_into_norm,
+    residual_into_linear,
+)
 
 
 def fuse(program: Program) -> Program:
@@ -154,10 +200,11 @@ def fuse(program: Program) -> Program:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Projection:
-    """How q, k or v came to be: linear, then maybe a head norm, then maybe rope."""
+    """How q, k or v came to be: linear, then maybe a head norm, a clip, rope."""
 
     linear: Call
     norm: Call | None
+    clip: Call | None
     rope: Call | None
 
 
@@ -165,11 +212,14 @@ def _projection(program: Program, name: str, user: Call) -> _Projection | None:
     rope = _only(program, name, user, "rope")
     if rope is not None:
         name, user = rope.ins["x"], rope
+    clip = _only(program, name, user, "clip")
+    if clip is not None:
+        name, user = clip.ins["x"], clip
     norm = _only(program, name, user, "head_norm")
     if norm is not None:
         name, user = norm.ins["x"], norm
     linear = _only(program, name, user, "linear")
-    return None if linear is None else _Projection(linear=linear, norm=norm, rope=rope)
+    return None if linear is None else _Projection(linear=linear, norm=norm, clip=clip, rope=rope)
 
 
 def _only(program: Program, name: str, user: Call, op: str) -> Call | None:
@@ -188,14 +238,20 @@ def _mergeable(linears: tuple[Call, ...]) -> bool:
     first = linears[0]
     return all(
         call.attrs == first.attrs
-        and call.attrs["act"] == ""
+        and _plain(call)
         and set(call.ins) == set(first.ins)
-        and "residual" not in call.ins
         and all(
             call.ins[arg] == name for arg, name in first.ins.items() if arg not in ("w", "bias")
         )
         for call in linears
     )
+
+
+def _plain(linear: Call) -> bool:
+    """Nothing follows the product but a bias."""
+    attrs = linear.attrs
+    changed = attrs["act"] or attrs["scale"] != 1.0 or attrs["softcap"]
+    return not changed and "residual" not in linear.ins
 
 
 class _Edit:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import compiler.families.register
@@ -101,13 +101,13 @@ def _check_shape(config: CompileConfig, spec: ModelSpec, found: dict[str, Any]) 
     """
     reader = ConfigReader(found | config.model.config, f"model={config.model.name}")
     expected = family_of(reader).read(reader)
-    for f in fields(ModelSpec):
-        a, b = getattr(expected, f.name), getattr(spec, f.name)
+    for f in ModelSpec.__struct_fields__:
+        a, b = getattr(expected, f), getattr(spec, f)
         if a != b:
-            shown = f"{a} and {b}" if isinstance(a, int | str) else f"{f.name} that differ"
+            shown = f"{a} and {b}" if isinstance(a, int | str) else f"{f} that differ"
             raise CompileError(
                 f"model={config.model.name} and the checkpoint {config.model.source} disagree "
-                f"about {f.name}: {shown}; use model=hf model.source={config.model.source}"
+                f"about {f}: {shown}; use model=hf model.source={config.model.source}"
             )
 
 

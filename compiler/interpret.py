@@ -59,12 +59,14 @@ def run(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """Consecutive tokens of one sequence in a step: `before` are already in its `pages`."""
+    """Consecutive tokens of one sequence in a step: `before` are already in its `pages`.
+    `variant`: their row of rope frequencies."""
 
     tokens: Sequence[int]
     pages: Sequence[int]
     before: int = 0
     slot: int = 0
+    variant: int = 0
 
 
 def greedy_step(
@@ -94,6 +96,7 @@ def greedy_step(
         "tokens": ints([t for chunk in chunks for t in chunk.tokens], len(positions)),
         "positions": ints(positions, len(positions)),
         "kv_slots": ints(kv_slots, len(positions)),
+        "rope_variant": ints([c.variant for c in chunks for _ in c.tokens], len(positions)),
         "seq_start": ints(starts, rows + 1),
         "seq_len": ints([chunk.before + len(chunk.tokens) for chunk in chunks], rows),
         "pages": torch.stack([ints(c.pages, width) for c in chunks] + padding),

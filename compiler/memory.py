@@ -98,6 +98,8 @@ def io_layout(program: Program, sizes: Mapping[str, int]) -> IoLayout:
     fields: list[IoField] = []
     end = upload = 0
     for name in (*INPUTS, "edits", *OUTPUTS):
+        if name not in program.values:
+            continue  # an input this model has no use for
         value = program.values[name]
         if value.kind == "output" and not upload:
             upload = end

@@ -1,4 +1,4 @@
-"""A model as a program: `build(spec, …)` writes one decoder step as calls, `constants(spec)`
+"""A model as a program: `build(spec, …)` writes one decoder step as calls, `constants(spec, …)`
 computes the tables it reads.
 
 The only modelling code. Comes in: a ModelSpec. Goes out: an unfused Program over one ragged batch
@@ -18,20 +18,32 @@ import numpy as np
 import numpy.typing as npt
 
 from compiler.errors import CompileError
-from compiler.families.spec import Attention, GatedFfn, ModelSpec, RopeSpec
+from compiler.families.by_length import frequencies, length_rule, variants
+from compiler.families.spec import (
+    Attention,
+    ModelSpec,
+    NormSpec,
+    PlainFfn,
+    RmsNorm,
+    RopeSpec,
+)
 from compiler.program import Builder, Dim, Program
 from kernels.ops import register  # noqa: F401  (fills OPS)
+from kernels.ops.mlp import GATED
 
 KV_BYTES = {"float32": 4, "bfloat16": 2}
+GATED_ACT = {act: gated for gated, act in GATED.items()}
 PAGE_ALIGN = 64
 
 # Every io input and output of a step in upload order, as in runtime.device.base.StepInput and
-# StepOutput. `edits` is last: its unused tail is not uploaded.
+# StepOutput. `edits` is last: its unused tail is not uploaded. `rope_variant` is there only where
+# rope depends on the request's length.
 INPUTS: dict[str, tuple[str, tuple[Dim, ...]]] = {
     "live": ("int32", (8,)),
     "tokens": ("int32", ("tokens",)),
     "positions": ("int32", ("tokens",)),
     "kv_slots": ("int32", ("tokens",)),
+    "rope_variant": ("int32", ("tokens",)),
     "seq_start": ("int32", ("seqs+1",)),
     "seq_len": ("int32", ("seqs",)),
     "pages": ("int32", ("seqs", "pages")),
@@ -76,12 +88,14 @@ SAMPLE_INPUTS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepShape:
-    """What a step is built for besides the model: sizes of the token state and of a KV page."""
+    """What a step is built for besides the model: sizes of the token state and of a KV page, and
+    the longest sequence that is served."""
 
     slots: int
     edits: int
     page_size: int
     kv_dtype: str
+    context: int
 
 
 def build(spec: ModelSpec, shape: StepShape) -> Program:
@@ -89,8 +103,7 @@ def build(spec: ModelSpec, shape: StepShape) -> Program:
     step = _Step(spec, shape)
     h = step.embed()
     for index in range(len(spec.layers)):
-        h = step.attention(index, h)
-        h = step.ffn(index, h)
+        h = step.layer(index, h)
     step.sample(step.head(h))
     return step.b.build()
 
@@ -102,11 +115,21 @@ def ropes(spec: ModelSpec) -> list[RopeSpec]:
     )
 
 
-def constants(spec: ModelSpec) -> dict[str, npt.NDArray[np.float32]]:
-    """Weights that come from the spec instead of the checkpoint."""
-    return {
-        f"rope.{n}.inv_freq": np.asarray(rope.inv_freq, np.float32)
+def slopes(spec: ModelSpec) -> list[tuple[float, ...]]:
+    """The distinct alibi slopes, likewise for `alibi.<n>`."""
+    return list(
+        dict.fromkeys(layer.mixer.alibi for layer in spec.layers if layer.mixer.alibi is not None)
+    )
+
+
+def constants(spec: ModelSpec, context: int) -> dict[str, npt.NDArray[np.float32]]:
+    """Weights that come from the spec instead of the checkpoint, for sequences up to `context`."""
+    tables = {
+        f"rope.{n}.inv_freq": frequencies(rope, context).reshape(-1)
         for n, rope in enumerate(ropes(spec))
+    }
+    return tables | {
+        f"alibi.{n}": np.asarray(values, np.float32) for n, values in enumerate(slopes(spec))
     }
 
 
@@ -132,8 +155,10 @@ class _Step:
         self.spec, self.shape, self.b = spec, shape, Builder()
         self.page_bytes, self.layer_offset = page_bytes(spec, shape), 0
         self.tables: dict[RopeSpec, str] = {}
+        by_length = length_rule(spec, shape.context) is not None
         for name, (dtype, dims) in INPUTS.items():
-            self.b.value(name, dtype, dims, "input")
+            if name != "rope_variant" or by_length:
+                self.b.value(name, dtype, dims, "input")
         self.b.value("edits", "int32", (shape.edits, 4), "input")
         for name, (dtype, dims) in OUTPUTS.items():
             self.b.value(name, dtype, dims, "output")
@@ -145,34 +170,64 @@ class _Step:
     def embed(self) -> str:
         b, table = self.b, self.b.weight("embed", self.spec.vocab, self.spec.dim)
         for n, rope in enumerate(ropes(self.spec)):
-            freq = b.weight(f"rope.{n}.inv_freq", rope.rotary_dim // 2)
+            rows = variants(rope, self.shape.context)
+            freq = b.weight(f"rope.{n}.inv_freq", rows * rope.rotary_dim // 2)
             out = b.temp(f"rope.{n}.table", "tokens", rope.rotary_dim)
             self.tables[rope] = b.call(
                 "rope_table",
-                {"live": "live", "positions": "positions", "inv_freq": freq},
+                {
+                    "live": "live",
+                    "positions": "positions",
+                    "inv_freq": freq,
+                    "variant": "rope_variant" if rows > 1 else None,
+                },
                 out,
-                scale=float(rope.scale),
+                scale=rope.scale,
+                variants=rows,
             )
         ins = {"live": "live", "tokens": "tokens", "last_token": "last_token", "table": table}
-        return b.call("embed", ins, b.temp("h", "tokens", self.spec.dim), scale=1.0)
+        h = b.temp("h", "tokens", self.spec.dim)
+        return b.call("embed", ins, h, scale=self.spec.embed_scale)
 
-    def norm(self, x: str, weight: str, eps: float, out: str) -> str:
+    def norm(self, x: str, norm: NormSpec, weight: str, out: str) -> str:
+        """Over the whole row."""
         dims = self.b.values[x].dims
-        ins = {"live": "live", "x": x, "w": self.b.weight(weight, self.spec.dim)}
-        return self.b.call("rms_norm", ins, self.b.temp(out, *dims), eps=eps)
+        width = dims[-1]
+        ins: dict[str, str | None] = {"live": "live", "x": x, "w": self.b.weight(weight, width)}
+        if isinstance(norm, RmsNorm):
+            return self.b.call("rms_norm", ins, self.b.temp(out, *dims), eps=norm.eps)
+        ins["bias"] = self.b.weight(f"{weight}_bias", width) if norm.bias else None
+        return self.b.call("layer_norm", ins, self.b.temp(out, *dims), eps=norm.eps)
 
     def linear(
-        self, x: str, weight: str, width: int, out: str, bias: bool = False, live_index: int = 0
+        self,
+        x: str,
+        weight: str,
+        width: int,
+        out: str,
+        bias: bool = False,
+        live_index: int = 0,
+        scale: float = 1.0,
+        softcap: float | None = None,
+        matrix: str | None = None,
     ) -> str:
+        """`matrix`: the name of the matrix where it is not the weight's own (a tied head)."""
         rows, k = self.b.values[x].dims
         ins = {
             "live": "live",
             "x": x,
-            "w": self.b.weight(weight, width, k),
+            "w": self.b.weight(matrix or weight, width, k),
             "bias": self.b.weight(f"{weight}_bias", width) if bias else None,
         }
         return self.b.call(
-            "linear", ins, self.b.temp(out, rows, width), eps=0.0, act="", live_index=live_index
+            "linear",
+            ins,
+            self.b.temp(out, rows, width),
+            eps=0.0,
+            act="",
+            live_index=live_index,
+            scale=scale,
+            softcap=softcap or 0.0,
         )
 
     def add(self, a: str, b: str, out: str) -> str:
@@ -180,15 +235,33 @@ class _Step:
             "add", {"live": "live", "a": a, "b": b}, self.b.temp(out, "tokens", self.spec.dim)
         )
 
-    def attention(self, index: int, h: str) -> str:
+    def layer(self, index: int, h: str) -> str:
+        layer, name, t = self.spec.layers[index], f"layers.{index}", f"{index}"
+        norm = layer.norm
+        n = self.norm(h, norm, f"{name}.attn_norm", f"{t}.attn_in")
+        a = self.mixer(index, n)
+        if layer.placement == "parallel":
+            return self.add(self.add(h, a, f"{t}.h"), self.ffn(index, n), f"{t}.out")
+        if layer.placement == "sandwich":
+            a = self.norm(a, norm, f"{name}.attn_post_norm", f"{t}.attn_normed")
+        h = self.add(h, a, f"{t}.h")
+        n = self.norm(h, norm, f"{name}.ffn_norm", f"{t}.ffn_in")
+        f = self.ffn(index, n)
+        if layer.placement == "sandwich":
+            f = self.norm(f, norm, f"{name}.ffn_post_norm", f"{t}.ffn_normed")
+        return self.add(h, f, f"{t}.out")
+
+    def mixer(self, index: int, x: str) -> str:
+        """What attention adds to the residual stream."""
         layer = self.spec.layers[index]
         m, name, t = layer.mixer, f"layers.{index}", f"{index}"
-        n = self.norm(h, f"{name}.attn_norm", layer.norm.eps, f"{t}.attn_in")
-        q = self.linear(n, f"{name}.q", m.heads * m.head_dim, f"{t}.q", m.qkv_bias)
-        k = self.linear(n, f"{name}.k", m.kv_heads * m.head_dim, f"{t}.k", m.qkv_bias)
-        v = self.linear(n, f"{name}.v", m.kv_heads * m.head_dim, f"{t}.v", m.qkv_bias)
+        q, k, v = (
+            self.linear(x, f"{name}.{part}", heads * m.head_dim, f"{t}.{part}", part in m.biases)
+            for part, heads in (("q", m.heads), ("k", m.kv_heads), ("v", m.kv_heads))
+        )
         q = self.rotate(q, m.heads, f"{name}.q_norm", m)
         k = self.rotate(k, m.kv_heads, f"{name}.k_norm", m)
+        v = self.clip(v, m)
         page: dict[str, Any] = {
             "kv_heads": m.kv_heads,
             "head_dim": m.head_dim,
@@ -201,14 +274,18 @@ class _Step:
         self.b.call(
             "kv_write", {"live": "live", "k": k, "v": v, "kv_slots": "kv_slots", "kv": "kv"}, **page
         )
-        ins = {
+        ins: dict[str, str | None] = {
             "live": "live",
             "q": q,
             "kv": "kv",
             "seq_start": "seq_start",
             "seq_len": "seq_len",
             "pages": "pages",
+            "sinks": self.b.weight(f"{name}.sinks", m.heads) if m.sinks else None,
+            "alibi": None,
         }
+        if m.alibi is not None:
+            ins["alibi"] = self.b.weight(f"alibi.{slopes(self.spec).index(m.alibi)}", m.heads)
         a = self.b.call(
             "attention",
             ins,
@@ -216,24 +293,37 @@ class _Step:
             heads=m.heads,
             scale=m.scale,
             window=m.window or 0,
+            softcap=m.softcap or 0.0,
+            logn=m.logn or 0,
             **page,
         )
-        return self.add(
-            h, self.linear(a, f"{name}.o", self.spec.dim, f"{t}.o", m.out_bias), f"{t}.h"
+        return self.linear(
+            a,
+            f"{name}.o",
+            self.spec.dim,
+            f"{t}.o",
+            "o" in m.biases,
+            scale=layer.residual_scale,
         )
 
     def rotate(self, x: str, heads: int, norm_weight: str, m: Attention) -> str:
-        """Per-head norm, then rotary embedding, where the layer has them."""
+        """Norm, clip and rotary embedding of q or k, where the layer has them."""
         dims = self.b.values[x].dims
-        if m.head_norm is not None:
-            ins = {"live": "live", "x": x, "w": self.b.weight(norm_weight, m.head_dim)}
+        if m.qk_norm is not None and m.qk_norm.over == "row":
+            x = self.norm(x, m.qk_norm.norm, norm_weight, f"{x}_normed")
+        elif m.qk_norm is not None:
+            own = heads if m.qk_norm.over == "heads" else 1
+            norm = m.qk_norm.norm
+            ins = {"live": "live", "x": x, "w": self.b.weight(norm_weight, own * m.head_dim)}
             x = self.b.call(
                 "head_norm",
                 ins,
                 self.b.temp(f"{x}_normed", *dims),
-                eps=m.head_norm.eps,
+                eps=norm.eps,
                 heads=heads,
+                centre=not isinstance(norm, RmsNorm),
             )
+        x = self.clip(x, m)
         if m.rope is not None:
             ins = {"live": "live", "x": x, "table": self.tables[m.rope]}
             x = self.b.call(
@@ -246,32 +336,46 @@ class _Step:
             )
         return x
 
-    def ffn(self, index: int, h: str) -> str:
+    def clip(self, x: str, m: Attention) -> str:
+        if m.clip is None:
+            return x
+        out = self.b.temp(f"{x}_clipped", *self.b.values[x].dims)
+        return self.b.call("clip", {"live": "live", "x": x}, out, limit=m.clip)
+
+    def ffn(self, index: int, x: str) -> str:
+        """What the feed-forward part adds to the residual stream."""
         layer = self.spec.layers[index]
         f, name, t = layer.ffn, f"layers.{index}", f"{index}"
-        _check_ffn(f)
-        n = self.norm(h, f"{name}.ffn_norm", layer.norm.eps, f"{t}.ffn_in")
-        gate = self.linear(n, f"{name}.gate", f.width, f"{t}.gate", f.bias)
-        up = self.linear(n, f"{name}.up", f.width, f"{t}.up", f.bias)
-        act = self.b.call(
-            "swiglu",
-            {"live": "live", "gate": gate, "up": up},
-            self.b.temp(f"{t}.act", "tokens", f.width),
-        )
-        return self.add(
-            h, self.linear(act, f"{name}.down", self.spec.dim, f"{t}.down", f.bias), f"{t}.out"
+        up = self.linear(x, f"{name}.up", f.width, f"{t}.up", f.bias)
+        out = self.b.temp(f"{t}.act", "tokens", f.width)
+        if isinstance(f, PlainFfn):
+            act = self.b.call("activation", {"live": "live", "x": up}, out, act=f.act)
+        else:
+            gate = self.linear(x, f"{name}.gate", f.width, f"{t}.gate", f.bias)
+            ins = {"live": "live", "gate": gate, "up": up}
+            act = self.b.call("gated", ins, out, act=GATED_ACT[f.act])
+        return self.linear(
+            act, f"{name}.down", self.spec.dim, f"{t}.down", f.bias, scale=layer.residual_scale
         )
 
     def head(self, h: str) -> str:
-        spec = self.spec
-        n = self.norm(h, "final_norm", spec.final_norm.eps, "final")
+        spec, head = self.spec, self.spec.head
+        n = self.norm(h, spec.final_norm, "final_norm", "final")
         rows = self.b.call(
             "gather",
             {"live": "live", "x": n, "rows": "row_token"},
             self.b.temp("rows", "seqs", spec.dim),
         )
         return self.linear(
-            rows, "embed" if spec.tied_head else "head", spec.vocab, "logits", live_index=2
+            rows,
+            "head",
+            spec.vocab,
+            "logits",
+            head.bias,
+            matrix="embed" if head.tied else None,
+            live_index=2,
+            scale=head.scale,
+            softcap=head.softcap,
         )
 
     def sample(self, logits: str) -> None:
@@ -280,11 +384,3 @@ class _Step:
         ins = {"live": "live", "logits": logits, **{name: name for name in SAMPLE_INPUTS}}
         ins |= {"counts": "counts", "bias": "bias", "last_token": "last_token"}
         b.call("sample", ins, {name: name for name in OUTPUTS}, vocab=self.spec.vocab)
-
-
-def _check_ffn(ffn: GatedFfn) -> None:
-    if ffn.act != "silu":
-        raise CompileError(
-            f"the gated ffn has the activation {ffn.act!r}, only 'silu' is implemented; "
-            "choose another model"
-        )

@@ -139,7 +139,12 @@ def store_weights(
         return found.tensors
     with package.create(weights_path(0), "weights") as file:
         tensors = write_weights(
-            file, made.weights, made.tensors, model.weights, constants(model.spec), advance
+            file,
+            made.weights,
+            made.tensors,
+            model.weights,
+            constants(model.spec, made.shape.context),
+            advance,
         )
     return tensors
 

@@ -23,6 +23,7 @@ from compiler.quantize import register  # noqa: F401  (fills SCHEMES)
 from compiler.quantize.scheme import dequantize, parse_format
 from compiler.weights import Weights, rows, stored
 from kernels.cpu import layout
+from kernels.ops.mlp import GATED
 from runtime import weights_file
 from runtime.artifact import TensorEntry
 
@@ -35,7 +36,7 @@ class StoredWeight:
 
     name: str
     format: str
-    swiglu: bool
+    gated: bool
     parts: tuple[str, ...]
     arrays: tuple[Stored, ...]
 
@@ -54,22 +55,22 @@ def _stored_weight(program: Program, value: Value, formats: Mapping[str, str]) -
     parts = value.parts or (value.name,)
     kinds = {formats.get(part, "float32") for part in parts}
     acts = {
-        call.attrs["act"] == "swiglu"
+        call.attrs["act"] in GATED
         for call in program.consumers(value.name)
         if call.op == "linear" and call.ins["w"] == value.name
     }
     if len(kinds) != 1 or len(acts) > 1:
         raise ProgramError(f"weight {value.name} needs one stored form, found {sorted(kinds)}")
-    format, swiglu = kinds.pop(), acts == {True}
+    format, gated = kinds.pop(), acts == {True}
     shape = tuple(dim for dim in value.dims if isinstance(dim, int))
     fields = {"data": ("float32", shape)}
     if len(shape) == 2:
-        fields = layout.fields(format, *shape, swiglu)
+        fields = layout.fields(format, *shape, gated)
     arrays = tuple(
         Stored(name=f"{value.name}.{field}", dtype=dtype, shape=dims)
         for field, (dtype, dims) in fields.items()
     )
-    return StoredWeight(name=value.name, format=format, swiglu=swiglu, parts=parts, arrays=arrays)
+    return StoredWeight(name=value.name, format=format, gated=gated, parts=parts, arrays=arrays)
 
 
 def pack(weight: StoredWeight, source: Weights, constants: Constants) -> dict[str, np.ndarray]:
@@ -82,11 +83,11 @@ def pack(weight: StoredWeight, source: Weights, constants: Constants) -> dict[st
     quantized = parse_format(weight.format)
     packed: Mapping[str, Any]
     if quantized is None:
-        packed = layout.pack_linear(weight.format, stored(logical, weight.format), weight.swiglu)
+        packed = layout.pack_linear(weight.format, stored(logical, weight.format), weight.gated)
     else:
         scheme, group = quantized
         codes, scale = scheme.quantize(logical, group)
-        packed = layout.pack_linear(weight.format, (codes.numpy(), scale.numpy()), weight.swiglu)
+        packed = layout.pack_linear(weight.format, (codes.numpy(), scale.numpy()), weight.gated)
     return {f"{weight.name}.{field}": array for field, array in packed.items()}
 
 

@@ -53,7 +53,7 @@ def measure(made: Design, source: Weights) -> Measured:
     """Logits of every prompt position with the stored numbers against the original ones, both in
     the reference interpreter: relative error, largest difference, share of equal best tokens."""
     weights = {weight.name: weight for weight in made.weights}
-    fixed = constants(made.spec)
+    fixed = constants(made.spec, made.shape.context)
     b = _logits(made, lambda name: rounded(weights[name], source, fixed))
     a = b
     if any(format != "float32" for format in made.formats.values()):

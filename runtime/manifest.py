@@ -8,7 +8,7 @@ re-exported by `runtime.artifact`.
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -71,6 +71,18 @@ class CpuLibrary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     requires: tuple[str, ...]
 
 
+class LengthRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which row of rope frequencies a token takes (io `rope_variant`), where that depends on a
+    length n. `of`: prompt (n is the prompt's length), sequence (the whole sequence's: when the row
+    changes, everything before is computed again) or token (the larger of the prompt's length and
+    the token's position + 1). The row is the number of `bounds` below n; with `every`, it is n
+    minus the one bound, at least 0."""
+
+    of: Literal["prompt", "sequence", "token"]
+    bounds: tuple[int, ...]
+    every: bool = False
+
+
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the runtime says and needs of the model."""
 
@@ -84,6 +96,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     parameters: int
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
+    rope_rule: LengthRule | None = None
 
 
 class Golden(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

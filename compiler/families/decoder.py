@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from compiler.checkpoint import ConfigReader
 from compiler.errors import CompileError, DamagedCheckpoint
 from compiler.families.rope import rope_spec
-from compiler.families.spec import Attention, GatedFfn, LayerSpec, ModelSpec, NormSpec
+from compiler.families.spec import (
+    Attention,
+    GatedFfn,
+    HeadSpec,
+    LayerSpec,
+    ModelSpec,
+    QkNorm,
+    RmsNorm,
+)
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+QKV: tuple[Literal["q", "k", "v"], ...] = ("q", "k", "v")
+QKVO: tuple[Literal["q", "k", "v", "o"], ...] = (*QKV, "o")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,8 +31,7 @@ class Parts:
     """
 
     name: str
-    qkv_bias: bool = False
-    out_bias: bool = False
+    biases: tuple[Literal["q", "k", "v", "o"], ...] = ()
     ffn_bias: bool = False
     head_norm: bool = False
     head_dim: int | None = None  # the class default when the file has none; None: dim / heads
@@ -48,7 +58,7 @@ def decoder_spec(config: ConfigReader, parts: Parts) -> ModelSpec:
         raise CompileError(
             f"{config.where}: quantized checkpoints are not supported yet; use the original"
         )
-    norm = NormSpec(eps=config.number("rms_norm_eps", 1e-6))
+    norm = RmsNorm(eps=config.number("rms_norm_eps", 1e-6))
     context = config.integer("max_position_embeddings")
     rope = rope_spec(config, head_dim, context)
     ffn = GatedFfn(width=config.integer("intermediate_size"), bias=parts.ffn_bias)
@@ -60,9 +70,8 @@ def decoder_spec(config: ConfigReader, parts: Parts) -> ModelSpec:
                 head_dim=head_dim,
                 rope=rope,
                 scale=head_dim**-0.5,
-                qkv_bias=parts.qkv_bias,
-                out_bias=parts.out_bias,
-                head_norm=norm if parts.head_norm else None,
+                biases=parts.biases,
+                qk_norm=QkNorm(norm=norm) if parts.head_norm else None,
                 window=parts.window(i),
             ),
             ffn=ffn,
@@ -77,7 +86,7 @@ def decoder_spec(config: ConfigReader, parts: Parts) -> ModelSpec:
         context=context,
         layers=layers,
         final_norm=norm,
-        tied_head=config.flag("tie_word_embeddings", False),
+        head=HeadSpec(tied=config.flag("tie_word_embeddings", False)),
     )
 
 

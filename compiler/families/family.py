@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from compiler.checkpoint import ConfigReader
 from compiler.errors import CompileError
-from compiler.families.names import NameMap
+from compiler.families.names import Names
 from compiler.families.spec import ModelSpec
 
 # Keys that say nothing about the forward pass of an inference engine: training, saving, library
@@ -43,7 +43,7 @@ class Family:
     name: str
     architectures: tuple[str, ...]
     spec: Callable[[ConfigReader], ModelSpec]
-    names: Callable[[ModelSpec], NameMap]
+    names: Names
     unused: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
 
     def read(self, config: ConfigReader) -> ModelSpec:
@@ -53,7 +53,7 @@ class Family:
 
     def ignorable_tensors(self, spec: ModelSpec) -> tuple[str, ...]:
         """A tied head is the embedding; files that store it again are read as if they did not."""
-        return (*self.unused, r"lm_head\.weight") if spec.tied_head else self.unused
+        return (*self.unused, r"lm_head\.weight") if spec.head.tied else self.unused
 
 
 FAMILIES: dict[str, Family] = {}

@@ -5,7 +5,7 @@ tying.
 from __future__ import annotations
 
 from compiler.checkpoint import ConfigReader
-from compiler.families.decoder import FULL, Parts, decoder_spec, layer_types
+from compiler.families.decoder import FULL, QKVO, Parts, decoder_spec, layer_types
 from compiler.families.family import Family, register
 from compiler.families.names import llama_names
 from compiler.families.spec import ModelSpec
@@ -20,8 +20,7 @@ def spec(config: ConfigReader) -> ModelSpec:
         config,
         Parts(
             name="llama",
-            qkv_bias=bias,
-            out_bias=bias,
+            biases=QKVO if bias else (),
             ffn_bias=config.flag("mlp_bias", False),
         ),
     )

@@ -9,37 +9,52 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
 from compiler.errors import CompileError, DamagedCheckpoint, ProgramError
-from compiler.families.spec import ModelSpec
+from compiler.families.spec import (
+    Attention,
+    GatedFfn,
+    LayerNorm,
+    ModelSpec,
+    NormSpec,
+    PlainFfn,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """One checkpoint tensor, or part of it: take `rows` (start, stop), reshape to `view`, reorder
-    axes by `order`. What is left is reshaped to the weight (its rows, when several sources are
+    """One checkpoint tensor, or part of it: take `rows` (start, stop), reshape to `view`, take
+    `part` (start, stop) of axis 1 of that, reorder axes by `order`, apply `then` to the float32
+    values. What is left is reshaped to the weight (its rows, when several sources are
     concatenated).
     """
 
     tensor: str
     rows: tuple[int, int] | None = None
     view: tuple[int, ...] = ()
+    part: tuple[int, int] | None = None
     order: tuple[int, ...] = ()
+    then: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         if self.rows is not None:
             x = x[self.rows[0] : self.rows[1]]
         if self.view:
             x = x.reshape(self.view)
-        return x.permute(self.order) if self.order else x
+        if self.part is not None:
+            x = x[:, self.part[0] : self.part[1]]
+        if self.order:
+            x = x.permute(self.order)
+        return x if self.then is None else self.then(x.float())
 
 
 NameMap = Mapping[str, tuple[Source, ...]]  # canonical name <- sources, concatenated along rows
+Names = Callable[[ModelSpec], NameMap]
 
 
 class Tensors(Protocol):
@@ -54,54 +69,132 @@ def logical_weights(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     d = spec.dim
     shapes: dict[str, tuple[int, ...]] = {"embed": (spec.vocab, d)}
     for i, layer in enumerate(spec.layers):
-        a, f, own = layer.mixer, layer.ffn, f"layers.{i}."
-        q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
-        shapes[own + "attn_norm"] = (d,)
-        for name, rows in (("q", q), ("k", kv), ("v", kv)):
-            shapes[own + name] = (rows, d)
-            if a.qkv_bias:
-                shapes[f"{own}{name}_bias"] = (rows,)
-        if a.head_norm is not None:
-            shapes[own + "q_norm"] = shapes[own + "k_norm"] = (a.head_dim,)
-        shapes[own + "o"] = (d, q)
-        if a.out_bias:
-            shapes[own + "o_bias"] = (d,)
-        shapes[own + "ffn_norm"] = (d,)
-        for name, rows, columns in (("gate", f.width, d), ("up", f.width, d), ("down", d, f.width)):
-            shapes[own + name] = (rows, columns)
-            if f.bias:
-                shapes[f"{own}{name}_bias"] = (rows,)
-    shapes["final_norm"] = (d,)
-    if not spec.tied_head:
+        own = f"layers.{i}."
+        shapes |= _norm(own + "attn_norm", layer.norm, d)
+        shapes |= {own + name: shape for name, shape in _attention(layer.mixer, d).items()}
+        if layer.placement == "sandwich":
+            shapes |= _norm(own + "attn_post_norm", layer.norm, d)
+        if layer.placement != "parallel":
+            shapes |= _norm(own + "ffn_norm", layer.norm, d)
+        shapes |= {own + name: shape for name, shape in _ffn(layer.ffn, d).items()}
+        if layer.placement == "sandwich":
+            shapes |= _norm(own + "ffn_post_norm", layer.norm, d)
+    shapes |= _norm("final_norm", spec.final_norm, d)
+    if not spec.head.tied:
         shapes["head"] = (spec.vocab, d)
+    if spec.head.bias:
+        shapes["head_bias"] = (spec.vocab,)
     return shapes
 
 
+Shapes = dict[str, tuple[int, ...]]
+
+
+def _norm(name: str, norm: NormSpec, dim: int) -> Shapes:
+    bias = isinstance(norm, LayerNorm) and norm.bias
+    return {name: (dim,), **({f"{name}_bias": (dim,)} if bias else {})}
+
+
+def _linear(name: str, rows: int, columns: int, bias: bool) -> Shapes:
+    return {name: (rows, columns), **({f"{name}_bias": (rows,)} if bias else {})}
+
+
+def _attention(a: Attention, dim: int) -> Shapes:
+    q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
+    shapes: Shapes = {}
+    for name, rows in (("q", q), ("k", kv), ("v", kv)):
+        shapes |= _linear(name, rows, dim, name in a.biases)
+    if a.qk_norm is not None:
+        shared = a.qk_norm.over == "head"
+        shapes["q_norm"] = (a.head_dim if shared else q,)
+        shapes["k_norm"] = (a.head_dim if shared else kv,)
+    if a.sinks:
+        shapes["sinks"] = (a.heads,)
+    return shapes | _linear("o", dim, q, "o" in a.biases)
+
+
+def _ffn(f: GatedFfn | PlainFfn, dim: int) -> Shapes:
+    gate = _linear("gate", f.width, dim, f.bias) if isinstance(f, GatedFfn) else {}
+    return gate | _linear("up", f.width, dim, f.bias) | _linear("down", dim, f.width, f.bias)
+
+
+# Modules of the Hugging Face names that most families share, by canonical weight.
 LLAMA_NAMES = {
-    "embed": "model.embed_tokens.weight",
-    "attn_norm": "input_layernorm.weight",
-    **{n: f"self_attn.{n}_proj.weight" for n in "qkvo"},
-    **{f"{n}_bias": f"self_attn.{n}_proj.bias" for n in "qkvo"},
-    **{f"{n}_norm": f"self_attn.{n}_norm.weight" for n in "qk"},
-    "ffn_norm": "post_attention_layernorm.weight",
-    **{n: f"mlp.{n}_proj.weight" for n in ("gate", "up", "down")},
-    **{f"{n}_bias": f"mlp.{n}_proj.bias" for n in ("gate", "up", "down")},
-    "final_norm": "model.norm.weight",
-    "head": "lm_head.weight",
+    "embed": "model.embed_tokens",
+    "layer": "model.layers.{i}",
+    "attn_norm": "input_layernorm",
+    **{n: f"self_attn.{n}_proj" for n in "qkvo"},
+    **{f"{n}_norm": f"self_attn.{n}_norm" for n in "qk"},
+    "ffn_norm": "post_attention_layernorm",
+    **{n: f"mlp.{n}_proj" for n in ("gate", "up", "down")},
+    "final_norm": "model.norm",
+    "head": "lm_head",
 }
+Packing = Callable[[ModelSpec, int, str], tuple[Source, ...] | None]
 
 
-def llama_names(spec: ModelSpec) -> NameMap:
-    """The Hugging Face names that most families share."""
-    result: dict[str, tuple[Source, ...]] = {}
-    for name in logical_weights(spec):
-        if name.startswith("layers."):
-            _, index, part = name.split(".")
-            tensor = f"model.layers.{index}.{LLAMA_NAMES[part]}"
-        else:
-            tensor = LLAMA_NAMES[name]
-        result[name] = (Source(tensor=tensor),)
-    return result
+def named(modules: Mapping[str, str], packing: Packing | None = None) -> Names:
+    """A name map from modules: `<module>.weight`, and `<module>.bias` for the bias of a weight;
+    those of a layer under `modules["layer"]`. `packing(spec, layer, weight)` gives the sources of
+    what is stored in another way, with tensor names that start after the layer's; None leaves it
+    to the modules."""
+
+    def names(spec: ModelSpec) -> NameMap:
+        result: dict[str, tuple[Source, ...]] = {}
+        for name in logical_weights(spec):
+            prefix, index, part = "", -1, name
+            if name.startswith("layers."):
+                _, number, part = name.split(".", 2)
+                index = int(number)
+                prefix = modules["layer"].format(i=index) + "."
+            sources = packing(spec, index, part) if packing else None
+            if sources is None:
+                module, kind = part.removesuffix("_bias"), "weight"
+                if module != part:
+                    kind = "bias"
+                sources = (Source(tensor=f"{modules[module]}.{kind}"),)
+            result[name] = tuple(replace(s, tensor=prefix + s.tensor) for s in sources)
+        return result
+
+    return names
+
+
+llama_names = named(LLAMA_NAMES)
+
+
+def plus_one(x: torch.Tensor) -> torch.Tensor:
+    """Norm weights stored around zero (Gemma)."""
+    return x + 1
+
+
+def packed_rows(tensor: str, sizes: Mapping[str, int], name: str) -> tuple[Source, ...]:
+    """The rows of `name` in a tensor that stacks several weights, in the order of `sizes`."""
+    start = 0
+    for part, size in sizes.items():
+        if part == name:
+            return (Source(tensor=tensor, rows=(start, start + size)),)
+        start += size
+    raise KeyError(name)
+
+
+def packed(
+    qkv: str | None = None, gate_up: str | None = None
+) -> Callable[[ModelSpec, int, str], tuple[Source, ...] | None]:
+    """`Packing` of modules that stack q, k, v (with their biases) and gate, up."""
+
+    def packing(spec: ModelSpec, layer: int, part: str) -> tuple[Source, ...] | None:
+        base = part.removesuffix("_bias")
+        kind = "weight" if base == part else "bias"
+        if qkv and base in ("q", "k", "v"):
+            a = spec.layers[layer].mixer
+            q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
+            return packed_rows(f"{qkv}.{kind}", {"q": q, "k": kv, "v": kv}, base)
+        if gate_up and base in ("gate", "up"):
+            width = spec.layers[layer].ffn.width
+            return packed_rows(f"{gate_up}.{kind}", {"gate": width, "up": width}, base)
+        return None
+
+    return packing
 
 
 def bind(spec: ModelSpec, names: NameMap, tensors: Tensors, unused: Iterable[str]) -> None:

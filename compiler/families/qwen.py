@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from compiler.checkpoint import ConfigReader
-from compiler.families.decoder import FULL, Parts, decoder_spec, layer_types
+from compiler.families.decoder import FULL, QKV, QKVO, Parts, decoder_spec, layer_types
 from compiler.families.family import Family, register
 from compiler.families.names import llama_names
 from compiler.families.spec import ModelSpec
@@ -30,7 +30,7 @@ def sliding(config: ConfigReader) -> Callable[[int], int | None]:
 
 def spec_qwen2(config: ConfigReader) -> ModelSpec:
     return decoder_spec(
-        config, Parts(name="qwen2", qkv_bias=True, kv_heads=32, window=sliding(config))
+        config, Parts(name="qwen2", biases=QKV, kv_heads=32, window=sliding(config))
     )
 
 
@@ -38,8 +38,7 @@ def spec_qwen3(config: ConfigReader) -> ModelSpec:
     bias = config.flag("attention_bias", False)  # covers q, k, v and o
     parts = Parts(
         name="qwen3",
-        qkv_bias=bias,
-        out_bias=bias,
+        biases=QKVO if bias else (),
         head_norm=True,
         head_dim=128,
         kv_heads=32,

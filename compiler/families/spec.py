@@ -1,38 +1,90 @@
 """What a model is, as a frozen tree: the only thing `compiler.model.build` reads.
 
 Structure comes from the family, sizes from the checkpoint. A new structural part is a variant
-here, not a flag.
+here, not a flag. Every class is tagged, so the tree survives the manifest.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from typing import Literal
+
+import msgspec
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RopeSpec:
+class LongRope(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """LongRoPE: a sequence of more than `original` tokens uses `long_freq` for all of them."""
+
+    original: int
+    long_freq: tuple[float, ...]
+
+
+class DynamicNtk(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A token computed when its sequence had n > `original` tokens uses the base
+    theta * (factor n / original - (factor - 1))^(R / (R - 2))."""
+
+    theta: float
+    factor: float
+    original: int
+
+
+class QwenNtk(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A sequence whose prompt has n tokens uses the base theta * alpha^(R / (R - 2)) with
+    alpha = 2^ceil(log2(n / original) + 1) - 1, at least 1."""
+
+    theta: float
+    original: int
+
+
+ByLength = LongRope | DynamicNtk | QwenNtk
+
+
+class RopeSpec(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Rotary embedding of the first `rotary_dim` dims of a head. `inv_freq` are the rotary_dim/2
     final frequencies (any scaling applied); `scale` multiplies cos and sin; `interleaved` pairs
-    (2i, 2i+1) instead of (i, i + rotary_dim/2).
+    (2i, 2i+1) instead of (i, i + rotary_dim/2). `by_length`: how the frequencies change for a
+    request whose length is beyond what `inv_freq` is for.
     """
 
     rotary_dim: int
     inv_freq: tuple[float, ...]
     scale: float = 1.0
     interleaved: bool = False
+    by_length: ByLength | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NormSpec:
-    """RMS norm: x * rsqrt(mean x^2 + eps) * w."""
+class RmsNorm(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """x * rsqrt(mean x^2 + eps) * w. (Weights stored as w - 1 are imported as w.)"""
 
     eps: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Attention:
-    """Softmax attention with grouped keys. `window`: keys visible to a query, itself included
-    (None: all).
+class LayerNorm(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """(x - mean x) * rsqrt(var x + eps) * w, + b with `bias`."""
+
+    eps: float
+    bias: bool = False
+
+
+NormSpec = RmsNorm | LayerNorm
+
+
+class QkNorm(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Norm of q and k before rope. `over`: "head" (every head, one weight [E] for all), "heads"
+    (every head, its own weight: [H, E] and [K, E]) or "row" (the whole projection at once: weights
+    [H*E] and [K*E])."""
+
+    norm: NormSpec
+    over: Literal["head", "heads", "row"] = "head"
+
+
+class Attention(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Softmax attention with grouped keys; formulas in `kernels.ops.attention`.
+
+    `biases`: which of q, k, v, o have one. `window`: keys visible to a query, itself included
+    (None: all). `softcap`: scores become softcap * tanh(score / softcap). `clip`: q, k and v are
+    clamped to +-clip before rope. `alibi`: one slope per head. `sinks`: one learned logit per head
+    joins the softmax. `logn`: queries beyond that many tokens are scaled by ln(n) / ln(logn).
     """
 
     heads: int
@@ -40,33 +92,60 @@ class Attention:
     head_dim: int
     rope: RopeSpec | None
     scale: float
-    qkv_bias: bool = False
-    out_bias: bool = False
-    head_norm: NormSpec | None = None  # per-head RMS norm of q and k before rope
+    biases: tuple[Literal["q", "k", "v", "o"], ...] = ()
+    qk_norm: QkNorm | None = None
     window: int | None = None
+    softcap: float | None = None
+    clip: float | None = None
+    alibi: tuple[float, ...] | None = None
+    sinks: bool = False
+    logn: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GatedFfn:
-    """down(act(gate x) * up x)."""
+class GatedFfn(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """down(act(gate x) * up x); `act`: the activation of the gate, as in `kernels.ops.mlp`."""
 
     width: int
-    act: str = "silu"
+    act: Literal["silu", "gelu", "gelu_tanh"] = "silu"
     bias: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerSpec:
-    """Pre-norm residual layer: h += mixer(norm(h)); h += ffn(norm(h))."""
+class PlainFfn(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """down(act(up x))."""
+
+    width: int
+    act: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
+    bias: bool = False
+
+
+class LayerSpec(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A residual layer; every norm n of it is `norm`, r is `residual_scale`.
+
+    placement "pre":       h += r mixer(n(h));        h += r ffn(n(h))
+    placement "sandwich":  h += r n(mixer(n(h)));     h += r n(ffn(n(h)))
+    placement "parallel":  h += r mixer(n(h)) + r ffn(n(h)), one norm for both
+    """
 
     mixer: Attention
-    ffn: GatedFfn
+    ffn: GatedFfn | PlainFfn
     norm: NormSpec
+    placement: Literal["pre", "sandwich", "parallel"] = "pre"
+    residual_scale: float = 1.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSpec:
-    """A decoder. `context` is the longest sequence the checkpoint is made for, in tokens."""
+class HeadSpec(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """logits = softcap(scale * (W n(h) + b)). `tied`: W is the embedding."""
+
+    tied: bool
+    bias: bool = False
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A decoder. `vocab`: rows of the embedding; `context`: the longest sequence the checkpoint is
+    made for, in tokens; `embed_scale` multiplies the embeddings.
+    """
 
     family: str
     dim: int
@@ -74,16 +153,11 @@ class ModelSpec:
     context: int
     layers: tuple[LayerSpec, ...]
     final_norm: NormSpec
-    tied_head: bool
+    head: HeadSpec
+    embed_scale: float = 1.0
 
     def parameters(self) -> int:
         """Number of weight elements (a tied head counted once)."""
         from compiler.families.names import logical_weights
 
-        total = 0
-        for shape in logical_weights(self).values():
-            n = 1
-            for d in shape:
-                n *= d
-            total += n
-        return total
+        return sum(math.prod(shape) for shape in logical_weights(self).values())

@@ -93,7 +93,7 @@ def storage_formats(
         table = name in ("embed", "head")
         if len(shape) == 1:
             formats[name] = "float32"
-        elif scheme == "none" or (table and not (head and (name == "head" or spec.tied_head))):
+        elif scheme == "none" or (table and not (head and (name == "head" or spec.head.tied))):
             formats[name] = dtype
         else:
             if shape[1] % group:

@@ -35,7 +35,9 @@ struct Call {
     int64_t heads, kv_heads, group, dim, window;
     char* kv;
     int64_t page_bytes;
-    float scale;
+    float scale, softcap;             // softcap 0: none
+    const float *sinks, *alibi;       // [H], or NULL
+    int64_t logn;                     // queries beyond that many tokens are scaled by ln(n) / ln(logn); 0: none
 
     int64_t partial_size() const { return dim + 2; }  // values, max, sum
 };
@@ -59,6 +61,10 @@ struct alignas(64) Buffers {
 HS_INLINE float* row_of(const Call& c, float* base, const Item& item, int64_t r) {
     int64_t f = item.first_row + r;
     return base + (c.seq_start[item.seq] + f / c.group) * c.heads * c.dim + (item.kv_head * c.group + f % c.group) * c.dim;
+}
+
+HS_INLINE int64_t head_of(const Call& c, const Item& item, int64_t r) {
+    return item.kv_head * c.group + (item.first_row + r) % c.group;
 }
 
 HS_INLINE vf widen(const float* p) { return loadf(p); }
@@ -180,6 +186,18 @@ void value_columns(const float* weights, int64_t rows, int64_t keys, const T* co
     }
 }
 
+// Softcap and alibi on the scores of one row: key j of the block is `distance` + j positions after the query.
+__attribute__((noinline)) void bend(float* scores, int64_t padded, float cap, float slope, int64_t distance) {
+    vi lane;
+    for (int i = 0; i < VL; i++) lane[i] = i;
+    for (int64_t j = 0; j < padded; j += VL) {
+        vf s = loadf(scores + j);
+        if (cap != 0.0f) s = cap * vtanh(s / cap);
+        if (slope != 0.0f) s = fma(splat(slope), to_float(lane + (int32_t)(distance + j)), s);
+        store(scores + j, s);
+    }
+}
+
 // Scores -> weights of the keys first..last-1 (of the block), zero elsewhere; their largest score and their sum.
 __attribute__((noinline)) void soften(float* scores, int64_t padded, int first, int last, float* max, float* sum) {
     vi lane;
@@ -214,8 +232,16 @@ __attribute__((noinline)) void merge(float* total, float* total_max, float* tota
     *total_max = top;
 }
 
-void finish(const float* total, float sum, int64_t dim, float* out) {
-    for (int64_t i = 0; i < dim; i += VL) store(out + i, loadf(total + i) / sum);
+// A sink is one more key of a row, without a value: it joins the sum only.
+void finish(const Call& c, const Item& item, int64_t r, const float* total, float max, float sum) {
+    float* out = row_of(c, c.out, item, r);
+    float kept = 1;
+    if (c.sinks) {
+        float sink = c.sinks[head_of(c, item, r)], top = sink > max ? sink : max;
+        kept = vexp(splat(max - top))[0];
+        sum = sum * kept + vexp(splat(sink - top))[0];
+    }
+    for (int64_t i = 0; i < c.dim; i += VL) store(out + i, loadf(total + i) * kept / sum);
 }
 
 // Key blocks first..end-1 of an item, the work of one thread at a time. `at` >= 0: the results go to partial[at] on.
@@ -273,6 +299,8 @@ void run_block(const Call& c, const Item& item, int64_t block, const Item* next,
         int64_t last = position + 1 - start, first = c.window ? position - c.window + 1 - start : 0;
         last = last < 0 ? 0 : last < BLOCK ? last : BLOCK;
         first = first < 0 ? 0 : first < BLOCK ? first : BLOCK;
+        if (c.softcap != 0.0f || c.alibi)
+            bend(b.scores + r * BLOCK, padded, c.softcap, c.alibi ? c.alibi[head_of(c, item, r)] : 0, start - position);
         soften(b.scores + r * BLOCK, padded, (int)first, (int)last, b.max + r, b.sum + r);
     }
 
@@ -288,7 +316,10 @@ void run_block(const Call& c, const Item& item, int64_t block, const Item* next,
 void load_queries(const Call& c, const Item& item, Buffers& b) {
     for (int64_t r = 0; r < item.rows; r++) {
         const float* q = row_of(c, const_cast<float*>(c.q), item, r);
-        for (int64_t i = 0; i < c.dim; i += VL) store(b.q + r * c.dim + i, loadf(q + i) * c.scale);
+        float scale = c.scale;
+        if (int64_t n = item.position(r, c.group) + 1; c.logn && n > c.logn)
+            scale *= std::log((float)n) / std::log((float)c.logn);
+        for (int64_t i = 0; i < c.dim; i += VL) store(b.q + r * c.dim + i, loadf(q + i) * scale);
     }
 }
 
@@ -314,7 +345,7 @@ void run(const Call& c, const Job& job, const Job* next, Buffers& b) {
         }
     }
     for (int64_t r = 0; r < item.rows && job.at < 0; r++)
-        finish(b.total + r * c.dim, b.total_sum[r], c.dim, row_of(c, c.out, item, r));
+        finish(c, item, r, b.total + r * c.dim, b.total_max[r], b.total_sum[r]);
 }
 
 void merge_parts(const Call& c, const Job& job, Buffers& b) {
@@ -326,7 +357,7 @@ void merge_parts(const Call& c, const Job& job, Buffers& b) {
             const float* p = c.partial + (job.at + i * item.rows + r) * c.partial_size();
             merge(b.total, &max, &sum, p, p[c.dim], p[c.dim + 1], c.dim);
         }
-        finish(b.total, sum, c.dim, row_of(c, c.out, item, r));
+        finish(c, item, r, b.total, max, sum);
     }
 }
 
@@ -357,8 +388,8 @@ void each_job(const Call& c, F visit) {
 template <class T>
 void attention(const hs_ctx* ctx, const hs_arg* a) {
     enum {
-        LIVE, Q, KV, SEQ_START, SEQ_LEN, PAGE_TABLE, OUT, WORKSPACE,
-        LAYER_OFFSET, PAGE_BYTES, HEADS, KV_HEADS, HEAD_DIM, WINDOW, COLUMNS, ROOM, SCALE
+        LIVE, Q, KV, SEQ_START, SEQ_LEN, PAGE_TABLE, SINKS, ALIBI, OUT, WORKSPACE,
+        LAYER_OFFSET, PAGE_BYTES, HEADS, KV_HEADS, HEAD_DIM, WINDOW, LOGN, COLUMNS, ROOM, SCALE, SOFTCAP
     };
     Call c;
     c.live = (const int32_t*)a[LIVE].p;
@@ -378,6 +409,10 @@ void attention(const hs_ctx* ctx, const hs_arg* a) {
     c.kv = (char*)a[KV].p + a[LAYER_OFFSET].i;
     c.page_bytes = a[PAGE_BYTES].i;
     c.scale = (float)a[SCALE].f;
+    c.softcap = (float)a[SOFTCAP].f;
+    c.sinks = (const float*)a[SINKS].p;
+    c.alibi = (const float*)a[ALIBI].p;
+    c.logn = a[LOGN].i;
 
     Buffers b;
     Job held;  // ours, but run only when the one after it is known, so that its first keys can be prefetched

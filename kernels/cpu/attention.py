@@ -24,10 +24,12 @@ def _room(call: CallShape) -> int:
 def _scalars(call: CallShape) -> dict[str, int | float]:
     return page_scalars(call) | {
         "heads": call.attrs["heads"],
-        "window": call.attrs["window"] or 0,
+        "window": call.attrs["window"],
+        "logn": call.attrs["logn"],
         "columns": call.shapes["pages"][1],
         "room": _room(call),
         "scale": float(call.attrs["scale"]),
+        "softcap": float(call.attrs["softcap"]),
     }
 
 
@@ -45,6 +47,8 @@ for _dtype, _suffix in KV_SUFFIXES.items():
                 "ptr:seq_start",
                 "ptr:seq_len",
                 "ptr:pages",
+                "ptr:sinks",
+                "ptr:alibi",
                 "ptr:out",
                 "ptr:workspace",
                 "i64:layer_offset",
@@ -53,9 +57,11 @@ for _dtype, _suffix in KV_SUFFIXES.items():
                 "i64:kv_heads",
                 "i64:head_dim",
                 "i64:window",
+                "i64:logn",
                 "i64:columns",
                 "i64:room",
                 "f64:scale",
+                "f64:softcap",
             ),
             accepts=accepts_pages(_dtype),
             scalars=_scalars,

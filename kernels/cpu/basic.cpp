@@ -14,12 +14,13 @@ Piece share(const hs_ctx* ctx, int64_t n) { return {n * ctx->thread / ctx->threa
 
 int64_t live(const hs_arg& a, int index) { return ((const int32_t*)a.p)[index]; }
 
-// out[i] = f(x[i], y[i]) over the live rows, split without regard to row ends.
+// out[i] = f(x[i], y[i]) over the live rows, split without regard to row ends. A call with one input gives it twice.
 template <class F>
 void elementwise(const hs_ctx* ctx, const hs_arg* a, F f) {
-    const float *x = (const float*)a[1].p, *y = (const float*)a[2].p;
-    float* out = (float*)a[3].p;
-    Piece piece = share(ctx, live(a[0], 0) * a[4].i);
+    enum { LIVE, FIRST, SECOND, OUT, D };
+    const float *x = (const float*)a[FIRST].p, *y = (const float*)a[SECOND].p;
+    float* out = (float*)a[OUT].p;
+    Piece piece = share(ctx, live(a[LIVE], 0) * a[D].i);
     int64_t i = piece.begin;
     for (; i + VL <= piece.end; i += VL) store(out + i, f(loadf(x + i), loadf(y + i)));
     if (int n = (int)(piece.end - i)) store_part(out + i, f(load_part(x + i, n), load_part(y + i, n)), n);
@@ -51,17 +52,38 @@ HS_EXPORT void hs_gather(const hs_ctx* ctx, const hs_arg* a) {
         memcpy((float*)a[OUT].p + r * dim, (const float*)a[X].p + rows[r] * dim, dim * sizeof(float));
 }
 
-// rms_norm is the same with one head per row.
-HS_EXPORT void hs_rms_norm(const hs_ctx* ctx, const hs_arg* a) {
-    enum { LIVE, X, W, OUT, HEADS, D, EPS };
-    int64_t dim = a[D].i;
-    Piece piece = share(ctx, live(a[LIVE], 0) * a[HEADS].i);
-    for (int64_t i = piece.begin; i < piece.end; i++)
-        rms_norm((const float*)a[X].p + i * dim, (const float*)a[W].p, (float)a[EPS].f, dim, (float*)a[OUT].p + i * dim);
+// All row and head norms: a row is HEADS pieces of D, piece h with the weights w[h * OWN ...].
+HS_EXPORT void hs_norm(const hs_ctx* ctx, const hs_arg* a) {
+    enum { LIVE, X, W, BIAS, RESIDUAL, OUT, HEADS, D, OWN, CENTRE, EPS };
+    int64_t dim = a[D].i, heads = a[HEADS].i;
+    const float *bias = (const float*)a[BIAS].p, *residual = (const float*)a[RESIDUAL].p;
+    float eps = (float)a[EPS].f;
+    Piece piece = share(ctx, live(a[LIVE], 0) * heads);
+    for (int64_t i = piece.begin; i < piece.end; i++) {
+        const float *x = (const float*)a[X].p + i * dim, *w = (const float*)a[W].p + i % heads * a[OWN].i;
+        float* out = (float*)a[OUT].p + i * dim;
+        if (a[CENTRE].i)
+            layer_norm(x, w, bias, eps, dim, out);
+        else
+            rms_norm(x, w, eps, dim, out);
+        if (residual)
+            for (int64_t j = 0; j < dim; j++) out[j] += residual[i * dim + j];
+    }
 }
 
-HS_EXPORT void hs_swiglu(const hs_ctx* ctx, const hs_arg* a) {
-    elementwise(ctx, a, [](vf gate, vf up) { return silu(gate) * up; });
+HS_EXPORT void hs_gated(const hs_ctx* ctx, const hs_arg* a) {
+    int64_t act = a[5].i;
+    elementwise(ctx, a, [=](vf gate, vf up) { return activate(act, gate) * up; });
+}
+
+HS_EXPORT void hs_activation(const hs_ctx* ctx, const hs_arg* a) {
+    int64_t act = a[5].i;
+    elementwise(ctx, a, [=](vf x, vf) { return activate(act, x); });
+}
+
+HS_EXPORT void hs_clip(const hs_ctx* ctx, const hs_arg* a) {
+    float limit = (float)a[5].f;
+    elementwise(ctx, a, [=](vf x, vf) { return vmax(vmin(x, splat(limit)), splat(-limit)); });
 }
 
 HS_EXPORT void hs_add(const hs_ctx* ctx, const hs_arg* a) {

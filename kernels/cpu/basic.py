@@ -1,4 +1,4 @@
-"""Registration of the row-wise CPU kernels of basic.cpp: embed, gather, norms, swiglu, add.
+"""Registration of the row-wise CPU kernels of basic.cpp: embed, gather, norms, elementwise.
 
 Imported by kernels/cpu/register.py.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from kernels.cpu.activations import ACTIVATION_CODES, GATED
 from kernels.cpu.layout import FORMAT_CODES, parse_format
 from kernels.kernel import CallShape, Kernel, register
 
@@ -91,49 +92,70 @@ register(
     )
 )
 
-_NORM_PARAMS = ("ptr:live", "ptr:x", "ptr:w", "ptr:out", "i64:heads", "i64:d", "f64:eps")
 
-register(
-    Kernel(
-        name="rms_norm",
-        op="rms_norm",
-        target="cpu",
-        entry="hs_rms_norm",
-        params=_NORM_PARAMS,
-        accepts=not_float32,
-        scalars=lambda call: {
-            "heads": 1,
-            "d": call.shapes["x"][1],
-            "eps": float(call.attrs["eps"]),
-        },
+def _norm(call: CallShape) -> dict[str, int | float]:
+    """Row norms are head norms with one head."""
+    heads = call.attrs.get("heads", 1)
+    dim = call.shapes["x"][1] // heads
+    return {
+        "heads": heads,
+        "d": dim,
+        "own": dim if call.shapes["w"][0] == heads * dim else 0,
+        "centre": int(call.attrs.get("centre", call.op == "layer_norm")),
+        "eps": float(call.attrs["eps"]),
+    }
+
+
+for _name in ("rms_norm", "layer_norm", "head_norm"):
+    register(
+        Kernel(
+            name=_name,
+            op=_name,
+            target="cpu",
+            entry="hs_norm",
+            params=(
+                "ptr:live",
+                "ptr:x",
+                "ptr:w",
+                "ptr:bias",
+                "ptr:residual",
+                "ptr:out",
+                "i64:heads",
+                "i64:d",
+                "i64:own",
+                "i64:centre",
+                "f64:eps",
+            ),
+            accepts=not_float32,
+            scalars=_norm,
+        )
     )
-)
 
-register(
-    Kernel(
-        name="head_norm",
-        op="head_norm",
-        target="cpu",
-        entry="hs_rms_norm",
-        params=_NORM_PARAMS,
-        accepts=not_float32,
-        scalars=lambda call: {
-            "heads": call.attrs["heads"],
-            "d": call.shapes["x"][1] // call.attrs["heads"],
-            "eps": float(call.attrs["eps"]),
-        },
-    )
-)
 
-for _name, _first, _second in (("swiglu", "gate", "up"), ("add", "a", "b")):
+def _elementwise(call: CallShape) -> dict[str, int | float]:
+    act = call.attrs.get("act", "")
+    return {
+        "d": call.shapes["out"][1],
+        "act": ACTIVATION_CODES[GATED.get(act, act)] if act else 0,
+        "limit": float(call.attrs.get("limit", 0.0)),
+    }
+
+
+# Name, its two inputs (one input stands twice), what it reads beyond them.
+for _name, _first, _second, _more in (
+    ("add", "a", "b", ()),
+    ("gated", "gate", "up", ("i64:act",)),
+    ("activation", "x", "x", ("i64:act",)),
+    ("clip", "x", "x", ("f64:limit",)),
+):
     register(
         Kernel(
             name=_name,
             op=_name,
             target="cpu",
             entry=f"hs_{_name}",
-            params=("ptr:live", f"ptr:{_first}", f"ptr:{_second}", "ptr:out", "i64:d"),
+            params=("ptr:live", f"ptr:{_first}", f"ptr:{_second}", "ptr:out", "i64:d", *_more),
             accepts=not_float32,
-            scalars=lambda call: {"d": call.shapes["out"][1]},
+            scalars=_elementwise,
         )
     )

@@ -38,21 +38,19 @@ def parse_format(name: str) -> tuple[str, int]:
     return match[2], group
 
 
-def _padded_rows(n: int, swiglu: bool) -> int:
-    if swiglu and n % 2:
-        raise ValueError(
-            f"a swiglu weight holds gate and up rows: N={n} is odd, pass cat(gate, up)"
-        )
+def _padded_rows(n: int, gated: bool) -> int:
+    if gated and n % 2:
+        raise ValueError(f"a gated weight holds gate and up rows: N={n} is odd, pass cat(gate, up)")
     half = -(-(n // 2) // TILE) * TILE
-    return 2 * half if swiglu else -(-n // TILE) * TILE
+    return 2 * half if gated else -(-n // TILE) * TILE
 
 
 def fields(
-    format: str, n: int, k: int, swiglu: bool = False
+    format: str, n: int, k: int, gated: bool = False
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """dtype and shape of every stored field of a packed [n,k] weight, without data."""
     kind, group = parse_format(format)
-    tiles = _padded_rows(n, swiglu) // TILE
+    tiles = _padded_rows(n, gated) // TILE
     if group and k % group:
         raise ValueError(
             f"K={k} is not a multiple of the quantization group {group}: choose a smaller group"
@@ -69,19 +67,19 @@ def fields(
 
 
 def stack_fields(
-    format: str, shape: tuple[int, ...], swiglu: bool = False
+    format: str, shape: tuple[int, ...], gated: bool = False
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """The same for a weight [n,k], or a stack of them [count,n,k] packed one after the other."""
     *count, n, k = shape
-    one = fields(format, n, k, swiglu)
+    one = fields(format, n, k, gated)
     return {name: (dtype, (*count, *dims)) for name, (dtype, dims) in one.items()}
 
 
-def _arrange(rows: Array, swiglu: bool) -> Array:
+def _arrange(rows: Array, gated: bool) -> Array:
     """[N,K] -> [tiles, 16, K]: pad the outputs with zeros, interleave the tiles of gate and up."""
     n, k = rows.shape
-    padded = _padded_rows(n, swiglu)
-    parts = np.split(rows, 2) if swiglu else [rows]
+    padded = _padded_rows(n, gated)
+    parts = np.split(rows, 2) if gated else [rows]
     out = np.zeros((len(parts), padded // len(parts), k), rows.dtype)
     for i, part in enumerate(parts):
         out[i, : len(part)] = part
@@ -89,23 +87,23 @@ def _arrange(rows: Array, swiglu: bool) -> Array:
 
 
 def pack_linear(
-    format: str, weight: Array | tuple[Array, Array], swiglu: bool = False
+    format: str, weight: Array | tuple[Array, Array], gated: bool = False
 ) -> dict[str, Array]:
     """Pack float32 [N,K], bf16 bits uint16 [N,K], or (int8 q [N,K], float32 scale [N,K/G]); or a
     stack of any of them (one more axis in front)."""
     kind, group = parse_format(format)
     values = weight[0] if isinstance(weight, tuple) else weight
     if values.ndim == 3:
-        return _pack_stack(format, weight, swiglu)
+        return _pack_stack(format, weight, gated)
     n, k = values.shape
-    fields(format, n, k, swiglu)  # refuses what cannot be packed
+    fields(format, n, k, gated)  # refuses what cannot be packed
     wanted = {"float32": "float32", "bfloat16": "uint16"}.get(kind, "int8")
     if values.dtype != wanted or isinstance(weight, tuple) != bool(group):
         raise ValueError(
             f"{format} is packed from {wanted}{' with scales' if group else ''}, got {values.dtype}"
             f"{' with scales' if isinstance(weight, tuple) else ''}"
         )
-    tiles = _arrange(values, swiglu)
+    tiles = _arrange(values, gated)
     if kind == "float32":
         return {"data": np.ascontiguousarray(tiles.swapaxes(1, 2))}
     if kind == "bfloat16":
@@ -121,28 +119,28 @@ def pack_linear(
             raise ValueError(f"int4 values must lie in -8..7, got {values.min()}..{values.max()}")
         nibbles = np.add(quads, np.int8(8), dtype=np.int8).view(np.uint8)
         data = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
-    return {"data": data, "scale": _pack_scale(weight[1], (n, k // group), swiglu)}
+    return {"data": data, "scale": _pack_scale(weight[1], (n, k // group), gated)}
 
 
-def _pack_stack(format: str, weight: Array | tuple[Array, Array], swiglu: bool) -> dict[str, Array]:
+def _pack_stack(format: str, weight: Array | tuple[Array, Array], gated: bool) -> dict[str, Array]:
     parts = weight if isinstance(weight, tuple) else (weight,)
     out: dict[str, Array] = {}
-    for name, (dtype, shape) in stack_fields(format, parts[0].shape, swiglu).items():
+    for name, (dtype, shape) in stack_fields(format, parts[0].shape, gated).items():
         out[name] = np.empty(shape, dtype)
     for i in range(len(parts[0])):
         one = (parts[0][i], parts[1][i]) if len(parts) == 2 else parts[0][i]
-        for name, array in pack_linear(format, one, swiglu).items():
+        for name, array in pack_linear(format, one, gated).items():
             out[name][i] = array
     return out
 
 
-def _pack_scale(scale: Array, shape: tuple[int, int], swiglu: bool) -> Array:
+def _pack_scale(scale: Array, shape: tuple[int, int], gated: bool) -> Array:
     if scale.shape != shape or scale.dtype != np.float32:
         raise ValueError(f"scales must be float32 {shape}, got {scale.dtype} {scale.shape}")
     largest = float(np.abs(scale).max(initial=0.0))
     if not largest <= float(np.finfo(np.float16).max):
         raise ValueError(f"scale {largest} does not fit float16 (max 65504): store it as bfloat16")
-    packed = _arrange(scale, swiglu).swapaxes(1, 2).astype(np.float16)
+    packed = _arrange(scale, gated).swapaxes(1, 2).astype(np.float16)
     return np.ascontiguousarray(packed)
 
 

@@ -10,7 +10,7 @@ namespace {
 
 using namespace hs;
 
-enum Slot { LIVE, X, ROWS, BIAS, NORM, RESIDUAL, OUT, WORK, LIVE_INDEX, K, N, SWIGLU, EPS, DATA, GROUP, SCALE };
+enum Slot { LIVE, X, ROWS, BIAS, NORM, RESIDUAL, OUT, WORK, LIVE_INDEX, K, N, GATED, ACT, EPS, PRODUCT_SCALE, SOFTCAP, DATA, GROUP, SCALE };
 
 Linear bind(int format, const hs_arg* a) {
     Linear c;
@@ -23,8 +23,11 @@ Linear bind(int format, const hs_arg* a) {
     c.out = (float*)a[OUT].p;
     c.work = (uint8_t*)a[WORK].p;
     c.n = a[N].i;
-    c.swiglu = a[SWIGLU].i != 0;
+    c.gated = a[GATED].i != 0;
+    c.act = a[ACT].i;
     c.eps = (float)a[EPS].f;
+    c.scale = (float)a[PRODUCT_SCALE].f;
+    c.softcap = (float)a[SOFTCAP].f;
     const bool grouped = format == INT8 || format == INT4;
     c.w = {format, a[K].i, grouped ? a[GROUP].i : 0, a[DATA].p, grouped ? (const uint16_t*)a[SCALE].p : nullptr};
     return c;

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from kernels.cpu.activations import ACTIVATION_CODES, GATED
 from kernels.cpu.layout import BF16_STEP, TILE, parse_format
 from kernels.kernel import CallShape, Kernel, register
 
@@ -23,8 +24,11 @@ _PARAMS = (
     "i64:live_index",
     "i64:k",
     "i64:n",
-    "i64:swiglu",
+    "i64:gated",
+    "i64:act",
     "f64:eps",
+    "f64:scale",
+    "f64:softcap",
     "ptr:w.data",
 )
 _GROUPED_PARAMS = (*_PARAMS, "i64:group", "ptr:w.scale")
@@ -47,10 +51,12 @@ def _accepts(kind: str) -> Callable[[CallShape], str | None]:
         n, k = call.shapes["w"]
         if group and k % group:
             return f"K={k} is not a multiple of the quantization group {group}"
-        if call.attrs.get("act", "") not in ("", "swiglu"):
-            return f"act={call.attrs['act']!r} is not one of '', 'swiglu'"
-        if call.attrs.get("act") == "swiglu" and (n % 2 or "residual" in call.shapes):
-            return f"swiglu takes an even N and no residual, got N={n}"
+        act = call.attrs["act"]
+        if act and act not in GATED and act not in ACTIVATION_CODES:
+            known = ", ".join((*GATED, *ACTIVATION_CODES))
+            return f"act={act!r} is none of {known}"
+        if act in GATED and (n % 2 or "residual" in call.shapes):
+            return f"{act} takes an even N and no residual, got N={n}"
         wrong = [
             f"{a} is {call.dtypes[a]}"
             for a in _ACTIVATIONS
@@ -63,14 +69,17 @@ def _accepts(kind: str) -> Callable[[CallShape], str | None]:
 
 def _scalars(call: CallShape) -> dict[str, int | float]:
     n, k = call.shapes["w"]
-    swiglu = call.attrs.get("act", "") == "swiglu"
+    act = call.attrs["act"]
     group = parse_format(call.formats.get("w", "float32"))[1]
     return {
-        "live_index": int(call.attrs.get("live_index", 0)),
+        "live_index": int(call.attrs["live_index"]),
         "k": k,
-        "n": n // 2 if swiglu else n,
-        "swiglu": int(swiglu),
-        "eps": float(call.attrs.get("eps", 0.0)),
+        "n": n // 2 if act in GATED else n,
+        "gated": int(act in GATED),
+        "act": ACTIVATION_CODES[GATED.get(act, act)] if act else 0,
+        "eps": float(call.attrs["eps"]),
+        "scale": float(call.attrs["scale"]),
+        "softcap": float(call.attrs["softcap"]),
         **({"group": group} if group else {}),
     }
 

@@ -13,18 +13,19 @@ struct Linear {
     int64_t t;  // live rows
     const float* x;
     const int32_t* rows;    // optional gather
-    const float* bias;      // optional [N], or cat(gate, up) [2N] with swiglu
+    const float* bias;      // optional [N], or cat(gate, up) [2N] when gated
     const float* norm;      // optional RMSNorm weight [K]
     const float* residual;  // optional [T,N]; may be `out`
     float* out;             // [T,N]
     uint8_t* work;
     int64_t n;  // columns of out
-    bool swiglu;
-    float eps;
+    bool gated;
+    int64_t act;  // Activation of the product, or of the gate; 0: none
+    float eps, scale, softcap;
     Weight w;
 
     const float* row(int64_t r) const { return x + (rows ? rows[r] : r) * w.k; }
-    int64_t unit() const { return swiglu ? 2 : 1; }  // tiles that one thread must own together
+    int64_t unit() const { return gated ? 2 : 1; }  // tiles that one thread must own together
     int64_t tiles() const { return (n + TILE - 1) / TILE * unit(); }
 };
 
@@ -70,9 +71,18 @@ HS_INLINE void put(float* p, vf v, int64_t left) {
         store_part(p, v, (int)left);
 }
 
+// Activation, scale and softcap of a finished product. Out of line: most calls have none of them.
+static __attribute__((noinline)) vf adjust(const Linear& c, vf v) {
+    if (c.act && !c.gated) v = activate(c.act, v);
+    v *= c.scale;
+    if (c.softcap != 0.0f) v = c.softcap * vtanh(v / c.softcap);
+    return v;
+}
+
 // `acc` holds the dot products of row r with `tiles` (1 or 2) tiles from tile `first` on.
 HS_INLINE void finish(const Linear& c, int64_t r, int64_t first, int tiles, const float* acc) {
-    if (c.swiglu) {
+    const bool adjusted = (c.act && !c.gated) || c.scale != 1.0f || c.softcap != 0.0f;
+    if (c.gated) {
         int64_t column = first / 2 * TILE;
         float* y = c.out + r * c.n + column;
         for (int i = 0; i < TILE; i += VL) {
@@ -81,7 +91,8 @@ HS_INLINE void finish(const Linear& c, int64_t r, int64_t first, int tiles, cons
                 g += load_bias(c.bias, column + i, c.n);
                 u += load_bias(c.bias + c.n, column + i, c.n);
             }
-            put(y + i, silu(g) * u, c.n - column - i);
+            vf v = (c.act == SILU ? silu(g) : activate(c.act, g)) * u;
+            put(y + i, adjusted ? adjust(c, v) : v, c.n - column - i);
         }
         return;
     }
@@ -91,6 +102,7 @@ HS_INLINE void finish(const Linear& c, int64_t r, int64_t first, int tiles, cons
         if (left <= 0) return;
         vf v = loadf(acc + i);
         if (c.bias) v += load_bias(c.bias, column + i, c.n);
+        if (adjusted) v = adjust(c, v);
         if (c.residual) {
             const float* p = c.residual + r * c.n + column + i;
             v += left >= VL ? loadf(p) : load_part(p, (int)left);
@@ -113,6 +125,29 @@ static inline void rms_norm(const float* x, const float* w, float eps, int64_t k
     float inverse = 1.0f / std::sqrt(total / (float)k + eps);
     for (i = 0; i + VL <= k; i += VL) store(out + i, loadf(x + i) * inverse * loadf(w + i));
     for (; i < k; i++) out[i] = x[i] * inverse * w[i];
+}
+
+// out = (x - mean) / sqrt(var + eps) * w + bias; `bias` may be NULL, `out` may be x. Two passes: no cancellation.
+static inline void layer_norm(const float* x, const float* w, const float* bias, float eps, int64_t k, float* out) {
+    vf sum{};
+    int64_t i = 0;
+    for (; i + VL <= k; i += VL) sum += loadf(x + i);
+    float total = hsum(sum);
+    for (int64_t j = i; j < k; j++) total += x[j];
+    const float mean = total / (float)k;
+    vf square{};
+    for (i = 0; i + VL <= k; i += VL) {
+        vf v = loadf(x + i) - mean;
+        square = fma(v, v, square);
+    }
+    total = hsum(square);
+    for (int64_t j = i; j < k; j++) total += (x[j] - mean) * (x[j] - mean);
+    const float inverse = 1.0f / std::sqrt(total / (float)k + eps);
+    for (i = 0; i + VL <= k; i += VL) {
+        vf v = (loadf(x + i) - mean) * inverse * loadf(w + i);
+        store(out + i, bias ? v + loadf(bias + i) : v);
+    }
+    for (; i < k; i++) out[i] = (x[i] - mean) * inverse * w[i] + (bias ? bias[i] : 0.0f);
 }
 
 // Row r after the prologue: x itself, or its norm written to `buffer`.

@@ -39,8 +39,9 @@ template <class T>
 void rope_kv(const hs_ctx* ctx, const hs_arg* a) {
     enum {
         LIVE, QKV, TABLE, Q_NORM, K_NORM, KV_SLOTS, KV, Q,
-        LAYER_OFFSET, PAGE_BYTES, HEADS, KV_HEADS, HEAD_DIM, ROTARY, INTERLEAVED, EPS
+        LAYER_OFFSET, PAGE_BYTES, HEADS, KV_HEADS, HEAD_DIM, ROTARY, INTERLEAVED, OWN, CENTRE, EPS, CLIP
     };
+    const float limit = (float)a[CLIP].f;
     int64_t heads = a[HEADS].i, kv_heads = a[KV_HEADS].i, dim = a[HEAD_DIM].i, rotary = a[ROTARY].i;
     int64_t all = heads + 2 * kv_heads;
     KvLayer<T> layer{(char*)a[KV].p + a[LAYER_OFFSET].i, a[PAGE_BYTES].i, dim};
@@ -49,14 +50,24 @@ void rope_kv(const hs_ctx* ctx, const hs_arg* a) {
     for (int64_t u = range.begin; u < range.end; u++) {
         int64_t t = u / all, head = u % all;
         const float* x = (const float*)a[QKV].p + u * dim;
-        if (head >= heads + kv_heads) {
+        const bool value = head >= heads + kv_heads;
+        float* out = head < heads ? (float*)a[Q].p + (t * heads + head) * dim : buffer;
+        const float* norm = value ? nullptr : (const float*)a[head < heads ? Q_NORM : K_NORM].p;
+        if (norm) {
+            norm += (head < heads ? head : head - heads) * a[OWN].i;
+            if (a[CENTRE].i)
+                layer_norm(x, norm, nullptr, (float)a[EPS].f, dim, out);
+            else
+                rms_norm(x, norm, (float)a[EPS].f, dim, out);
+            x = out;
+        }
+        if (limit != 0.0f) {
+            for (int64_t i = 0; i < dim; i++) out[i] = x[i] > limit ? limit : x[i] < -limit ? -limit : x[i];
+            x = out;
+        }
+        if (value) {
             kv_store_v(layer, ((const int32_t*)a[KV_SLOTS].p)[t], head - heads - kv_heads, x);
             continue;
-        }
-        float* out = head < heads ? (float*)a[Q].p + (t * heads + head) * dim : buffer;
-        if (const float* norm = (const float*)a[head < heads ? Q_NORM : K_NORM].p) {
-            rms_norm(x, norm, (float)a[EPS].f, dim, out);
-            x = out;
         }
         if (a[TABLE].p)
             rotate(x, (const float*)a[TABLE].p + t * rotary, rotary, a[INTERLEAVED].i, dim, out);
@@ -69,14 +80,16 @@ void rope_kv(const hs_ctx* ctx, const hs_arg* a) {
 }  // namespace
 
 HS_EXPORT void hs_rope_table(const hs_ctx* ctx, const hs_arg* a) {
-    enum { LIVE, POSITIONS, INV_FREQ, OUT, HALF, SCALE };
+    enum { LIVE, POSITIONS, INV_FREQ, VARIANT, OUT, HALF, SCALE };
     int64_t half = a[HALF].i;
+    const int32_t* variant = (const int32_t*)a[VARIANT].p;  // row of frequencies per token; NULL: the first
     float scale = (float)a[SCALE].f;
     Range range = split(((const int32_t*)a[LIVE].p)[0] * half, 1, ctx);
     for (int64_t u = range.begin; u < range.end; u++) {
         int64_t t = u / half, i = u % half;
         // Rounded to float32 before the sine, as every published implementation does.
-        float angle = (float)((const int32_t*)a[POSITIONS].p)[t] * ((const float*)a[INV_FREQ].p)[i];
+        const float* freq = (const float*)a[INV_FREQ].p + (variant ? variant[t] * half : 0);
+        float angle = (float)((const int32_t*)a[POSITIONS].p)[t] * freq[i];
         float* row = (float*)a[OUT].p + t * 2 * half;
         row[i] = std::cos(angle) * scale;
         row[half + i] = std::sin(angle) * scale;

@@ -51,16 +51,39 @@ def _rope_scalars(call: CallShape) -> dict[str, int | float]:
     }
 
 
+def _rope_kv_scalars(call: CallShape) -> dict[str, int | float]:
+    heads, dim = call.attrs["heads"], call.attrs["head_dim"]
+    own = call.shapes.get("q_norm", (0,))[0] == heads * dim
+    return (
+        page_scalars(call)
+        | _rope_scalars(call)
+        | {
+            "own": dim if own else 0,
+            "centre": int(call.attrs["centre"]),
+            "eps": float(call.attrs["eps"]),
+            "clip": float(call.attrs["clip"]),
+        }
+    )
+
+
 register(
     Kernel(
         name="rope_table",
         op="rope_table",
         target="cpu",
         entry="hs_rope_table",
-        params=("ptr:live", "ptr:positions", "ptr:inv_freq", "ptr:out", "i64:half", "f64:scale"),
+        params=(
+            "ptr:live",
+            "ptr:positions",
+            "ptr:inv_freq",
+            "ptr:variant",
+            "ptr:out",
+            "i64:half",
+            "f64:scale",
+        ),
         accepts=not_float32,
         scalars=lambda call: {
-            "half": call.shapes["inv_freq"][0],
+            "half": call.shapes["out"][1] // 2,
             "scale": float(call.attrs["scale"]),
         },
     )
@@ -131,13 +154,12 @@ for _dtype, _suffix in KV_SUFFIXES.items():
                 "i64:head_dim",
                 "i64:rotary",
                 "i64:interleaved",
+                "i64:own",
+                "i64:centre",
                 "f64:eps",
+                "f64:clip",
             ),
             accepts=accepts_pages(_dtype),
-            scalars=lambda call: (
-                page_scalars(call)
-                | _rope_scalars(call)
-                | {"eps": float(call.attrs.get("eps", 0.0))}
-            ),
+            scalars=_rope_kv_scalars,
         )
     )

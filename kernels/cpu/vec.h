@@ -161,6 +161,38 @@ HS_INLINE vf vexp(vf x) {
 
 HS_INLINE vf silu(vf x) { return x / (1.0f + vexp(-x)); }
 
+HS_INLINE vf vtanh(vf x) { return 1.0f - 2.0f / (1.0f + vexp(x + x)); }  // absolute error 1e-7
+
+// x/2 (1 + erf(x / sqrt 2)); the tail of erf by Abramowitz and Stegun 7.1.26, absolute error 1.5e-7.
+HS_INLINE vf gelu(vf x) {
+    vf z = vabs(x) * 0.70710678f;
+    vf t = 1.0f / (1.0f + 0.3275911f * z);
+    vf p = splat(1.061405429f);
+    p = fma(p, t, splat(-1.453152027f));
+    p = fma(p, t, splat(1.421413741f));
+    p = fma(p, t, splat(-0.284496736f));
+    p = fma(p, t, splat(0.254829592f));
+    vf tail = 0.5f * p * t * vexp(-z * z);  // of the normal distribution beyond |x|
+    return x * select(x < 0.0f, tail, 1.0f - tail);
+}
+
+// x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), as x times a sigmoid.
+HS_INLINE vf gelu_tanh(vf x) { return x / (1.0f + vexp(-1.5957691f * (x + 0.044715f * x * x * x))); }
+
+// Codes of kernels/cpu/activations.py.
+enum Activation { SILU = 1, GELU, GELU_TANH, RELU, RELU2 };
+
+// Out of line: the callers' loops stay as they are for the activation they were tuned with.
+static __attribute__((noinline)) vf activate(int64_t activation, vf x) {
+    switch (activation) {
+        case GELU: return gelu(x);
+        case GELU_TANH: return gelu_tanh(x);
+        case RELU: return vmax(x, vf{});
+        case RELU2: return vmax(x, vf{}) * vmax(x, vf{});
+        default: return silu(x);
+    }
+}
+
 HS_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 HS_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }  // into the second-level cache
 

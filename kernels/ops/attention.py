@@ -2,10 +2,19 @@
 
 A step is one flat batch: sequence s owns tokens seq_start[s] .. seq_start[s+1], the last of which
 sees seq_len[s] keys. T tokens, S sequences, P pages of a sequence, H heads, K KV heads, E head dim.
+The score of the query at position i for the key at position j, per head h:
+
+    s = q . k * scale * logn(i)          logn(i) = max(1, ln(i + 1) / ln(logn)), 1 when logn is 0
+    s = softcap * tanh(s / softcap)      unless softcap is 0
+    s = s + alibi[h] * (j - i)           where the call has slopes
+    visible: j <= i, and j > i - window unless window is 0
+
+and the weights are e^s / (sum e^s + e^sinks[h]), the last term where the call has sinks.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -125,7 +134,17 @@ def attention_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str
         if attrs["window"]:
             visible &= key > position - attrs["window"]
         scores = (q_HTE @ k.transpose(1, 2)) * attrs["scale"]
-        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+        if attrs["logn"]:
+            scores = scores * ((position + 1).log() / math.log(attrs["logn"])).clamp(min=1)
+        if cap := attrs["softcap"]:
+            scores = cap * torch.tanh(scores / cap)
+        if args.get("alibi") is not None:
+            scores = scores + args["alibi"][:, None, None] * (key - position)
+        scores = scores.masked_fill(~visible, float("-inf"))
+        if args.get("sinks") is not None:  # one more key per head, without a value
+            sink = args["sinks"][:, None, None].expand(-1, last - first, 1)
+            scores = torch.cat((scores, sink), dim=-1)
+        weights = scores.softmax(-1)[..., :length]
         out[first:last] = (weights @ v).transpose(0, 1).flatten(1)
     return {"out": out}
 
@@ -151,6 +170,10 @@ def attention_sample(
     dim: int,
     window: int = 0,
     dtype: str = "float32",
+    softcap: float = 0.0,
+    logn: int = 0,
+    sinks: bool = False,
+    alibi: bool = False,
 ) -> Sample:
     g = generator(seed)
     tables = ragged.page_tables(g, 16)
@@ -160,6 +183,8 @@ def attention_sample(
         "heads": heads,
         "scale": dim**-0.5 * 1.5,
         "window": window,
+        "softcap": softcap,
+        "logn": logn,
     }
     kv = KvState(ragged.pool_pages)
     layer = kv.layer(attrs)
@@ -174,6 +199,10 @@ def attention_sample(
         "seq_len": steps["seq_len"],
         "pages": steps["pages"],
     }
+    if sinks:
+        args["sinks"] = floats(g, heads, scale=2.0)
+    if alibi:
+        args["alibi"] = 2.0 ** -torch.linspace(1, 8, heads)
     return Sample(label=label, args=args, attrs=attrs)
 
 
@@ -197,6 +226,40 @@ def _attention_samples() -> list[Sample]:
         ),
         attention_sample(57, "one", ONE_TOKEN, heads=1, kv_heads=1, dim=256),
         attention_sample(58, "empty", EMPTY, heads=2, kv_heads=1, dim=16),
+        attention_sample(59, "softcap", MIXED, heads=4, kv_heads=2, dim=32, softcap=1.5),
+        attention_sample(
+            70, "softcap window", LONG_DECODE, heads=4, kv_heads=2, dim=64, softcap=2.0, window=300
+        ),
+        attention_sample(71, "sinks", MIXED, heads=6, kv_heads=2, dim=32, sinks=True),
+        attention_sample(
+            72,
+            "sinks window",
+            LONG_DECODE,
+            heads=4,
+            kv_heads=1,
+            dim=64,
+            sinks=True,
+            window=140,
+            dtype="bfloat16",
+        ),
+        attention_sample(73, "alibi", MIXED, heads=5, kv_heads=5, dim=48, alibi=True),
+        attention_sample(
+            74, "long alibi", LONG_DECODE, heads=6, kv_heads=2, dim=32, alibi=True, dtype="bfloat16"
+        ),
+        attention_sample(75, "logn", MIXED, heads=2, kv_heads=2, dim=32, logn=19),
+        attention_sample(
+            76,
+            "everything",
+            LONG_DECODE,
+            heads=4,
+            kv_heads=2,
+            dim=16,
+            alibi=True,
+            sinks=True,
+            softcap=3.0,
+            logn=40,
+            window=201,
+        ),
     ]
 
 
@@ -208,9 +271,18 @@ ATTENTION = register(
             Arg(name="q", role="input", dims=("tokens", "H*E"), dtypes=("float",)),
             KV_ARG,
             *SEQ_ARGS,
+            Arg(name="sinks", role="weight", dims=("H",), dtypes=("float",), optional=True),
+            Arg(name="alibi", role="weight", dims=("H",), dtypes=("float",), optional=True),
             Arg(name="out", role="output", dims=("tokens", "H*E"), dtypes=("float",)),
         ),
-        attrs={"heads": int, "scale": float, "window": int, **KV_ATTRS},
+        attrs={
+            "heads": int,
+            "scale": float,
+            "window": int,
+            "softcap": float,
+            "logn": int,
+            **KV_ATTRS,
+        },
         reference=attention_reference,
         cost=_attention_cost,
         samples=_attention_samples,

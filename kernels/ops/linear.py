@@ -1,8 +1,10 @@
-"""Matrix product with the prologues and epilogues fusion may add: row gather, RMS norm, bias,
-SwiGLU, residual.
+"""Matrix product with the prologues and epilogues fusion may add:
 
-R rows (tokens or logit rows), K inputs, N outputs. With act=swiglu the weight is cat(gate, up) [2F,
-K] and the output [R, F].
+    out = softcap(act(norm(x)[rows] W^T + bias) * scale) + residual
+
+R rows (tokens or logit rows), K inputs, N outputs, O columns of the result. `act` is "" or a name
+of `kernels.ops.mlp`; with a gated one the weight is cat(gate, up) [2F, K] and the output [R, F],
+otherwise O = N. `scale` 1 and `softcap` 0 leave the product alone; softcap(y) = c tanh(y / c).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from kernels.op import Arg, Cost, Op, Sample, register
 from kernels.ops.embed import LIVE, live_count
+from kernels.ops.mlp import ACTIVATIONS, GATED
 from kernels.ops.norm import normalized
 from kernels.ops.samples import floats, generator, live, padded
 
@@ -28,9 +31,15 @@ def linear_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str, T
     y = x @ args["w"].float().T
     if args.get("bias") is not None:
         y = y + args["bias"]
-    if attrs.get("act", "") == "swiglu":
+    act = attrs.get("act", "")
+    if act in GATED:
         gate, up = y.chunk(2, dim=1)
-        y = torch.nn.functional.silu(gate) * up
+        y = ACTIVATIONS[GATED[act]](gate) * up
+    elif act:
+        y = ACTIVATIONS[act](y)
+    y = y * attrs["scale"]
+    if cap := attrs["softcap"]:
+        y = cap * torch.tanh(y / cap)
     if args.get("residual") is not None:
         y = y + args["residual"][:n]
     out = torch.zeros(len(rows) if rows is not None else len(args["x"]), y.shape[1])
@@ -41,7 +50,7 @@ def linear_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str, T
 def _cost(shapes: dict[str, tuple[int, ...]], attrs: dict[str, Any]) -> Cost:
     rows = shapes["rows"][0] if "rows" in shapes else shapes["x"][0]
     n, k = shapes["w"]
-    outputs = n // 2 if attrs.get("act", "") == "swiglu" else n
+    outputs = n // 2 if attrs.get("act", "") in GATED else n
     extra = rows * outputs * 4 if "residual" in shapes else 0
     return Cost(read=rows * k * 4 + extra, written=rows * outputs * 4, flops=2 * rows * n * k)
 
@@ -59,6 +68,8 @@ def _sample(
     residual: bool = False,
     act: str = "",
     gather: bool = False,
+    scale: float = 1.0,
+    softcap: float = 0.0,
 ) -> Sample:
     g = generator(seed)
     x_rows = rows + 3 if gather else rows
@@ -67,7 +78,13 @@ def _sample(
         "x": floats(g, x_rows, k, used=None if gather else used),
         "w": floats(g, n, k, scale=k**-0.5),
     }
-    attrs: dict[str, Any] = {"act": act, "live_index": 2 if gather else 0, "eps": 1e-5}
+    attrs: dict[str, Any] = {
+        "act": act,
+        "live_index": 2 if gather else 0,
+        "eps": 1e-5,
+        "scale": scale,
+        "softcap": softcap,
+    }
     if bias:
         args["bias"] = floats(g, n)
     if norm:
@@ -91,6 +108,39 @@ def _samples() -> list[Sample]:
         _sample(17, "swiglu odd", used=2, rows=2, k=64, n=2 * 24, bias=True, act="swiglu"),
         _sample(18, "head", used=3, rows=4, k=128, n=200, norm=True, gather=True),
         _sample(19, "chunk", used=70, rows=72, k=128, n=144, norm=True),
+        *(
+            _sample(200 + i, act, used=5, rows=6, k=64, n=2 * 40 if act in GATED else 77, act=act)
+            for i, act in enumerate((*GATED, *ACTIVATIONS))
+            if act != "swiglu"
+        ),
+        _sample(110, "gated scale", used=3, rows=3, k=64, n=2 * 32, act="geglu_tanh", scale=0.4),
+        _sample(
+            111,
+            "act bias residual",
+            used=9,
+            rows=9,
+            k=64,
+            n=48,
+            act="gelu",
+            bias=True,
+            residual=True,
+        ),
+        _sample(
+            112, "residual scale", used=9, rows=9, k=96, n=64, bias=True, residual=True, scale=0.3
+        ),
+        _sample(
+            113,
+            "softcap",
+            used=3,
+            rows=4,
+            k=128,
+            n=77,
+            norm=True,
+            gather=True,
+            softcap=0.7,
+            scale=2.5,
+            bias=True,
+        ),
     ]
 
 
@@ -107,7 +157,7 @@ LINEAR = register(
             Arg(name="rows", role="input", dims=("seqs",), dtypes=("int32",), optional=True),
             Arg(name="out", role="output", dims=("R", "O"), dtypes=("float",)),
         ),
-        attrs={"eps": float, "act": str, "live_index": int},
+        attrs={"eps": float, "act": str, "live_index": int, "scale": float, "softcap": float},
         reference=linear_reference,
         cost=_cost,
         samples=_samples,

@@ -24,17 +24,19 @@ KV_SLOTS = Arg(name="kv_slots", role="input", dims=("tokens",), dtypes=("int32",
 
 def rope_table_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str, Tensor]:
     """cos then sin of position * frequency. The product is rounded to float32, as every
-    published implementation does."""
+    published implementation does. Where the frequencies depend on the length of the request,
+    `inv_freq` holds `variants` rows of R/2, and `variant` names the row of each token."""
     n = live_count(args, 0)
-    positions, freq = args["positions"], args["inv_freq"]
-    angle = positions[:n].float()[:, None] * freq.float()[None, :]
-    out = torch.zeros(len(positions), 2 * len(freq))
+    positions, freq = args["positions"], args["inv_freq"].float().view(attrs["variants"], -1)
+    row = args["variant"][:n].long() if args.get("variant") is not None else [0]
+    angle = positions[:n].float()[:, None] * freq[row]
+    out = torch.zeros(len(positions), 2 * freq.shape[1])
     out[:n] = torch.cat((angle.cos(), angle.sin()), dim=1) * attrs["scale"]
     return {"out": out}
 
 
 def _table_cost(shapes: dict[str, tuple[int, ...]], attrs: dict[str, Any]) -> Cost:
-    tokens, half = shapes["positions"][0], shapes["inv_freq"][0]
+    tokens, half = shapes["positions"][0], shapes["inv_freq"][0] // attrs["variants"]
     return Cost(read=tokens * 4, written=tokens * half * 8, flops=tokens * half * 40)
 
 
@@ -51,9 +53,20 @@ def _table_samples() -> list[Sample]:
             "inv_freq": freq,
         }
         out.append(
-            Sample(label=label, args=args, attrs={"scale": 1.0 if label == "partial" else 1.25})
+            Sample(
+                label=label,
+                args=args,
+                attrs={"scale": 1.0 if label == "partial" else 1.25, "variants": 1},
+            )
         )
-    return out
+    freq = torch.cat([b ** (-torch.arange(0, 16, 2).float() / 16) for b in (1e4, 3e4, 7e5)])
+    args = {
+        "live": live(4),
+        "positions": padded([3, 77, 5000, 2], 6),
+        "inv_freq": freq,
+        "variant": padded([0, 2, 1, 2], 6),
+    }
+    return [*out, Sample(label="variants", args=args, attrs={"scale": 1.1, "variants": 3})]
 
 
 ROPE_TABLE = register(
@@ -62,10 +75,11 @@ ROPE_TABLE = register(
         args=(
             LIVE,
             POSITIONS,
-            Arg(name="inv_freq", role="weight", dims=("R/2",), dtypes=("float",)),
+            Arg(name="inv_freq", role="weight", dims=("variants*R/2",), dtypes=("float",)),
+            Arg(name="variant", role="input", dims=("tokens",), dtypes=("int32",), optional=True),
             Arg(name="out", role="output", dims=("tokens", "R"), dtypes=("float32",)),
         ),
-        attrs={"scale": float},
+        attrs={"scale": float, "variants": int},
         reference=rope_table_reference,
         cost=_table_cost,
         samples=_table_samples,
@@ -141,7 +155,7 @@ ROPE = register(
 
 
 def rope_kv_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str, Tensor]:
-    """Composed of head_norm, rope and kv_write."""
+    """Composed of head_norm, clip, rope and kv_write."""
     heads, kv_heads, dim = attrs["heads"], attrs["kv_heads"], attrs["head_dim"]
     q, k, v = args["qkv"].split((heads * dim, kv_heads * dim, kv_heads * dim), dim=1)
     if args.get("q_norm") is not None:
@@ -150,6 +164,8 @@ def rope_kv_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str, 
         k = head_norm_reference(
             {**args, "x": k, "w": args["k_norm"]}, {**attrs, "heads": kv_heads}
         )["out"]
+    if limit := attrs["clip"]:
+        q, k, v = (t.clamp(-limit, limit) for t in (q, k, v))
     if args.get("table") is not None:
         q = rope_reference({**args, "x": q}, attrs)["out"]
         k = rope_reference({**args, "x": k}, {**attrs, "heads": kv_heads})["out"]
@@ -175,6 +191,9 @@ def _rope_kv_sample(
     dim: int,
     rotary: int,
     norms: bool = False,
+    own: bool = False,
+    centre: bool = False,
+    clip: float = 0.0,
     interleaved: bool = False,
     dtype: str = "float32",
 ) -> Sample:
@@ -187,6 +206,8 @@ def _rope_kv_sample(
         "head_dim": dim,
         "eps": 1e-6,
         "interleaved": interleaved,
+        "centre": centre,
+        "clip": clip,
         "page_size": 16,
         "kv_dtype": dtype,
     }
@@ -201,7 +222,8 @@ def _rope_kv_sample(
     if rotary:
         args["table"] = floats(g, ragged.tokens, rotary, used=n)
     if norms:
-        args |= {"q_norm": floats(g, dim), "k_norm": floats(g, dim)}
+        for name, count in (("q_norm", heads), ("k_norm", kv_heads)):
+            args[name] = floats(g, count * dim if own else dim)
     return Sample(label=label, args=args, attrs=attrs)
 
 
@@ -216,6 +238,31 @@ def _rope_kv_samples() -> list[Sample]:
             33, "interleaved", ONE_TOKEN, heads=2, kv_heads=1, dim=16, rotary=12, interleaved=True
         ),
         _rope_kv_sample(34, "no rope", ONE_TOKEN, heads=3, kv_heads=3, dim=16, rotary=0),
+        _rope_kv_sample(
+            35,
+            "layer norms",
+            MIXED,
+            heads=4,
+            kv_heads=2,
+            dim=32,
+            rotary=8,
+            norms=True,
+            own=True,
+            centre=True,
+        ),
+        _rope_kv_sample(
+            36,
+            "clip",
+            MIXED,
+            heads=2,
+            kv_heads=1,
+            dim=48,
+            rotary=48,
+            norms=True,
+            own=True,
+            clip=0.8,
+        ),
+        _rope_kv_sample(37, "clip alone", MIXED, heads=2, kv_heads=1, dim=16, rotary=8, clip=0.5),
     ]
 
 
@@ -228,13 +275,21 @@ ROPE_KV = register(
             Arg(
                 name="table", role="input", dims=("tokens", "R"), dtypes=("float32",), optional=True
             ),
-            Arg(name="q_norm", role="weight", dims=("E",), dtypes=("float",), optional=True),
-            Arg(name="k_norm", role="weight", dims=("E",), dtypes=("float",), optional=True),
+            # [E], shared by the heads, or [H*E] and [K*E], each head its own
+            Arg(name="q_norm", role="weight", dims=("QW",), dtypes=("float",), optional=True),
+            Arg(name="k_norm", role="weight", dims=("KW",), dtypes=("float",), optional=True),
             KV_SLOTS,
             KV_ARG,
             Arg(name="q", role="output", dims=("tokens", "H*E"), dtypes=("float",)),
         ),
-        attrs={"heads": int, "eps": float, "interleaved": bool, **KV_ATTRS},
+        attrs={
+            "heads": int,
+            "eps": float,
+            "centre": bool,
+            "clip": float,
+            "interleaved": bool,
+            **KV_ATTRS,
+        },
         reference=rope_kv_reference,
         cost=_rope_kv_cost,
         samples=_rope_kv_samples,

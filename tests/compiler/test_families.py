@@ -59,21 +59,22 @@ def forward(spec: ModelSpec, weights: Weights, tokens: list[int]) -> torch.Tenso
     for i, layer in enumerate(spec.layers):
         own = f"layers.{i}."
         x = rms(h, w(own + "attn_norm"), layer.norm)
-        h = h + linear(attention(layer, own, x, w, linear), own + "o", layer.mixer.out_bias)
+        h = h + linear(attention(layer, own, x, w, linear), own + "o", "o" in layer.mixer.biases)
         x = rms(h, w(own + "ffn_norm"), layer.norm)
         bias = layer.ffn.bias
         gated = F.silu(linear(x, own + "gate", bias)) * linear(x, own + "up", bias)
         h = h + linear(gated, own + "down", bias)
     h = rms(h, w("final_norm"), spec.final_norm)
-    return h @ w("embed" if spec.tied_head else "head").T
+    return h @ w("embed" if spec.head.tied else "head").T
 
 
 def attention(layer: LayerSpec, own: str, x: torch.Tensor, w: Any, linear: Any) -> torch.Tensor:
     a: Attention = layer.mixer
-    q, k, v = (linear(x, own + n, a.qkv_bias) for n in "qkv")
+    q, k, v = (linear(x, own + n, n in a.biases) for n in "qkv")
     q, k, v = (y.unflatten(-1, (-1, a.head_dim)) for y in (q, k, v))
-    if a.head_norm is not None:
-        q, k = rms(q, w(own + "q_norm"), a.head_norm), rms(k, w(own + "k_norm"), a.head_norm)
+    if a.qk_norm is not None:
+        norm = a.qk_norm.norm
+        q, k = rms(q, w(own + "q_norm"), norm), rms(k, w(own + "k_norm"), norm)
     assert a.rope is not None
     q, k = rotate(q, a.rope), rotate(k, a.rope)
     k, v = (y.repeat_interleave(a.heads // a.kv_heads, 1) for y in (k, v))

@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_specs import FAMILIES, SHAPE, ragged_run, toy
+from toy_specs import FAMILIES, PLAIN, SHAPE, ragged_run, toy
 
-from compiler.fuse import RULES, fuse
+from compiler.fuse import RULES, fuse, norm_into_linear, residual_into_linear
 from compiler.model import build
 from compiler.program import Program, verify
 
-SUBSETS = [subset for size in range(1, 6) for subset in combinations(range(len(RULES)), size)]
+SUBSETS = [subset for size in range(1, 8) for subset in combinations(range(len(RULES)), size)]
 EXPECTED: dict[str, list[dict[str, torch.Tensor]]] = {}
 
 
@@ -30,12 +30,25 @@ def same_results(program: Program, family: str) -> None:
         assert torch.equal(found["token"][:rows], expected["token"][:rows])
 
 
+def applies(rule: str, family: str) -> bool:
+    """Whether there is something to do for a rule."""
+    layer_norms = family in ("phi", "cohere")
+    return {
+        "merge_qkv": family != "olmo",  # a norm over all heads stands between
+        "merge_gated": family != "phi",
+        "activation_into_linear": family == "phi",
+        "norm_into_linear": not layer_norms,
+        "residual_into_norm": family == "gemma",
+        "residual_into_linear": family != "gemma",
+    }.get(rule, True)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_each_rule_alone(rule, family: str) -> None:
     program = build(toy(family), SHAPE)
     fused = rule(program)
-    assert len(fused.calls) < len(program.calls)
+    assert (len(fused.calls) < len(program.calls)) == applies(rule.__name__, family)
     same_results(fused, family)
 
 
@@ -56,7 +69,7 @@ def test_any_order(order: list[int], family: str) -> None:
     same_results(program, family)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN)
 def test_a_fused_layer_is_six_calls(family: str) -> None:
     one, two = (fuse(build(toy(family, layers=n), SHAPE)) for n in (1, 2))
     tables = {"mistral": 1}.get(family, 0)  # the second layer brings its own rope
@@ -67,5 +80,5 @@ def test_a_fused_layer_is_six_calls(family: str) -> None:
 def test_a_value_with_two_readers_is_not_swallowed() -> None:
     """norm feeds a linear and something else: the rule must leave it alone."""
     program = build(toy("llama", layers=1), SHAPE)
-    names = {call.op for call in RULES[3](RULES[4](program)).calls}
+    names = {call.op for call in norm_into_linear(residual_into_linear(program)).calls}
     assert "rms_norm" in names  # the final norm is read by gather

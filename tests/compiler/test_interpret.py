@@ -37,11 +37,11 @@ class Subject:
         config = CompileConfig(name="toy", dtype="float32")
         config.model.name, config.model.source = "hf", str(directory)
         imported = import_model(config)
-        shape = StepShape(slots=4, edits=8, page_size=PAGE, kv_dtype="float32")
+        shape = StepShape(slots=4, edits=8, page_size=PAGE, kv_dtype="float32", context=64)
         self.program: Program = fuse(build(imported.spec, shape))
         self.edits = shape.edits
         weights = {weight.name: weight for weight in stored_weights(self.program, {})}
-        fixed = constants(imported.spec)
+        fixed = constants(imported.spec, shape.context)
         self.weight: Callable[[str], torch.Tensor] = lambda name: exact(
             weights[name], imported.weights, fixed
         )

@@ -59,7 +59,10 @@ def test_io_has_inputs_in_upload_order_then_outputs() -> None:
     program = build(toy("llama"), SHAPE)
     io = io_layout(program, {"tokens": 8, "seqs": 3, "pages": 2})
     names = [field.name for field in io.fields]
-    assert names == [*INPUTS, "edits", *OUTPUTS] and names[0] == "live"
+    always = [name for name in INPUTS if name != "rope_variant"]
+    assert names == [*always, "edits", *OUTPUTS] and names[0] == "live"
+    by_length = io_layout(build(toy("sinks"), SHAPE), {"tokens": 8, "seqs": 3, "pages": 2})
+    assert [field.name for field in by_length.fields] == [*INPUTS, "edits", *OUTPUTS]
     end = 0
     for field in io.fields:
         assert field.offset % ALIGN == 0 and field.offset >= end

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from toy_specs import toy, toy_config
+from toy_specs import SHAPE, toy, toy_config
 
 from compiler.design import design
 from compiler.errors import CompileError
@@ -63,7 +63,7 @@ def test_rounded_weights_are_what_the_layout_stores() -> None:
     """Dequantized by hand from codes and scales of the packed arrays."""
     made = design(SPEC, toy_config(SPEC, "int8"))
     weight = next(w for w in made.weights if w.name == "layers.0.down")
-    arrays = pack(weight, WEIGHTS, constants(SPEC))
+    arrays = pack(weight, WEIGHTS, constants(SPEC, SHAPE.context))
     data, scale = arrays["layers.0.down.data"], arrays["layers.0.down.scale"]
     tiles, steps, outputs, inputs = data.shape
     codes = (
@@ -71,7 +71,7 @@ def test_rounded_weights_are_what_the_layout_stores() -> None:
     )
     scales = scale.astype(np.float32).transpose(0, 2, 1).reshape(tiles * outputs, -1)
     by_hand = codes * np.repeat(scales, 32, axis=1)
-    found = rounded(weight, WEIGHTS, constants(SPEC))
+    found = rounded(weight, WEIGHTS, constants(SPEC, SHAPE.context))
     assert np.array_equal(by_hand[: len(found)], found.numpy())
 
 

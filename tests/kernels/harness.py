@@ -20,7 +20,7 @@ from kernels.op import Op, Sample
 from kernels.ops.kv import KvState, layer_bytes
 
 GROUP = 32
-GATED = ("swiglu", "geglu_tanh", "swiglu_clamped")  # their weights are cat(gate, up)
+GATED = ("swiglu", "geglu", "geglu_tanh", "swiglu_clamped")  # their weights are cat(gate, up)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -50,23 +50,23 @@ def cases(op: Op) -> Iterator[tuple[str, Case]]:
 
 
 def _stored(
-    weight: torch.Tensor, fmt: str, swiglu: bool
+    weight: torch.Tensor, fmt: str, gated: bool
 ) -> tuple[dict[str, np.ndarray], torch.Tensor]:
     """Packed fields of a weight, and the values they stand for."""
     kind, group = parse_format(fmt)
     if kind == "float32":
-        return pack_linear(fmt, weight.numpy(), swiglu), weight
+        return pack_linear(fmt, weight.numpy(), gated), weight
     if kind == "bfloat16":
         rounded = weight.bfloat16()
         return pack_linear(
-            fmt, rounded.view(torch.int16).numpy().view(np.uint16), swiglu
+            fmt, rounded.view(torch.int16).numpy().view(np.uint16), gated
         ), rounded.float()
     limit = 127 if kind == "int8" else 7
     groups = weight.unflatten(-1, (-1, group))
     scale = (groups.abs().amax(-1) / limit).clamp(min=1e-6).half().float()  # stored as float16
     q = (groups / scale[..., None]).round().clamp(-limit, limit)
     packed = pack_linear(
-        fmt, (q.reshape(weight.shape).to(torch.int8).numpy(), scale.numpy()), swiglu
+        fmt, (q.reshape(weight.shape).to(torch.int8).numpy(), scale.numpy()), gated
     )
     return packed, (q * scale[..., None]).reshape(weight.shape)
 

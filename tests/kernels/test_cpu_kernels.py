@@ -127,7 +127,9 @@ def one_sequence(s: Sample, seq: int, tokens: range, pages: int) -> Sample:
     )
 
 
-@pytest.mark.parametrize("label", ["gqa", "bf16", "window", "mqa"])
+@pytest.mark.parametrize(
+    "label", ["gqa", "bf16", "window", "mqa", "softcap", "sinks", "alibi", "logn", "everything"]
+)
 def test_attention_bits_do_not_depend_on_the_batch(teams: dict[int, Team], label: str) -> None:
     """Whole batch on 1, 2, 3 threads, with and without split blocks; then token by token and in
     uneven chunks."""
@@ -143,7 +145,7 @@ def test_attention_bits_do_not_depend_on_the_batch(teams: dict[int, Team], label
         first, last = s.args["seq_start"][seq : seq + 2].tolist()
         cuts = sorted({0, *range(last - first)} if last - first < 20 else {0, 1, 8, 9, 30})
         for start, stop in zip(cuts, [*cuts[1:], last - first], strict=True):
-            part = make_case(ATTENTION, one_sequence(s, seq, range(start, stop), pages=20 + seq))
+            part = make_case(ATTENTION, one_sequence(s, seq, range(start, stop), pages=66 + seq))
             got = run_sample(teams[2], kernel, part)["out"]
             np.testing.assert_array_equal(
                 got, want[first + start : first + stop], err_msg=f"sequence {seq} from {start}"

@@ -153,6 +153,8 @@ def call(
         attrs={
             "eps": EPS,
             "act": "swiglu" if swiglu else "",
+            "scale": 1.0,
+            "softcap": 0.0,
             "live_index": 0 if rows is None else 2,
         },
     )

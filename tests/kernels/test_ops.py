@@ -75,6 +75,28 @@ def test_norms() -> None:
     x = s.args["x"][:3].view(3, 3, 48)
     want = F.rms_norm(x, (48,), s.args["w"], 1e-6).flatten(1)
     torch.testing.assert_close(run(norm.HEAD_NORM, s)[0]["out"][:3], want)
+    s = pick(norm.HEAD_NORM, "layer norms")
+    x = F.layer_norm(s.args["x"][:3].view(3, 5, 48), (48,), eps=1e-6)
+    want = (x * s.args["w"].view(5, 48)).flatten(1)
+    torch.testing.assert_close(run(norm.HEAD_NORM, s)[0]["out"][:3], want)
+    s = pick(norm.LAYER_NORM, "partial")
+    want = F.layer_norm(s.args["x"][:3], (576,), s.args["w"], s.args["bias"], 1e-5)
+    torch.testing.assert_close(run(norm.LAYER_NORM, s)[0]["out"][:3], want)
+    s = pick(norm.RMS_NORM, "residual")
+    want = F.rms_norm(s.args["x"][:3], (96,), s.args["w"], 1e-6) + s.args["residual"][:3]
+    torch.testing.assert_close(run(norm.RMS_NORM, s)[0]["out"][:3], want)
+
+
+def by_formula(act: str, x: np.ndarray) -> np.ndarray:
+    """Activations from their definitions, in float64."""
+    tanh = np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+    return {
+        "silu": x / (1 + np.exp(-x)),
+        "gelu": x * np.vectorize(math.erfc)(-x / math.sqrt(2)) / 2,
+        "gelu_tanh": x / 2 * (1 + tanh),
+        "relu": np.maximum(x, 0),
+        "relu2": np.maximum(x, 0) ** 2,
+    }[act]
 
 
 @pytest.mark.parametrize("s", linear.LINEAR.samples(), ids=lambda s: s.label)
@@ -85,20 +107,33 @@ def test_linear(s: Sample) -> None:
     if "norm" in a:
         x = x / np.sqrt(np.mean(x * x, axis=1, keepdims=True) + s.attrs["eps"]) * a["norm"]
     y = np.einsum("rk,nk->rn", x, a["w"]) + a.get("bias", 0.0)
-    if s.attrs["act"] == "swiglu":
+    if act := mlp.GATED.get(s.attrs["act"]):
         half = y.shape[1] // 2
-        y = y[:, :half] / (1 + np.exp(-y[:, :half])) * y[:, half:]
+        y = by_formula(act, y[:, :half]) * y[:, half:]
+    elif s.attrs["act"]:
+        y = by_formula(s.attrs["act"], y)
+    y = y * s.attrs["scale"]
+    if cap := s.attrs["softcap"]:
+        y = cap * np.tanh(y / cap)
     if "residual" in a:
         y = y + a["residual"][:n]
     np.testing.assert_allclose(run(linear.LINEAR, s)[0]["out"][:n].numpy(), y, atol=5e-5)
 
 
-def test_swiglu_and_add() -> None:
-    s = pick(mlp.SWIGLU, "odd")
-    gate, up = s.args["gate"].double(), s.args["up"].double()
-    torch.testing.assert_close(
-        run(mlp.SWIGLU, s)[0]["out"].double(), gate / (1 + (-gate).exp()) * up
-    )
+@pytest.mark.parametrize("act", [*mlp.GATED, *mlp.ACTIVATIONS])
+def test_activations(act: str) -> None:
+    op = mlp.GATED_OP if act in mlp.GATED else mlp.ACTIVATION
+    s = pick(op, f"odd {act}")
+    x = {n: v.double().numpy() for n, v in s.args.items()}
+    want = by_formula(mlp.GATED[act], x["gate"]) * x["up"] if "up" in x else by_formula(act, x["x"])
+    np.testing.assert_allclose(run(op, s)[0]["out"].numpy(), want, rtol=1e-5, atol=1e-6)
+
+
+def test_add_and_clip() -> None:
+    s = pick(mlp.CLIP, "odd 1.5")
+    x = s.args["x"]
+    want = torch.where(x.abs() > 1.5, 1.5 * x.sign(), x)
+    torch.testing.assert_close(run(mlp.CLIP, s)[0]["out"], want)
     s = pick(mlp.ADD, "odd")
     torch.testing.assert_close(run(mlp.ADD, s)[0]["out"], s.args["a"] + s.args["b"])
 
@@ -127,13 +162,37 @@ def test_rope_is_a_complex_rotation(interleaved: bool) -> None:
     freq = 10000.0 ** (-torch.arange(0, rotary, 2) / rotary)
     live = torch.tensor([3, 0, 0, 0, 0, 0, 0, 0], dtype=torch.int32)
     args = {"live": live, "positions": positions, "inv_freq": freq}
-    table = rope.rope_table_reference(args, {"scale": 1.0})["out"]
+    table = rope.rope_table_reference(args, {"scale": 1.0, "variants": 1})["out"]
     x = torch.randn(3, heads * dim, generator=torch.Generator().manual_seed(0))
     attrs = {"heads": heads, "head_dim": dim, "interleaved": interleaved}
     got = rope.rope_reference({"live": live, "x": x, "table": table}, attrs)["out"]
     angle = positions.double().numpy()[:, None, None] * freq.double().numpy()
     want = turn(x.double().numpy().reshape(3, heads, dim), angle, interleaved).reshape(3, -1)
     np.testing.assert_allclose(got.numpy(), want, atol=5e-5)
+
+
+def by_definition(
+    s: Sample, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """One query and head at a time, from the formulas of the op's docstring; q [H, T, E]."""
+    out = torch.zeros_like(q)
+    length = k.shape[1]
+    sinks, slopes = s.args.get("sinks"), s.args.get("alibi")
+    for head in range(q.shape[0]):
+        for row in range(q.shape[1]):
+            i = length - q.shape[1] + row
+            keys = mask[row].nonzero().flatten()
+            score = k[head, keys] @ q[head, row] * s.attrs["scale"]
+            if s.attrs["logn"] and i + 1 > s.attrs["logn"]:
+                score = score * math.log(i + 1, s.attrs["logn"])
+            if cap := s.attrs["softcap"]:
+                score = cap * (score / cap).tanh()
+            if slopes is not None:
+                score = score + float(slopes[head]) * (keys - i)
+            weight = score.exp()
+            rest = math.exp(float(sinks[head])) if sinks is not None else 0.0
+            out[head, row] = (weight @ v[head, keys]) / (weight.sum() + rest)
+    return out
 
 
 @pytest.mark.parametrize("s", attention.ATTENTION.samples(), ids=lambda s: s.label)
@@ -152,14 +211,8 @@ def test_attention_is_dense_attention_per_sequence(s: Sample) -> None:
             position = length - (last - first) + row
             low = max(0, position + 1 - s.attrs["window"]) if s.attrs["window"] else 0
             mask[row, low : position + 1] = True
-        want = F.scaled_dot_product_attention(
-            q[None],
-            k[None],
-            v[None],
-            attn_mask=mask,
-            scale=s.attrs["scale"],
-            enable_gqa=heads != kv_heads,
-        )[0]
+        k, v = (t.repeat_interleave(heads // kv_heads, 0) for t in (k, v))
+        want = by_definition(s, q, k, v, mask)
         torch.testing.assert_close(
             out["out"][first:last].double(), want.transpose(0, 1).flatten(1), atol=2e-5, rtol=1e-4
         )
