@@ -13,17 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
 import tokenizers
 
+from compiler.chat_template import CHATML, chat_template, named_template
 from compiler.checkpoint import read_json
-from compiler.errors import CompileError, DamagedCheckpoint
+from compiler.errors import DamagedCheckpoint
 from compiler.synthetic_tokenizer import synthetic_tokenizer
 from compiler.tokenizer_rules import Rules, rules_of
 from compiler.tokenizer_source import tokenizer_json
 
-TEMPLATES = Path(__file__).resolve().parent / "data" / "templates"
 SPECIALS = ("bos_token", "eos_token", "pad_token", "unk_token")
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -64,7 +62,8 @@ def read_text(directory: Path, config: Mapping[str, Any], vocab: int, template: 
                 "add_eos_token": _adds(flags, tokenizer, "eos_token", ids),
             }
         )
-        source = _template(directory, settings, template)
+        named = {key: text for key, text in tokens.items() if text is not None}
+        source = chat_template(directory, settings, named, template)
         if source is not None:
             files["chat_template.jinja"] = source.encode()
     eos = _ids(config, generation, "eos_token_id", vocab)
@@ -103,10 +102,9 @@ def made_up_text(config: Mapping[str, Any], vocab: int, template: str | None) ->
         files["tokenizer_config.json"] = _json(
             {**tokens, "add_bos_token": False, "add_eos_token": False}
         )
-        source = _named_template(template, {}) if template else None
-        files["chat_template.jinja"] = (
-            source.encode() if source else (TEMPLATES / "chatml.jinja").read_bytes()
-        )
+        named = {"eos_token": "<|im_end|>"}
+        source = named_template(template, {}, named) if template else CHATML
+        files["chat_template.jinja"] = source.encode()
     eos = eos or [end]
     files["generation_config.json"] = _json({"eos_token_id": eos})
     return Text(files=files, eos_token_ids=tuple(eos), bos_token_id=bos[0] if bos else None)
@@ -179,50 +177,7 @@ def _ids(
     return result
 
 
-# --- chat template --------------------------------------------------------------------------------
-
-
-def _template(directory: Path, settings: dict[str, Any], wanted: str | None) -> str | None:
-    """The wanted template (name or file), else the checkpoint's default one."""
-    named: dict[str, str] = {}
-    inside = settings.get("chat_template")
-    if isinstance(inside, str):
-        named["default"] = inside
-    elif isinstance(inside, list):
-        named |= {t["name"]: t["template"] for t in inside}
-    if (directory / "chat_template.jinja").is_file():
-        named["default"] = (directory / "chat_template.jinja").read_text()
-    for extra in sorted(directory.glob("additional_chat_templates/*.jinja")):
-        named[extra.stem] = extra.read_text()
-    source = _named_template(wanted, named) if wanted else named.get("default")
-    if source is not None:
-        _check_template(source, wanted or str(directory))
-    return source
-
-
-def _named_template(wanted: str, named: dict[str, str]) -> str:
-    if wanted in named:
-        return named[wanted]
-    built_in = {p.stem: p for p in TEMPLATES.glob("*.jinja")}
-    path = built_in.get(wanted, Path(wanted).expanduser())
-    if not path.is_file():
-        choices = ", ".join(sorted({*named, *built_in}))
-        raise CompileError(
-            f"model.chat_template={wanted}: no such file or template; "
-            f"give a .jinja file or one of: {choices}"
-        )
-    source = path.read_text()
-    _check_template(source, wanted)
-    return source
-
-
-def _check_template(source: str, where: str) -> None:
-    extensions = ["jinja2.ext.loopcontrols"]
-    plain = source.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-    try:
-        jinja2.Environment(extensions=extensions).parse(plain)
-    except jinja2.TemplateSyntaxError as e:
-        raise DamagedCheckpoint(f"chat template of {where}: line {e.lineno}: {e.message}") from e
+# --- files ----------------------------------------------------------------------------------------
 
 
 def _optional_json(path: Path) -> dict[str, Any]:

@@ -24,6 +24,10 @@ KWARGS = frozenset(
     | {"tools_in_user_message", "documents", "add_generation_prompt", "preserve_thinking"}
 )
 
+# Names under which a message's reasoning comes, the standard one first.
+REASONING = ("reasoning_content", "thinking", "reasoning")
+TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # as transformers: it ends with a space to see trimming
+
 
 class TemplateRefused(Exception):
     """The template raised, or its output is beyond bounds; the text may be shown to the client."""
@@ -57,6 +61,9 @@ class ChatTemplate:
         """`most`: characters of output before the request is refused."""
         allowed = {k: v for k, v in (kwargs or {}).items() if k in KWARGS}
         names = allowed | self._constants
+        messages = list(map(_with_reasoning, messages))
+        if continue_final_message:
+            messages[-1:] = [_tagged(messages[-1] if messages else {})]
         names |= {"messages": messages, "tools": tools, "documents": allowed.get("documents")}
         names["add_generation_prompt"] = add_generation_prompt and not continue_final_message
         parts: list[str] = []
@@ -74,7 +81,7 @@ class ChatTemplate:
                 said or "the chat template cannot render these messages."
             ) from error
         prompt = "".join(parts)
-        return _cut_after_final(prompt, messages) if continue_final_message else prompt
+        return _cut_at_tag(prompt) if continue_final_message else prompt
 
 
 class _Raised(jinja2.TemplateError):
@@ -82,13 +89,19 @@ class _Raised(jinja2.TemplateError):
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}` marks assistant text for training; here its body is rendered as it is."""
+    """`{% generation %}` marks assistant text for training. Here its body is only rendered, in a
+    scope of its own, as transformers does.
+    """
 
     tags = {"generation"}
 
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+
+    def _body(self, caller: jinja2.runtime.Macro) -> str:
+        return str(caller())
 
 
 def _tojson(
@@ -108,20 +121,30 @@ def _raise(message: str) -> None:
     raise _Raised(str(message)[:300])
 
 
-def _cut_after_final(prompt: str, messages: list[dict[str, Any]]) -> str:
-    """The prompt up to the end of the last message's text, so that the model goes on writing it."""
-    content = messages[-1].get("content") if messages else None
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """Templates look for a message's reasoning under one of two names, clients send a third."""
+    said = next((message[k] for k in REASONING if message.get(k) is not None), None)
+    return message if said is None else {"thinking": said, **message, "reasoning_content": said}
+
+
+def _tagged(message: dict[str, Any]) -> dict[str, Any]:
+    """The message to be continued, its last text marked with where it ends."""
+    content = message.get("content")
     if isinstance(content, list):
-        texts = [part.get("text") for part in content if part.get("type") == "text"]
-        content = texts[-1] if texts else None
-    if not isinstance(content, str) or not content.strip():
-        raise TemplateRefused("continue_final_message needs text in the last message.")
-    found = prompt.rfind(content)
-    if found >= 0:
-        return prompt[: found + len(content)]
-    # Templates that trim message text.
-    content = content.strip()
-    found = prompt.rfind(content)
+        last = max((i for i, part in enumerate(content) if part.get("type") == "text"), default=-1)
+        if last >= 0 and content[last].get("text", "").strip():
+            tagged = content[last] | {"text": content[last]["text"] + TAG}
+            return message | {"content": [*content[:last], tagged, *content[last + 1 :]]}
+    elif isinstance(content, str) and content.strip():
+        return message | {"content": content + TAG}
+    raise TemplateRefused("continue_final_message needs text in the last message.")
+
+
+def _cut_at_tag(prompt: str) -> str:
+    """The prompt up to the end of the last message's text, so that the model goes on writing it."""
+    found = prompt.rfind(TAG.strip())
     if found < 0:
         raise TemplateRefused("continue_final_message: the template rewrites the last message.")
-    return prompt[: found + len(content)]
+    if prompt.startswith(TAG, found):
+        return prompt[:found]
+    return prompt[:found].rstrip()  # the template trims messages: the tag kept their last spaces
