@@ -9,6 +9,7 @@
 // the pieces are merged after a barrier.
 #include "abi.h"
 #include "kv_page.h"
+#include "softmax.h"
 
 namespace {
 
@@ -18,7 +19,6 @@ constexpr int BLOCK = 128;                // keys
 constexpr int PAGES = BLOCK / PAGE;       // pages of a block
 constexpr int ROWS = 24;                  // query rows of a work item
 constexpr int MAX_DIM = 256;
-constexpr float LOWEST = -3e38f;          // below every score; finite, so that differences are never NaN
 
 // Register tiles: MR rows x (KP pages of keys | NV vectors of values). 32 vector registers with AVX-512, 16 elsewhere.
 constexpr int MR = VL == 16 ? 6 : VL == 8 ? 6 : 3;
@@ -196,40 +196,6 @@ __attribute__((noinline)) void bend(float* scores, int64_t padded, float cap, fl
         if (slope != 0.0f) s = fma(splat(slope), to_float(lane + (int32_t)(distance + j)), s);
         store(scores + j, s);
     }
-}
-
-// Scores -> weights of the keys first..last-1 (of the block), zero elsewhere; their largest score and their sum.
-__attribute__((noinline)) void soften(float* scores, int64_t padded, int first, int last, float* max, float* sum) {
-    vi lane;
-    for (int i = 0; i < VL; i++) lane[i] = i;
-    vf top = splat(LOWEST);
-    for (int64_t j = 0; j < padded; j += VL) {
-        vi key = lane + (int32_t)j;
-        vi visible = (key >= first) & (key < last);
-        vf s = select(visible, loadf(scores + j), splat(LOWEST));
-        store(scores + j, s);
-        top = vmax(s, top);
-    }
-    *max = hmax(top);
-    vf total{};
-    for (int64_t j = 0; j < padded; j += VL) {
-        vi key = lane + (int32_t)j;
-        vi visible = (key >= first) & (key < last);
-        vf w = select(visible, vexp(loadf(scores + j) - *max), vf{});
-        store(scores + j, w);
-        total += w;
-    }
-    *sum = hsum(total);
-}
-
-// total := total joined with one more block.
-__attribute__((noinline)) void merge(float* total, float* total_max, float* total_sum, const float* values, float max, float sum,
-                                     int64_t dim) {
-    float top = max > *total_max ? max : *total_max;
-    vf old = vexp(splat(*total_max - top)), add = vexp(splat(max - top));
-    for (int64_t i = 0; i < dim; i += VL) store(total + i, fma(loadf(total + i), old, loadf(values + i) * add));
-    *total_sum = *total_sum * old[0] + sum * add[0];
-    *total_max = top;
 }
 
 // A sink is one more key of a row, without a value: it joins the sum only.

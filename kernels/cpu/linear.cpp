@@ -6,6 +6,42 @@
 #include "linear_float.h"
 #include "linear_int.h"
 
+namespace hs {
+
+template <int FMT>
+void prepare(const hs_ctx* ctx, const Linear& c) {
+    if constexpr (FMT == INT8 || FMT == INT4)
+        int_prepare(ctx, c);
+#if defined(HS_AMX)
+    else if constexpr (FMT == BF16)
+        amx_bf16_prepare(ctx, c);
+#endif
+    else
+        fill_panels(ctx, c);
+}
+
+template <int FMT>
+void product(const hs_ctx* ctx, const Linear& c) {
+    if constexpr (FMT == INT8 || FMT == INT4)
+        int_product<FMT>(ctx, c);
+#if defined(HS_AMX)
+    else if constexpr (FMT == BF16)
+        amx_bf16_product(ctx, c);
+#endif
+    else
+        float_product<FMT>(ctx, c);
+}
+
+#define HS_FORMAT(FMT)                                       \
+    template void prepare<FMT>(const hs_ctx*, const Linear&); \
+    template void product<FMT>(const hs_ctx*, const Linear&);
+HS_FORMAT(F32)
+HS_FORMAT(BF16)
+HS_FORMAT(INT8)
+HS_FORMAT(INT4)
+
+}  // namespace hs
+
 namespace {
 
 using namespace hs;
@@ -22,7 +58,8 @@ Linear bind(int format, const hs_arg* a) {
     c.residual = (const float*)a[RESIDUAL].p;
     c.out = (float*)a[OUT].p;
     c.work = (uint8_t*)a[WORK].p;
-    c.n = a[N].i;
+    c.n = c.out_stride = a[N].i;
+    c.x_stride = a[K].i;
     c.gated = a[GATED].i != 0;
     c.act = a[ACT].i;
     c.eps = (float)a[EPS].f;
@@ -31,6 +68,16 @@ Linear bind(int format, const hs_arg* a) {
     const bool grouped = format == INT8 || format == INT4;
     c.w = {format, a[K].i, grouped ? a[GROUP].i : 0, a[DATA].p, grouped ? (const uint16_t*)a[SCALE].p : nullptr};
     return c;
+}
+
+template <int FMT>
+void linear(const hs_ctx* ctx, const Linear& c) {
+    if (c.t <= 0) return;
+    if (c.t > FEW_ROWS) {
+        prepare<FMT>(ctx, c);
+        hs_barrier(ctx);
+    }
+    product<FMT>(ctx, c);
 }
 
 }  // namespace
@@ -44,27 +91,7 @@ HS_EXPORT int hs_amx(void) {
 #endif
 }
 
-HS_EXPORT void hs_linear_f32(const hs_ctx* ctx, const hs_arg* a) {
-    Linear c = bind(F32, a);
-    if (c.t > 0) linear_float<F32>(ctx, c);
-}
-
-HS_EXPORT void hs_linear_bf16(const hs_ctx* ctx, const hs_arg* a) {
-    Linear c = bind(BF16, a);
-    if (c.t <= 0) return;
-#if defined(HS_AMX)
-    amx_bf16(ctx, c);
-#else
-    linear_float<BF16>(ctx, c);
-#endif
-}
-
-HS_EXPORT void hs_linear_int8(const hs_ctx* ctx, const hs_arg* a) {
-    Linear c = bind(INT8, a);
-    if (c.t > 0) linear_int<INT8>(ctx, c);
-}
-
-HS_EXPORT void hs_linear_int4(const hs_ctx* ctx, const hs_arg* a) {
-    Linear c = bind(INT4, a);
-    if (c.t > 0) linear_int<INT4>(ctx, c);
-}
+HS_EXPORT void hs_linear_f32(const hs_ctx* ctx, const hs_arg* a) { linear<F32>(ctx, bind(F32, a)); }
+HS_EXPORT void hs_linear_bf16(const hs_ctx* ctx, const hs_arg* a) { linear<BF16>(ctx, bind(BF16, a)); }
+HS_EXPORT void hs_linear_int8(const hs_ctx* ctx, const hs_arg* a) { linear<INT8>(ctx, bind(INT8, a)); }
+HS_EXPORT void hs_linear_int4(const hs_ctx* ctx, const hs_arg* a) { linear<INT4>(ctx, bind(INT4, a)); }

@@ -32,6 +32,7 @@ _PARAMS = (
     "ptr:w.data",
 )
 _GROUPED_PARAMS = (*_PARAMS, "i64:group", "ptr:w.scale")
+ACTS = {"": 0, "swiglu": 1, "geglu_tanh": 2, "swiglu_clamped": 3}  # enum Act in linear_call.h
 _ACTIVATIONS = ("x", "norm", "residual", "bias", "out")
 
 
@@ -84,12 +85,17 @@ def _scalars(call: CallShape) -> dict[str, int | float]:
     }
 
 
+def prepared_bytes(format: str, k: int) -> int:
+    """Bytes of a row prepared for the level that needs most: a float panel, or int8 with a scale
+    and a sum per group. As in linear_call.h."""
+    group = parse_format(format)[1]
+    return _up(k, 64) + 8 * (k // group) if group else _up(k, BF16_STEP) * 4
+
+
 def _workspace(call: CallShape) -> int:
-    """Prepared rows at the level that needs most: float panels, or int8 rows with scale and sum."""
+    """Prepared rows."""
     rows = _up(call.shapes["out"][0], TILE)
-    k = call.shapes["w"][1]
-    group = parse_format(call.formats.get("w", "float32"))[1]
-    return rows * (_up(k, 64) + 8 * (k // group)) if group else rows * _up(k, BF16_STEP) * 4
+    return rows * prepared_bytes(call.formats.get("w", "float32"), call.shapes["w"][1])
 
 
 for _kind, _suffix in (

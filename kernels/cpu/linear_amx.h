@@ -166,14 +166,14 @@ static void bf16_many(const Linear& c, Range range, const uint16_t* a) {
             Later later;
             later.lines = (32 + blocks - 1) / blocks;
             later.weights = s.next[0];
-            later.stride = c.n;
+            later.stride = c.out_stride;
             for (int64_t i = 0; i < pieces; i++) {
                 const int64_t at = i * STEPS, count = steps - at < STEPS ? steps - at : STEPS;
                 const uint8_t *w0 = s.tile[0] + at * 1024, *w1 = s.tile[1] + at * 1024;
                 for (int64_t r = r0; r < stop; r += 32) {
                     const uint16_t* x = a + r / 16 * steps * 512 + at * 512;
                     float(*acc)[32] = sums + (r - r0);
-                    if (i + 1 == pieces) later.out = c.out + r * c.n + tile * TILE / c.unit();
+                    if (i + 1 == pieces && !c.places) later.out = c.out + r * c.out_stride + tile * TILE / c.unit();
                     if (stop - r > 16)
                         bf16_block<2>(x, steps * 512, w0, w1, count, i == 0, later, acc);
                     else
@@ -196,19 +196,18 @@ static void bf16_few(const Linear& c, Range range, const uint16_t* a) {
     }
 }
 
-static void amx_bf16(const hs_ctx* ctx, const Linear& c) {
+static void amx_bf16_prepare(const hs_ctx* ctx, const Linear& c) {
+    float* buffer = (float*)scratch(c.w.padded_k() * 4);
+    for (int64_t r = ctx->thread * 16; r < c.t; r += ctx->threads * 16)
+        round_rows(c, r, r + 16 < c.t ? r + 16 : c.t, r + 16, (uint16_t*)c.work, buffer);
+}
+
+static void amx_bf16_product(const hs_ctx* ctx, const Linear& c) {
     const int64_t kp = c.w.padded_k();
     const bool few = c.t <= FEW_ROWS;
-    uint8_t* own = (uint8_t*)scratch(16 * kp * 2 + kp * 4);
+    uint8_t* own = few ? (uint8_t*)scratch(16 * kp * 2 + kp * 4) : nullptr;
     uint16_t* a = (uint16_t*)(few ? own : c.work);
-    float* buffer = (float*)(own + 16 * kp * 2);
-    if (few) {
-        round_rows(c, 0, c.t, c.t, a, buffer);
-    } else {
-        for (int64_t r = ctx->thread * 16; r < c.t; r += ctx->threads * 16)
-            round_rows(c, r, r + 16 < c.t ? r + 16 : c.t, r + 16, a, buffer);
-        hs_barrier(ctx);
-    }
+    if (few) round_rows(c, 0, c.t, c.t, a, (float*)(own + 16 * kp * 2));
     TileShapes shapes(few ? (int)c.t : 16, 64);
     Range range = split(c.tiles(), c.unit(), ctx);
     if (few)

@@ -8,23 +8,28 @@
 
 namespace hs {
 
-// y[r, :] = epilogue(W prologue(x[rows ? rows[r] : r, :])) for r < live[live_index].
+// y[r, :] = epilogue(W prologue(x[rows ? rows[r] / shared : r, :])) for r < t.
 struct Linear {
-    int64_t t;  // live rows
-    const float* x;
-    const int32_t* rows;    // optional gather
-    const float* bias;      // optional [N], or cat(gate, up) [2N] when gated
-    const float* norm;      // optional RMSNorm weight [K]
-    const float* residual;  // optional [T,N]; may be `out`
-    float* out;             // [T,N]
-    uint8_t* work;
-    int64_t n;  // columns of out
-    bool gated;
-    int64_t act;  // Activation of the product, or of the gate; 0: none
-    float eps, scale, softcap;
+    int64_t t = 0;  // live rows
+    const float* x = nullptr;
+    int64_t x_stride = 0;  // floats from one row to the next
+    const int32_t* rows = nullptr;    // optional gather
+    int64_t shared = 1;               // so many rows read one row of x
+    const float* bias = nullptr;      // optional [N], or cat(gate, up) [2N] when gated
+    const float* norm = nullptr;      // optional RMSNorm weight [K]
+    const float* residual = nullptr;  // optional [T,N]; may be `out`
+    float* out = nullptr;             // [T,N]
+    int64_t out_stride = 0;
+    const int32_t* places = nullptr;  // optional scatter: the row of `out` where row r goes
+    uint8_t* work = nullptr;
+    int64_t n = 0;  // columns of out
+    bool gated = false;
+    int64_t act = 0;  // Activation of the product, or of the gate; 0: none
+    float eps = 0, scale = 1, softcap = 0;
     Weight w;
 
-    const float* row(int64_t r) const { return x + (rows ? rows[r] : r) * w.k; }
+    const float* row(int64_t r) const { return x + (rows ? rows[r] / shared : r) * x_stride; }
+    float* out_row(int64_t r) const { return out + (places ? places[r] : r) * out_stride; }
     int64_t unit() const { return gated ? 2 : 1; }  // tiles that one thread must own together
     int64_t tiles() const { return (n + TILE - 1) / TILE * unit(); }
 };
@@ -84,13 +89,14 @@ HS_INLINE void finish(const Linear& c, int64_t r, int64_t first, int tiles, cons
     const bool adjusted = (c.act && !c.gated) || c.scale != 1.0f || c.softcap != 0.0f;
     if (c.gated) {
         int64_t column = first / 2 * TILE;
-        float* y = c.out + r * c.n + column;
+        float* y = c.out_row(r) + column;
         for (int i = 0; i < TILE; i += VL) {
             vf g = loadf(acc + i), u = loadf(acc + TILE + i);
             if (c.bias) {
                 g += load_bias(c.bias, column + i, c.n);
                 u += load_bias(c.bias + c.n, column + i, c.n);
             }
+            if (c.act == SILU_CLAMPED) u = vmax(vmin(u, splat(7.0f)), splat(-7.0f)) + 1.0f;
             vf v = (c.act == SILU ? silu(g) : activate(c.act, g)) * u;
             put(y + i, adjusted ? adjust(c, v) : v, c.n - column - i);
         }
@@ -107,7 +113,7 @@ HS_INLINE void finish(const Linear& c, int64_t r, int64_t first, int tiles, cons
             const float* p = c.residual + r * c.n + column + i;
             v += left >= VL ? loadf(p) : load_part(p, (int)left);
         }
-        put(c.out + r * c.n + column + i, v, left);
+        put(c.out_row(r) + column + i, v, left);
     }
 }
 
@@ -170,7 +176,21 @@ static inline Streams streams(const Linear& c, int64_t tile, int64_t end) {
     return {{at(tile), at(tile + 1)}, {at(tile + 2), at(tile + 3)}};
 }
 
-// Rows up to this many are prepared by every thread for itself: cheaper than a barrier.
+// Rows up to this many are prepared by every thread for itself: cheaper than a barrier. More are prepared together, in
+// c.work, by prepare<FMT>(ctx, c); after a barrier product<FMT>(ctx, c) computes this thread's tiles of all rows.
 constexpr int64_t FEW_ROWS = 8;
+
+// Defined in linear.cpp for every Format.
+template <int FMT>
+void prepare(const hs_ctx* ctx, const Linear& c);
+template <int FMT>
+void product(const hs_ctx* ctx, const Linear& c);
+
+// Bytes of a prepared row, of which c.work holds whole blocks of 16: the most any level needs, as in kernels/cpu/linear.py.
+template <int FMT>
+HS_INLINE int64_t prepared_bytes(const Weight& w) {
+    if (FMT == INT8 || FMT == INT4) return round_up(w.k, 64) + 8 * (w.k / w.group);
+    return round_up(w.k, 32) * 4;
+}
 
 }  // namespace hs

@@ -155,12 +155,15 @@ static inline int64_t second_level_cache() {
     return 1 << 20;
 }
 
+static inline void fill_panels(const hs_ctx* ctx, const Linear& c) {
+    const int64_t kp = c.w.padded_k(), panels = (c.t + PANEL - 1) / PANEL;
+    for (int64_t p = ctx->thread; p < panels; p += ctx->threads) fill_panel(c, p * PANEL, (float*)c.work + p * PANEL * kp);
+}
+
 template <int FMT>
 static void many_rows(const hs_ctx* ctx, const Linear& c) {
     const int64_t kp = c.w.padded_k(), panels = (c.t + PANEL - 1) / PANEL;
-    float* work = (float*)c.work;
-    for (int64_t p = ctx->thread; p < panels; p += ctx->threads) fill_panel(c, p * PANEL, work + p * PANEL * kp);
-    hs_barrier(ctx);
+    const float* work = (const float*)c.work;
     Range range = split(c.tiles(), c.unit(), ctx);
     const int64_t lines = c.w.tile_bytes() / 64, pieces = (lines + PIECE - 1) / PIECE;
     // Panels that stay in the second-level cache beside the weights, and their sums.
@@ -202,7 +205,7 @@ static void many_rows(const hs_ctx* ctx, const Linear& c) {
 }
 
 template <int FMT>
-static void linear_float(const hs_ctx* ctx, const Linear& c) {
+static void float_product(const hs_ctx* ctx, const Linear& c) {
     if (c.t <= FEW_ROWS)
         few_rows<FMT>(ctx, c);
     else

@@ -227,21 +227,21 @@ static void amx_int(const hs_ctx* ctx, const Linear& c, const QuantizedRows& row
 constexpr int64_t AMX_INT_ROWS = 28;  // from this many rows on AMX beats VNNI (measured: they meet at 24 to 32)
 #endif
 
+static inline void int_prepare(const hs_ctx* ctx, const Linear& c) {
+    const QuantizedRows rows(c.work, c.t, c.w.k, c.w.group);
+    float* buffer = (float*)scratch(c.w.k * 4);
+    for (int64_t r = ctx->thread * 16; r < c.t; r += ctx->threads * 16)
+        quantize_rows(c, rows, r, r + 16 < c.t ? r + 16 : c.t, buffer);
+}
+
 template <int FMT>
-static void linear_int(const hs_ctx* ctx, const Linear& c) {
+static void int_product(const hs_ctx* ctx, const Linear& c) {
     const int64_t k = c.w.k;
     const bool few = c.t <= FEW_ROWS;
     const int64_t bytes = QuantizedRows::bytes(FEW_ROWS, k, c.w.group);
-    uint8_t* own = (uint8_t*)scratch(bytes + k * 4);
+    uint8_t* own = few ? (uint8_t*)scratch(bytes + k * 4) : nullptr;
     QuantizedRows rows(few ? own : c.work, few ? FEW_ROWS : c.t, k, c.w.group);
-    float* buffer = (float*)(own + bytes);
-    if (few) {
-        quantize_rows(c, rows, 0, c.t, buffer);
-    } else {
-        for (int64_t r = ctx->thread * 16; r < c.t; r += ctx->threads * 16)
-            quantize_rows(c, rows, r, r + 16 < c.t ? r + 16 : c.t, buffer);
-        hs_barrier(ctx);
-    }
+    if (few) quantize_rows(c, rows, 0, c.t, (float*)(own + bytes));
 #if defined(HS_AMX)
     if (c.t >= AMX_INT_ROWS) return amx_int<FMT>(ctx, c, rows);
 #endif

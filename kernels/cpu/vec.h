@@ -159,6 +159,7 @@ HS_INLINE vf vexp(vf x) {
     return select(x != x, x, e);
 }
 
+HS_INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + vexp(-x)); }
 HS_INLINE vf silu(vf x) { return x / (1.0f + vexp(-x)); }
 
 HS_INLINE vf vtanh(vf x) { return 1.0f - 2.0f / (1.0f + vexp(x + x)); }  // absolute error 1e-7
@@ -180,7 +181,7 @@ HS_INLINE vf gelu(vf x) {
 HS_INLINE vf gelu_tanh(vf x) { return x / (1.0f + vexp(-1.5957691f * (x + 0.044715f * x * x * x))); }
 
 // Codes of kernels/cpu/activations.py.
-enum Activation { SILU = 1, GELU, GELU_TANH, RELU, RELU2 };
+enum Activation { SILU = 1, GELU, GELU_TANH, RELU, RELU2, SILU_CLAMPED };
 
 // Out of line: the callers' loops stay as they are for the activation they were tuned with.
 static __attribute__((noinline)) vf activate(int64_t activation, vf x) {
@@ -189,6 +190,7 @@ static __attribute__((noinline)) vf activate(int64_t activation, vf x) {
         case GELU_TANH: return gelu_tanh(x);
         case RELU: return vmax(x, vf{});
         case RELU2: return vmax(x, vf{}) * vmax(x, vf{});
+        case SILU_CLAMPED: return vmin(x, splat(7.0f)) * sigmoid(1.702f * vmin(x, splat(7.0f)));
         default: return silu(x);
     }
 }

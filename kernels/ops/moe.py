@@ -15,21 +15,20 @@ from torch import Tensor
 
 from kernels.op import Arg, Cost, Op, Sample, register
 from kernels.ops.embed import LIVE, live_count
+from kernels.ops.mlp import ACTIVATIONS, GATED
 from kernels.ops.route import expert_order_reference
 from kernels.ops.samples import POISON, floats, generator, live
 
+CLAMPED = "swiglu_clamped"
+
 
 def gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
-    """swiglu: silu(gate) * up. geglu_tanh: gelu in its tanh form. swiglu_clamped (gpt-oss), with
-    g = min(gate, 7) and u = up within -7..7: (u + 1) * g * sigmoid(1.702 g)."""
-    if act == "swiglu":
-        return torch.nn.functional.silu(gate) * up
-    if act == "geglu_tanh":
-        return torch.nn.functional.gelu(gate, approximate="tanh") * up
-    if act == "swiglu_clamped":
-        g = gate.clamp(max=7.0)
-        return (up.clamp(-7.0, 7.0) + 1) * g * torch.sigmoid(1.702 * g)
-    raise ValueError(f"activation {act!r} is unknown")
+    """A gated act of `kernels.ops.mlp`, or swiglu_clamped (gpt-oss): with g = min(gate, 7) and u =
+    up within -7..7, (u + 1) * g * sigmoid(1.702 g)."""
+    if act != CLAMPED:
+        return ACTIVATIONS[GATED[act]](gate) * up
+    g = gate.clamp(max=7.0)
+    return (up.clamp(-7.0, 7.0) + 1) * g * torch.sigmoid(1.702 * g)
 
 
 def _expert_linear(args: dict[str, Any], x_pK: Tensor, act: str) -> Tensor:

@@ -1,0 +1,43 @@
+// Softmax over keys block by block: scores to weights, and the merge of one block's result into a running one.
+#pragma once
+#include "vec.h"
+
+namespace hs {
+
+constexpr float LOWEST = -3e38f;  // below every score; finite, so that differences are never NaN
+
+// Scores -> weights of the keys first..last-1 of `padded`, zero elsewhere; their largest score and their sum.
+static __attribute__((noinline)) void soften(float* scores, int64_t padded, int first, int last, float* max, float* sum) {
+    vi lane;
+    for (int i = 0; i < VL; i++) lane[i] = i;
+    vf top = splat(LOWEST);
+    for (int64_t j = 0; j < padded; j += VL) {
+        vi key = lane + (int32_t)j;
+        vi visible = (key >= first) & (key < last);
+        vf s = select(visible, loadf(scores + j), splat(LOWEST));
+        store(scores + j, s);
+        top = vmax(s, top);
+    }
+    *max = hmax(top);
+    vf total{};
+    for (int64_t j = 0; j < padded; j += VL) {
+        vi key = lane + (int32_t)j;
+        vi visible = (key >= first) & (key < last);
+        vf w = select(visible, vexp(loadf(scores + j) - *max), vf{});
+        store(scores + j, w);
+        total += w;
+    }
+    *sum = hsum(total);
+}
+
+// total := total joined with one more block.
+static __attribute__((noinline)) void merge(float* total, float* total_max, float* total_sum, const float* values, float max, float sum,
+                         int64_t dim) {
+    float top = max > *total_max ? max : *total_max;
+    vf old = vexp(splat(*total_max - top)), add = vexp(splat(max - top));
+    for (int64_t i = 0; i < dim; i += VL) store(total + i, fma(loadf(total + i), old, loadf(values + i) * add));
+    *total_sum = *total_sum * old[0] + sum * add[0];
+    *total_max = top;
+}
+
+}  // namespace hs
