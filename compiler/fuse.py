@@ -163,6 +163,23 @@ def residual_into_linear(program: Program) -> Program:
     return edit.result()
 
 
+def residual_into_combine(program: Program) -> Program:
+    """moe_combine, then add -> moe_combine that adds the residual."""
+    edit = _Edit(program)
+    for add in program.calls:
+        if add.op != "add" or add.ins["a"] == add.ins["b"]:
+            continue
+        for side, other in (("b", "a"), ("a", "b")):
+            combine = _only(program, add.ins[side], add, "moe_combine")
+            if combine is None or "residual" in combine.ins:
+                continue
+            ins = {**combine.ins, "residual": add.ins[other]}
+            edit.insert(add, replace(combine, ins=ins, outs=add.outs))
+            edit.drop(add, combine)
+            break
+    return edit.result()
+
+
 def residual_into_norm(program: Program) -> Program:
     """rms_norm, then add -> rms_norm that adds the residual (a norm after the branch)."""
     edit = _Edit(program)
@@ -188,6 +205,7 @@ RULES = (
     rows_into_linear,
     norm_into_linear,
     residual_into_norm,
+    residual_into_combine,
     residual_into_linear,
 )
 

@@ -21,7 +21,9 @@ from compiler.errors import CompileError
 from compiler.families.by_length import frequencies, length_rule, variants
 from compiler.families.spec import (
     Attention,
+    Mla,
     ModelSpec,
+    MoeFfn,
     NormSpec,
     PlainFfn,
     RmsNorm,
@@ -30,9 +32,10 @@ from compiler.families.spec import (
 from compiler.program import Builder, Dim, Program
 from kernels.ops import register  # noqa: F401  (fills OPS)
 from kernels.ops.mlp import GATED
+from kernels.ops.moe import CLAMPED
 
 KV_BYTES = {"float32": 4, "bfloat16": 2}
-GATED_ACT = {act: gated for gated, act in GATED.items()}
+GATED_ACT = {act: gated for gated, act in GATED.items()} | {"silu_clamped": CLAMPED}
 PAGE_ALIGN = 64
 
 # Every io input and output of a step in upload order, as in runtime.device.base.StepInput and
@@ -117,9 +120,9 @@ def ropes(spec: ModelSpec) -> list[RopeSpec]:
 
 def slopes(spec: ModelSpec) -> list[tuple[float, ...]]:
     """The distinct alibi slopes, likewise for `alibi.<n>`."""
-    return list(
-        dict.fromkeys(layer.mixer.alibi for layer in spec.layers if layer.mixer.alibi is not None)
-    )
+    mixers = (layer.mixer for layer in spec.layers)
+    found = (m.alibi for m in mixers if isinstance(m, Attention) and m.alibi is not None)
+    return list(dict.fromkeys(found))
 
 
 def constants(spec: ModelSpec, context: int) -> dict[str, npt.NDArray[np.float32]]:
@@ -133,9 +136,13 @@ def constants(spec: ModelSpec, context: int) -> dict[str, npt.NDArray[np.float32
     }
 
 
-def layer_page_bytes(mixer: Attention, shape: StepShape) -> int:
-    """Keys and values of one layer in one page."""
-    size = 2 * mixer.kv_heads * shape.page_size * mixer.head_dim * KV_BYTES[shape.kv_dtype]
+def layer_page_bytes(mixer: Attention | Mla, shape: StepShape) -> int:
+    """What one layer keeps in one page: keys and values, or latents with their rope keys."""
+    if isinstance(mixer, Mla):
+        width = mixer.latent + mixer.rope.rotary_dim
+    else:
+        width = 2 * mixer.kv_heads * mixer.head_dim
+    size = shape.page_size * width * KV_BYTES[shape.kv_dtype]
     return -(-size // PAGE_ALIGN) * PAGE_ALIGN
 
 
@@ -253,8 +260,87 @@ class _Step:
 
     def mixer(self, index: int, x: str) -> str:
         """What attention adds to the residual stream."""
-        layer = self.spec.layers[index]
-        m, name, t = layer.mixer, f"layers.{index}", f"{index}"
+        mixer = self.spec.layers[index].mixer
+        return (
+            self.latent(index, mixer, x)
+            if isinstance(mixer, Mla)
+            else self.attention(index, mixer, x)
+        )
+
+    def page(self, mixer: Attention | Mla) -> dict[str, Any]:
+        """Where the next layer's part of a page lies."""
+        offset = self.layer_offset
+        self.layer_offset += layer_page_bytes(mixer, self.shape)
+        return {
+            "page_size": self.shape.page_size,
+            "layer_offset": offset,
+            "page_bytes": self.page_bytes,
+            "kv_dtype": self.shape.kv_dtype,
+        }
+
+    def latent(self, index: int, m: Mla, x: str) -> str:
+        """Absorbed: queries go into the latent space, one key and value per token for all heads."""
+        layer, name, t = self.spec.layers[index], f"layers.{index}", f"{index}"
+        rotary, table = m.rope.rotary_dim, self.tables[m.rope]
+        weight = f"{name}.q"
+        if m.q_latent is not None:
+            x_q = self.linear(x, f"{name}.q_a", m.q_latent, f"{t}.q_a", m.bias)
+            x_q, weight = self.norm(x_q, m.norm, f"{name}.q_a_norm", f"{t}.q_latent"), f"{name}.q_b"
+        else:
+            x_q = x
+        q = self.linear(x_q, weight, m.heads * (m.nope + rotary), f"{t}.q")
+        kv = self.linear(x, f"{name}.kv_a", m.latent + rotary, f"{t}.kv", m.bias)
+        page = {"latent": m.latent, "rotary": rotary, **self.page(m)}
+        turned: dict[str, Any] = {"interleaved": m.rope.interleaved}
+        self.b.call(
+            "mla_kv_write",
+            {
+                "live": "live",
+                "x": kv,
+                "norm": self.b.weight(f"{name}.kv_a_norm", m.latent),
+                "table": table,
+                "kv_slots": "kv_slots",
+                "kv": "kv",
+            },
+            eps=m.norm.eps,
+            **turned,
+            **page,
+        )
+        up = self.b.weight(f"{name}.k_up", m.heads, m.latent, m.nope)
+        q = self.b.call(
+            "head_linear",
+            {"live": "live", "x": q, "w": up, "table": table},
+            self.b.temp(f"{t}.q_absorbed", "tokens", m.heads * (m.latent + rotary)),
+            heads=m.heads,
+            **turned,
+        )
+        a = self.b.call(
+            "mla_attention",
+            {
+                "live": "live",
+                "q": q,
+                "kv": "kv",
+                **{n: n for n in ("seq_start", "seq_len", "pages")},
+            },
+            self.b.temp(f"{t}.attn_latent", "tokens", m.heads * m.latent),
+            heads=m.heads,
+            scale=m.scale,
+            **page,
+        )
+        up = self.b.weight(f"{name}.v_up", m.heads, m.value, m.latent)
+        a = self.b.call(
+            "head_linear",
+            {"live": "live", "x": a, "w": up},
+            self.b.temp(f"{t}.attn", "tokens", m.heads * m.value),
+            heads=m.heads,
+            **turned,
+        )
+        return self.linear(
+            a, f"{name}.o", self.spec.dim, f"{t}.o", m.bias, scale=layer.residual_scale
+        )
+
+    def attention(self, index: int, m: Attention, x: str) -> str:
+        layer, name, t = self.spec.layers[index], f"layers.{index}", f"{index}"
         q, k, v = (
             self.linear(x, f"{name}.{part}", heads * m.head_dim, f"{t}.{part}", part in m.biases)
             for part, heads in (("q", m.heads), ("k", m.kv_heads), ("v", m.kv_heads))
@@ -262,15 +348,7 @@ class _Step:
         q = self.rotate(q, m.heads, f"{name}.q_norm", m)
         k = self.rotate(k, m.kv_heads, f"{name}.k_norm", m)
         v = self.clip(v, m)
-        page: dict[str, Any] = {
-            "kv_heads": m.kv_heads,
-            "head_dim": m.head_dim,
-            "page_size": self.shape.page_size,
-            "layer_offset": self.layer_offset,
-            "page_bytes": self.page_bytes,
-            "kv_dtype": self.shape.kv_dtype,
-        }
-        self.layer_offset += layer_page_bytes(m, self.shape)
+        page = {"kv_heads": m.kv_heads, "head_dim": m.head_dim, **self.page(m)}
         self.b.call(
             "kv_write", {"live": "live", "k": k, "v": v, "kv_slots": "kv_slots", "kv": "kv"}, **page
         )
@@ -346,16 +424,81 @@ class _Step:
         """What the feed-forward part adds to the residual stream."""
         layer = self.spec.layers[index]
         f, name, t = layer.ffn, f"layers.{index}", f"{index}"
-        up = self.linear(x, f"{name}.up", f.width, f"{t}.up", f.bias)
-        out = self.b.temp(f"{t}.act", "tokens", f.width)
+        if isinstance(f, MoeFfn):
+            return self.experts(index, f, x)
         if isinstance(f, PlainFfn):
+            up = self.linear(x, f"{name}.up", f.width, f"{t}.up", f.bias)
+            out = self.b.temp(f"{t}.act", "tokens", f.width)
             act = self.b.call("activation", {"live": "live", "x": up}, out, act=f.act)
         else:
-            gate = self.linear(x, f"{name}.gate", f.width, f"{t}.gate", f.bias)
-            ins = {"live": "live", "gate": gate, "up": up}
-            act = self.b.call("gated", ins, out, act=GATED_ACT[f.act])
+            act = self.gated(index, x, "", f.width, f.act, f.bias)
         return self.linear(
             act, f"{name}.down", self.spec.dim, f"{t}.down", f.bias, scale=layer.residual_scale
+        )
+
+    def experts(self, index: int, f: MoeFfn, x: str) -> str:
+        """Every token through its experts, and through the shared ones. The layer's residual scale
+        is part of the routing weights."""
+        b, layer, name, t = self.b, self.spec.layers[index], f"layers.{index}", f"{index}"
+        r, k, dim = f.router, f.top_k, self.spec.dim
+        logits = self.linear(x, f"{name}.router", f.experts, f"{t}.router", r.bias)
+        correction = b.weight(f"{name}.router_correction", f.experts) if r.correction else None
+        ids = b.value(f"{t}.ids", "int32", ("tokens", k), "temp")
+        weights = b.temp(f"{t}.weights", "tokens", k)
+        b.call(
+            "route",
+            {"live": "live", "logits": logits, "bias": correction},
+            {"ids": ids, "weights": weights},
+            k=k,
+            score=r.score,
+            groups=r.groups,
+            kept_groups=r.kept_groups,
+            group_best=r.group_best,
+            renormalise=r.renormalise,
+            scale=r.scale * layer.residual_scale,
+        )
+        places = {
+            "order": b.value(f"{t}.order", "int32", ("tokens", k), "temp"),
+            "starts": b.value(f"{t}.starts", "int32", (f.experts + 1,), "temp"),
+        }
+        b.call("expert_order", {"live": "live", "ids": ids}, places, experts=f.experts)
+
+        def grouped(op: str, x: str, weight: str, rows: int, width: int, **attrs: str) -> str:
+            own = f"{name}.experts_{weight}"
+            ins = {
+                "live": "live",
+                "x": x,
+                **places,
+                "w": b.weight(own, f.experts, rows, self.b.values[x].dims[-1]),
+                "bias": b.weight(f"{own}_bias", f.experts * rows) if f.bias else None,
+            }
+            return b.call(op, ins, b.temp(f"{t}.experts_{weight}", "tokens", k, width), **attrs)
+
+        act = grouped("moe_gate_up", x, "gate_up", 2 * f.width, f.width, act=GATED_ACT[f.act])
+        ins: dict[str, str | None] = {
+            "live": "live",
+            "y": grouped("moe_down", act, "down", dim, dim),
+            "weights": weights,
+        }
+        if f.shared is not None:
+            act = self.gated(index, x, "shared_", f.shared.width, f.act)
+            ins["shared"] = self.linear(
+                act, f"{name}.shared_down", dim, f"{t}.shared_down", scale=layer.residual_scale
+            )
+            if f.shared.gated:
+                ins["gate"] = self.linear(x, f"{name}.shared_router", 1, f"{t}.shared_router")
+        return b.call("moe_combine", ins, b.temp(f"{t}.moe", "tokens", dim))
+
+    def gated(
+        self, index: int, x: str, prefix: str, width: int, act: str, bias: bool = False
+    ) -> str:
+        """act(gate x) * up x."""
+        name, t = f"layers.{index}.{prefix}", f"{index}.{prefix}"
+        up = self.linear(x, f"{name}up", width, f"{t}up", bias)
+        gate = self.linear(x, f"{name}gate", width, f"{t}gate", bias)
+        ins = {"live": "live", "gate": gate, "up": up}
+        return self.b.call(
+            "gated", ins, self.b.temp(f"{t}act", "tokens", width), act=GATED_ACT[act]
         )
 
     def head(self, h: str) -> str:

@@ -52,7 +52,8 @@ def step_cost(nodes: Sequence[Node], weights: Mapping[str, StoredWeight]) -> dic
 
 
 def _weight_bytes(node: Node, weights: Mapping[str, StoredWeight]) -> int:
-    """Stored bytes of the weights a node reads: all of them, of a looked-up table the rows."""
+    """Stored bytes of the weights a node reads: all of them, of a looked-up table the rows, of
+    experts as many as there can be chosen."""
     total = 0
     for arg in OPS[node.call.op].args:
         if arg.role == "weight" and arg.name in node.call.ins:
@@ -60,6 +61,10 @@ def _weight_bytes(node: Node, weights: Mapping[str, StoredWeight]) -> int:
             if node.call.op == "embed":
                 tokens, rows = node.shape.shapes["tokens"][0], node.shape.shapes["table"][0]
                 size = size * min(tokens, rows) // rows
+            elif node.call.op in ("moe_gate_up", "moe_down"):
+                tokens, choices = node.shape.shapes["order"]
+                experts = node.shape.shapes["w"][0]
+                size = size * min(tokens * choices, experts) // experts
             total += size
     return total
 

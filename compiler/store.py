@@ -55,17 +55,17 @@ def _stored_weight(program: Program, value: Value, formats: Mapping[str, str]) -
     parts = value.parts or (value.name,)
     kinds = {formats.get(part, "float32") for part in parts}
     acts = {
-        call.attrs["act"] in GATED
+        call.op == "moe_gate_up" or call.attrs["act"] in GATED
         for call in program.consumers(value.name)
-        if call.op == "linear" and call.ins["w"] == value.name
+        if call.op in ("linear", "moe_gate_up") and call.ins["w"] == value.name
     }
     if len(kinds) != 1 or len(acts) > 1:
         raise ProgramError(f"weight {value.name} needs one stored form, found {sorted(kinds)}")
     format, gated = kinds.pop(), acts == {True}
     shape = tuple(dim for dim in value.dims if isinstance(dim, int))
     fields = {"data": ("float32", shape)}
-    if len(shape) == 2:
-        fields = layout.fields(format, *shape, gated)
+    if len(shape) > 1:
+        fields = layout.stack_fields(format, shape, gated)
     arrays = tuple(
         Stored(name=f"{value.name}.{field}", dtype=dtype, shape=dims)
         for field, (dtype, dims) in fields.items()

@@ -70,8 +70,13 @@ class RandomWeights:
         # Four numbers per draw: 16 bits each are plenty for a made-up weight and four times as
         # fast.
         values = torch.from_numpy(raw.astype("<u8", copy=False).view("<u2")[:count]).float()
-        variance = 0.02**2 if len(shape) == 1 else 1 / shape[1]
-        if part in ("o", "down"):  # both write into the residual stream, twice per layer
+        variance = 0.02**2 if len(shape) == 1 else 1 / shape[-1]
+        if part in (
+            "o",
+            "down",
+            "experts_down",
+            "shared_down",
+        ):  # both write into the residual stream, twice per layer
             variance /= 2 * len(self.spec.layers)
         return values.sub_(32767.5).mul_(math.sqrt(12 * variance) / 65536).view(shape)
 

@@ -20,7 +20,9 @@ from compiler.families.spec import (
     Attention,
     GatedFfn,
     LayerNorm,
+    Mla,
     ModelSpec,
+    MoeFfn,
     NormSpec,
     PlainFfn,
 )
@@ -71,12 +73,16 @@ def logical_weights(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     for i, layer in enumerate(spec.layers):
         own = f"layers.{i}."
         shapes |= _norm(own + "attn_norm", layer.norm, d)
-        shapes |= {own + name: shape for name, shape in _attention(layer.mixer, d).items()}
+        mixer = layer.mixer
+        parts = _latent(mixer, d) if isinstance(mixer, Mla) else _attention(mixer, d)
+        shapes |= {own + name: shape for name, shape in parts.items()}
         if layer.placement == "sandwich":
             shapes |= _norm(own + "attn_post_norm", layer.norm, d)
         if layer.placement != "parallel":
             shapes |= _norm(own + "ffn_norm", layer.norm, d)
-        shapes |= {own + name: shape for name, shape in _ffn(layer.ffn, d).items()}
+        ffn = layer.ffn
+        parts = _experts(ffn, d) if isinstance(ffn, MoeFfn) else _ffn(ffn, d)
+        shapes |= {own + name: shape for name, shape in parts.items()}
         if layer.placement == "sandwich":
             shapes |= _norm(own + "ffn_post_norm", layer.norm, d)
     shapes |= _norm("final_norm", spec.final_norm, d)
@@ -116,6 +122,41 @@ def _attention(a: Attention, dim: int) -> Shapes:
 def _ffn(f: GatedFfn | PlainFfn, dim: int) -> Shapes:
     gate = _linear("gate", f.width, dim, f.bias) if isinstance(f, GatedFfn) else {}
     return gate | _linear("up", f.width, dim, f.bias) | _linear("down", dim, f.width, f.bias)
+
+
+def _latent(a: Mla, dim: int) -> Shapes:
+    query = a.heads * (a.nope + a.rope.rotary_dim)
+    if a.q_latent is None:
+        shapes: Shapes = {"q": (query, dim)}
+    else:
+        shapes = _linear("q_a", a.q_latent, dim, a.bias)
+        shapes |= {"q_a_norm": (a.q_latent,), "q_b": (query, a.q_latent)}
+    shapes |= _linear("kv_a", a.latent + a.rope.rotary_dim, dim, a.bias)
+    shapes["kv_a_norm"] = (a.latent,)
+    shapes["k_up"] = (a.heads, a.latent, a.nope)
+    shapes["v_up"] = (a.heads, a.value, a.latent)
+    return shapes | _linear("o", dim, a.heads * a.value, a.bias)
+
+
+def _experts(f: MoeFfn, dim: int) -> Shapes:
+    """The matrices of all experts are one weight [E, rows, columns], their biases one vector."""
+    shapes = _linear("router", f.experts, dim, f.router.bias)
+    if f.router.correction:
+        shapes["router_correction"] = (f.experts,)
+    for name, rows, columns in (
+        ("experts_gate_up", 2 * f.width, dim),
+        ("experts_down", dim, f.width),
+    ):
+        shapes[name] = (f.experts, rows, columns)
+        if f.bias:
+            shapes[f"{name}_bias"] = (f.experts * rows,)
+    if f.shared is not None:
+        width = f.shared.width
+        shapes |= {"shared_gate": (width, dim), "shared_up": (width, dim)}
+        shapes["shared_down"] = (dim, width)
+        if f.shared.gated:
+            shapes["shared_router"] = (1, dim)
+    return shapes
 
 
 # Modules of the Hugging Face names that most families share, by canonical weight.
@@ -187,12 +228,58 @@ def packed(
         kind = "weight" if base == part else "bias"
         if qkv and base in ("q", "k", "v"):
             a = spec.layers[layer].mixer
+            assert isinstance(a, Attention)
             q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
             return packed_rows(f"{qkv}.{kind}", {"q": q, "k": kv, "v": kv}, base)
         if gate_up and base in ("gate", "up"):
-            width = spec.layers[layer].ffn.width
+            ffn = spec.layers[layer].ffn
+            assert isinstance(ffn, GatedFfn)
+            width = ffn.width
             return packed_rows(f"{gate_up}.{kind}", {"gate": width, "up": width}, base)
         return None
+
+    return packing
+
+
+def first_of(*packings: Packing) -> Packing:
+    """The sources of the first packing that knows the weight."""
+
+    def packing(spec: ModelSpec, layer: int, part: str) -> tuple[Source, ...] | None:
+        found = (p(spec, layer, part) for p in packings)
+        return next((sources for sources in found if sources is not None), None)
+
+    return packing
+
+
+def expert_modules(gate: str, up: str, down: str) -> Packing:
+    """`Packing` of experts stored one by one: names of their modules, with `{e}`."""
+
+    def packing(spec: ModelSpec, layer: int, part: str) -> tuple[Source, ...] | None:
+        modules = {"experts_gate_up": (gate, up), "experts_down": (down,)}.get(part)
+        ffn = spec.layers[layer].ffn
+        if modules is None or not isinstance(ffn, MoeFfn):
+            return None
+        return tuple(
+            Source(tensor=f"{module.format(e=e)}.weight")
+            for e in range(ffn.experts)
+            for module in modules
+        )
+
+    return packing
+
+
+def split_up_projection(tensor: str) -> Packing:
+    """`Packing` of a latent's up-projection [H (X + V), C]: per head the rows of its key, then
+    those of its value. The key's half is used from the other side."""
+
+    def packing(spec: ModelSpec, layer: int, part: str) -> tuple[Source, ...] | None:
+        a = spec.layers[layer].mixer
+        if part not in ("k_up", "v_up") or not isinstance(a, Mla):
+            return None
+        view = (a.heads, a.nope + a.value, a.latent)
+        if part == "k_up":
+            return (Source(tensor=tensor, view=view, part=(0, a.nope), order=(0, 2, 1)),)
+        return (Source(tensor=tensor, view=view, part=(a.nope, a.nope + a.value)),)
 
     return packing
 
@@ -215,7 +302,12 @@ def bind(spec: ModelSpec, names: NameMap, tensors: Tensors, unused: Iterable[str
                 )
         parts = [_part_shape(s, tensors.shape(s.tensor)) for s in sources]
         sizes = [math.prod(p) for p in parts]
-        exact = len(parts) > 1 or bool(sources[0].view) or parts[0] == shapes[name]
+        exact = all(
+            bool(source.view)
+            or part == shapes[name]
+            or (len(parts) > 1 and part[1:] == shapes[name][len(shapes[name]) - len(part) + 1 :])
+            for source, part in zip(sources, parts, strict=True)
+        )
         if sum(sizes) != math.prod(shapes[name]) or not exact:
             found = " + ".join(f"{s.tensor} {list(tensors.shape(s.tensor))}" for s in sources)
             raise DamagedCheckpoint(

@@ -102,6 +102,26 @@ class Attention(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     logn: int | None = None
 
 
+class Mla(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Multi-head latent attention; formulas in `kernels.ops.mla`.
+
+    A token stores `latent` + rope.rotary_dim numbers for all heads. A query head is `nope` plain
+    dims, then the rotary ones; a value head has `value` dims. `q_latent`: queries too go through a
+    latent (None: not). `norm`: of both latents. `bias`: of the projections to the latents and of
+    the output.
+    """
+
+    heads: int
+    latent: int
+    nope: int
+    value: int
+    rope: RopeSpec
+    scale: float
+    norm: RmsNorm
+    q_latent: int | None = None
+    bias: bool = False
+
+
 class GatedFfn(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """down(act(gate x) * up x); `act`: the activation of the gate, as in `kernels.ops.mlp`."""
 
@@ -118,6 +138,44 @@ class PlainFfn(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     bias: bool = False
 
 
+class Router(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Which experts a token goes to and with what weights; the rules of `score`, groups and
+    `renormalise` stand in `kernels.ops.route`. `scale` multiplies the weights; `bias`: of the
+    router's linear; `correction`: a learned bias that moves the choice, not the weights.
+    """
+
+    score: Literal["softmax", "sigmoid", "chosen"]
+    renormalise: bool = False
+    scale: float = 1.0
+    bias: bool = False
+    correction: bool = False
+    groups: int = 1
+    kept_groups: int = 1
+    group_best: int = 1
+
+
+class SharedExperts(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A gated ffn every token goes through beside its experts; with `gated` its output is
+    multiplied by sigmoid(w x)."""
+
+    width: int
+    gated: bool = False
+
+
+class MoeFfn(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """sum of weight_e down_e(act(gate_e x) * up_e x) over the `top_k` of `experts` that the router
+    chooses, + the shared experts. "silu_clamped" is gpt-oss's, in `kernels.ops.moe`.
+    """
+
+    experts: int
+    top_k: int
+    width: int
+    router: Router
+    act: Literal["silu", "gelu", "gelu_tanh", "silu_clamped"] = "silu"
+    bias: bool = False
+    shared: SharedExperts | None = None
+
+
 class LayerSpec(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A residual layer; every norm n of it is `norm`, r is `residual_scale`.
 
@@ -126,8 +184,8 @@ class LayerSpec(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     placement "parallel":  h += r mixer(n(h)) + r ffn(n(h)), one norm for both
     """
 
-    mixer: Attention
-    ffn: GatedFfn | PlainFfn
+    mixer: Attention | Mla
+    ffn: GatedFfn | PlainFfn | MoeFfn
     norm: NormSpec
     placement: Literal["pre", "sandwich", "parallel"] = "pre"
     residual_scale: float = 1.0

@@ -34,7 +34,11 @@ class Scheme:
         return f"{self.name}g{group}"
 
     def quantize(self, w: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes int8 [N, K] and scales float32 [N, K / group] of w [N, K]."""
+        """Codes int8 [N, K] and scales float32 [N, K / group] of w [N, K]; or of a stack
+        [E, N, K]."""
+        if w.dim() == 3:
+            codes_ENK, scales_ENG = self.quantize(w.flatten(0, 1), group)
+            return codes_ENK.unflatten(0, w.shape[:2]), scales_ENG.unflatten(0, w.shape[:2])
         # torchao logs about optional CUDA extensions when imported: noise on a CPU machine.
         logging.disable(logging.WARNING)
         try:
@@ -78,28 +82,29 @@ def parse_format(format: str) -> tuple[Scheme, int] | None:
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """The float32 weight that codes and scales stand for: what accuracy is measured against."""
-    grouped = codes.float().unflatten(1, (scale.shape[1], -1))
-    return (grouped * scale.unsqueeze(-1)).flatten(1)
+    grouped = codes.float().unflatten(-1, (scale.shape[-1], -1))
+    return (grouped * scale.unsqueeze(-1)).flatten(-2)
 
 
 def storage_formats(
     spec: ModelSpec, *, dtype: str, scheme: str, group: int, head: bool
 ) -> dict[str, str]:
-    """Storage format by weight name: vectors float32, matrices quantized, tables (embedding, head)
-    only with `head`; an untied embedding is looked up, never multiplied, and stays in `dtype`.
+    """Storage format by weight name: vectors and routers float32, matrices quantized, tables
+    (embedding, head) only with `head`; an untied embedding is looked up, never multiplied, and
+    stays in `dtype`. (A router is small, and a rounded one sends tokens to other experts.)
     """
     formats: dict[str, str] = {}
     for name, shape in logical_weights(spec).items():
         table = name in ("embed", "head")
-        if len(shape) == 1:
+        if len(shape) == 1 or name.endswith("router"):
             formats[name] = "float32"
         elif scheme == "none" or (table and not (head and (name == "head" or spec.head.tied))):
             formats[name] = dtype
         else:
-            if shape[1] % group:
-                fits = [g for g in (16, 32, 64, 128, 256) if shape[1] % g == 0]
+            if shape[-1] % group:
+                fits = [g for g in (16, 32, 64, 128, 256) if shape[-1] % g == 0]
                 raise CompileError(
-                    f"quant.group_size={group} does not divide the {shape[1]} inputs of {name}; "
+                    f"quant.group_size={group} does not divide the {shape[-1]} inputs of {name}; "
                     f"choices: {', '.join(map(str, fits)) or 'none (use quant=none)'}"
                 )
             formats[name] = SCHEMES[scheme].format(group)

@@ -14,7 +14,9 @@ from compiler.fuse import RULES, fuse, norm_into_linear, residual_into_linear
 from compiler.model import build
 from compiler.program import Program, verify
 
-SUBSETS = [subset for size in range(1, 8) for subset in combinations(range(len(RULES)), size)]
+SUBSETS = [
+    subset for size in range(1, len(RULES) + 1) for subset in combinations(range(len(RULES)), size)
+]
 EXPECTED: dict[str, list[dict[str, torch.Tensor]]] = {}
 
 
@@ -34,11 +36,13 @@ def applies(rule: str, family: str) -> bool:
     """Whether there is something to do for a rule."""
     layer_norms = family in ("phi", "cohere")
     return {
-        "merge_qkv": family != "olmo",  # a norm over all heads stands between
-        "merge_gated": family != "phi",
+        # a norm over all heads stands between; latents have their own calls
+        "merge_qkv": family not in ("olmo", "deepseek"),
+        "merge_gated": family not in ("phi", "oss"),
         "activation_into_linear": family == "phi",
         "norm_into_linear": not layer_norms,
         "residual_into_norm": family == "gemma",
+        "residual_into_combine": family in ("moe", "deepseek", "oss"),
         "residual_into_linear": family != "gemma",
     }.get(rule, True)
 

@@ -16,11 +16,15 @@ from compiler.families.spec import (
     LayerNorm,
     LayerSpec,
     LongRope,
+    Mla,
     ModelSpec,
+    MoeFfn,
     PlainFfn,
     QkNorm,
     RmsNorm,
     RopeSpec,
+    Router,
+    SharedExperts,
 )
 from compiler.interpret import Chunk, greedy_step, new_state, run
 from compiler.model import StepShape, constants
@@ -44,15 +48,50 @@ EXTRAS = {
     "sinks": {"sinks": True, "rope": LONG, "logn": 9},
     "olmo": {"qk_norm": QkNorm(norm=RmsNorm(eps=1e-6), over="row")},
 }
+# Mixtures: gated shared experts; groups, a correction and shared experts; gpt-oss.
+MOE = {
+    "moe": MoeFfn(
+        experts=6,
+        top_k=2,
+        width=32,
+        router=Router(score="softmax"),
+        shared=SharedExperts(width=64, gated=True),
+    ),
+    "deepseek": MoeFfn(
+        experts=8,
+        top_k=3,
+        width=32,
+        router=Router(
+            score="sigmoid",
+            renormalise=True,
+            scale=2.5,
+            correction=True,
+            groups=4,
+            kept_groups=2,
+            group_best=2,
+        ),
+        shared=SharedExperts(width=64),
+    ),
+    "oss": MoeFfn(
+        experts=4,
+        top_k=2,
+        width=32,
+        router=Router(score="chosen", bias=True),
+        act="silu_clamped",
+        bias=True,
+    ),
+}
 PLACEMENTS = {"gemma": "sandwich", "phi": "parallel", "cohere": "parallel"}
 
 
 def toy(family: str, layers: int = 2, tied: bool = True) -> ModelSpec:
     """`llama`, `mistral` (window, two ropes), `qwen2` (biases), `qwen3` (head norms), `norope`;
+    `moe` and `deepseek` (a dense layer, then experts; the latter with latent attention, with and
+    without a latent of queries), `oss` (experts with biases);
     `gemma` (sandwich norms, softcaps, scales), `phi` (parallel, LayerNorm, plain ffn, alibi, head
     bias), `cohere` (LayerNorm per head, clip), `sinks` (rope by length), `olmo` (row norm)."""
     norm: RmsNorm | LayerNorm = RmsNorm(eps=1e-5)
-    ffn: GatedFfn | PlainFfn = GatedFfn(width=96, bias=family == "qwen2")
+    ffn: GatedFfn | PlainFfn | MoeFfn = GatedFfn(width=96, bias=family == "qwen2")
     if family in ("phi", "cohere"):
         norm = LayerNorm(eps=1e-5, bias=family == "phi")
     if family == "phi":
@@ -72,12 +111,26 @@ def toy(family: str, layers: int = 2, tied: bool = True) -> ModelSpec:
             qk_norm=QkNorm(norm=norm) if family == "qwen3" else None,
             window=5 if family == "mistral" else None,
         )
+        latent = Mla(
+            heads=4,
+            latent=32,
+            nope=32,
+            value=16,
+            rope=WIDE,
+            scale=0.2,
+            norm=RmsNorm(eps=1e-6),
+            q_latent=32 if index == 0 else None,
+            bias=index == 0,
+        )
+        dense = family == "moe" and index == 0
         return LayerSpec(
-            mixer=structs.replace(mixer, **EXTRAS.get(family, {})),
-            ffn=ffn,
+            mixer=latent
+            if family == "deepseek"
+            else structs.replace(mixer, **EXTRAS.get(family, {})),
+            ffn=ffn if dense else MOE.get(family, ffn),
             norm=norm,
             placement=PLACEMENTS.get(family, "pre"),
-            residual_scale=0.4 if family == "sinks" else 1.0,
+            residual_scale=0.4 if family in ("sinks", "moe") else 1.0,
         )
 
     return ModelSpec(
@@ -98,7 +151,7 @@ def toy(family: str, layers: int = 2, tied: bool = True) -> ModelSpec:
 
 
 PLAIN = ("llama", "mistral", "qwen2", "qwen3", "norope")
-FAMILIES = (*PLAIN, "gemma", "phi", "cohere", "sinks", "olmo")
+FAMILIES = (*PLAIN, "gemma", "phi", "cohere", "sinks", "olmo", *MOE)
 
 
 def toy_config(spec: ModelSpec, scheme: str = "none", dtype: str = "float32") -> CompileConfig:
