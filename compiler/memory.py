@@ -121,6 +121,8 @@ def state_layout(program: Program, shape: StepShape) -> tuple[StateLayout, dict[
     offsets: dict[str, int] = {}
     end = 0
     for name in ("last_token", "counts", "bias"):
+        if name not in program.values:
+            continue  # a pooled model counts nothing
         offsets[name] = end
         end = aligned(end + value_bytes(program, name, {"tokens": 0, "seqs": 0, "pages": 0}))
     offsets["kv"] = aligned(end, PAGE)

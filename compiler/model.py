@@ -21,11 +21,13 @@ from compiler.errors import CompileError
 from compiler.families.by_length import frequencies, length_rule, variants
 from compiler.families.spec import (
     Attention,
+    HeadSpec,
     Mla,
     ModelSpec,
     MoeFfn,
     NormSpec,
     PlainFfn,
+    PoolSpec,
     RmsNorm,
     RopeSpec,
 )
@@ -40,7 +42,7 @@ PAGE_ALIGN = 64
 
 # Every io input and output of a step in upload order, as in runtime.device.base.StepInput and
 # StepOutput. `edits` is last: its unused tail is not uploaded. `rope_variant` is there only where
-# rope depends on the request's length.
+# rope depends on the request's length; a pooled model has neither rows nor edits.
 INPUTS: dict[str, tuple[str, tuple[Dim, ...]]] = {
     "live": ("int32", (8,)),
     "tokens": ("int32", ("tokens",)),
@@ -69,8 +71,11 @@ OUTPUTS: dict[str, tuple[str, tuple[Dim, ...]]] = {
     "logprob": ("float32", ("seqs",)),
     "top_ids": ("int32", ("seqs", 20)),
     "top_logprobs": ("float32", ("seqs", 20)),
+    "embedding": ("float32", ("seqs", "dim")),
     "status": ("int32", ("seqs",)),
 }
+SAMPLED = ("token", "logprob", "top_ids", "top_logprobs", "status")
+POOLED = ("embedding", "status")
 SAMPLE_INPUTS = (
     "row_token",
     "row_slot",
@@ -87,6 +92,7 @@ SAMPLE_INPUTS = (
     "seed",
     "positions",
 )
+ROW_INPUTS = frozenset(SAMPLE_INPUTS) - {"positions"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,12 +108,18 @@ class StepShape:
 
 
 def build(spec: ModelSpec, shape: StepShape) -> Program:
-    """embed, the layers, the head on the wanted rows, the state edits, the sampler."""
+    """embed, the layers; then the head on the wanted rows, the state edits and the sampler, or the
+    pooling of each sequence."""
     step = _Step(spec, shape)
     h = step.embed()
     for index in range(len(spec.layers)):
         h = step.layer(index, h)
-    step.sample(step.head(h))
+    if spec.final_norm is not None:
+        h = step.norm(h, spec.final_norm, "final_norm", "final")
+    if isinstance(spec.head, PoolSpec):
+        step.pool(h, spec.head)
+    else:
+        step.sample(step.logits(h, spec.head))
     return step.b.build()
 
 
@@ -162,16 +174,23 @@ class _Step:
         self.spec, self.shape, self.b = spec, shape, Builder()
         self.page_bytes, self.layer_offset = page_bytes(spec, shape), 0
         self.tables: dict[RopeSpec, str] = {}
-        by_length = length_rule(spec, shape.context) is not None
+        sampled = isinstance(spec.head, HeadSpec)
+        absent = set() if sampled else set(ROW_INPUTS)
+        if length_rule(spec, shape.context) is None:
+            absent.add("rope_variant")
         for name, (dtype, dims) in INPUTS.items():
-            if name != "rope_variant" or by_length:
+            if name not in absent:
                 self.b.value(name, dtype, dims, "input")
-        self.b.value("edits", "int32", (shape.edits, 4), "input")
-        for name, (dtype, dims) in OUTPUTS.items():
-            self.b.value(name, dtype, dims, "output")
+        if sampled:
+            self.b.value("edits", "int32", (shape.edits, 4), "input")
+        for name in SAMPLED if sampled else POOLED:
+            dtype, dims = OUTPUTS[name]
+            sizes = tuple(spec.dim if d == "dim" else d for d in dims)
+            self.b.value(name, dtype, sizes, "output")
         self.b.value("last_token", "int32", (shape.slots,), "state")
-        self.b.value("counts", "int32", (shape.slots, spec.vocab), "state")
-        self.b.value("bias", "float32", (shape.slots, spec.vocab), "state")
+        if sampled:
+            self.b.value("counts", "int32", (shape.slots, spec.vocab), "state")
+            self.b.value("bias", "float32", (shape.slots, spec.vocab), "state")
         self.b.value("kv", "uint8", (self.page_bytes,), "state")
 
     def embed(self) -> str:
@@ -193,8 +212,22 @@ class _Step:
                 variants=rows,
             )
         ins = {"live": "live", "tokens": "tokens", "last_token": "last_token", "table": table}
-        h = b.temp("h", "tokens", self.spec.dim)
-        return b.call("embed", ins, h, scale=self.spec.embed_scale)
+        h = b.call("embed", ins, b.temp("h", "tokens", self.spec.dim), scale=self.spec.embed_scale)
+        if (p := self.spec.positions) is None:
+            return h
+        h = b.call(
+            "embed_positions",
+            {
+                "live": "live",
+                "x": h,
+                "positions": "positions",
+                "table": b.weight("positions", p.rows, self.spec.dim),
+                "types": b.weight("token_types", p.types, self.spec.dim),
+            },
+            b.temp("h_placed", "tokens", self.spec.dim),
+            offset=p.offset,
+        )
+        return self.norm(h, p.norm, "embed_norm", "h_normed")
 
     def norm(self, x: str, norm: NormSpec, weight: str, out: str) -> str:
         """Over the whole row."""
@@ -245,6 +278,11 @@ class _Step:
     def layer(self, index: int, h: str) -> str:
         layer, name, t = self.spec.layers[index], f"layers.{index}", f"{index}"
         norm = layer.norm
+        if layer.placement == "post":
+            h = self.add(h, self.mixer(index, h), f"{t}.h")
+            h = self.norm(h, norm, f"{name}.attn_norm", f"{t}.h_normed")
+            h = self.add(h, self.ffn(index, h), f"{t}.out")
+            return self.norm(h, norm, f"{name}.ffn_norm", f"{t}.out_normed")
         n = self.norm(h, norm, f"{name}.attn_norm", f"{t}.attn_in")
         a = self.mixer(index, n)
         if layer.placement == "parallel":
@@ -370,6 +408,7 @@ class _Step:
             self.b.temp(f"{t}.attn", "tokens", m.heads * m.head_dim),
             heads=m.heads,
             scale=m.scale,
+            causal=m.causal,
             window=m.window or 0,
             softcap=m.softcap or 0.0,
             logn=m.logn or 0,
@@ -501,18 +540,16 @@ class _Step:
             "gated", ins, self.b.temp(f"{t}act", "tokens", width), act=GATED_ACT[act]
         )
 
-    def head(self, h: str) -> str:
-        spec, head = self.spec, self.spec.head
-        n = self.norm(h, spec.final_norm, "final_norm", "final")
+    def logits(self, h: str, head: HeadSpec) -> str:
         rows = self.b.call(
             "gather",
-            {"live": "live", "x": n, "rows": "row_token"},
-            self.b.temp("rows", "seqs", spec.dim),
+            {"live": "live", "x": h, "rows": "row_token"},
+            self.b.temp("rows", "seqs", self.spec.dim),
         )
         return self.linear(
             rows,
             "head",
-            spec.vocab,
+            self.spec.vocab,
             "logits",
             head.bias,
             matrix="embed" if head.tied else None,
@@ -526,4 +563,13 @@ class _Step:
         b.call("edit", {"live": "live", "edits": "edits", "counts": "counts", "bias": "bias"})
         ins = {"live": "live", "logits": logits, **{name: name for name in SAMPLE_INPUTS}}
         ins |= {"counts": "counts", "bias": "bias", "last_token": "last_token"}
-        b.call("sample", ins, {name: name for name in OUTPUTS}, vocab=self.spec.vocab)
+        b.call("sample", ins, {name: name for name in SAMPLED}, vocab=self.spec.vocab)
+
+    def pool(self, h: str, head: PoolSpec) -> None:
+        self.b.call(
+            "pool",
+            {"live": "live", "x": h, "seq_start": "seq_start"},
+            {name: name for name in POOLED},
+            pooling=head.pooling,
+            normalise=head.normalise,
+        )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from compiler.checkpoint import ConfigReader
 from compiler.errors import CompileError
 from compiler.families.names import Names
-from compiler.families.spec import ModelSpec
+from compiler.families.spec import ModelSpec, PoolSpec
 
 # Keys that say nothing about the forward pass of an inference engine: training, saving, library
 # switches.
@@ -52,8 +52,10 @@ class Family:
         return spec
 
     def ignorable_tensors(self, spec: ModelSpec) -> tuple[str, ...]:
-        """A tied head is the embedding; files that store it again are read as if they did not."""
-        return (*self.unused, r"lm_head\.weight") if spec.head.tied else self.unused
+        """A tied head is the embedding; files that store it again are read as if they did not. A
+        pooled model leaves its head."""
+        spare = spec.tied or isinstance(spec.head, PoolSpec)
+        return (*self.unused, r"lm_head\.weight") if spare else self.unused
 
 
 FAMILIES: dict[str, Family] = {}

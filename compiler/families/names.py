@@ -19,6 +19,7 @@ from compiler.errors import CompileError, DamagedCheckpoint, ProgramError
 from compiler.families.spec import (
     Attention,
     GatedFfn,
+    HeadSpec,
     LayerNorm,
     Mla,
     ModelSpec,
@@ -70,6 +71,9 @@ def logical_weights(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Shape of every weight by canonical name, in load order."""
     d = spec.dim
     shapes: dict[str, tuple[int, ...]] = {"embed": (spec.vocab, d)}
+    if p := spec.positions:
+        shapes |= {"positions": (p.rows, d), "token_types": (p.types, d)}
+        shapes |= _norm("embed_norm", p.norm, d)
     for i, layer in enumerate(spec.layers):
         own = f"layers.{i}."
         shapes |= _norm(own + "attn_norm", layer.norm, d)
@@ -85,11 +89,13 @@ def logical_weights(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         shapes |= {own + name: shape for name, shape in parts.items()}
         if layer.placement == "sandwich":
             shapes |= _norm(own + "ffn_post_norm", layer.norm, d)
-    shapes |= _norm("final_norm", spec.final_norm, d)
-    if not spec.head.tied:
-        shapes["head"] = (spec.vocab, d)
-    if spec.head.bias:
-        shapes["head_bias"] = (spec.vocab,)
+    if spec.final_norm is not None:
+        shapes |= _norm("final_norm", spec.final_norm, d)
+    if isinstance(spec.head, HeadSpec):
+        if not spec.head.tied:
+            shapes["head"] = (spec.vocab, d)
+        if spec.head.bias:
+            shapes["head_bias"] = (spec.vocab,)
     return shapes
 
 

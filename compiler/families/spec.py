@@ -81,10 +81,11 @@ class QkNorm(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class Attention(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Softmax attention with grouped keys; formulas in `kernels.ops.attention`.
 
-    `biases`: which of q, k, v, o have one. `window`: keys visible to a query, itself included
-    (None: all). `softcap`: scores become softcap * tanh(score / softcap). `clip`: q, k and v are
-    clamped to +-clip before rope. `alibi`: one slope per head. `sinks`: one learned logit per head
-    joins the softmax. `logn`: queries beyond that many tokens are scaled by ln(n) / ln(logn).
+    `causal`: a query sees no later key; otherwise every key of its sequence. `biases`: which of q,
+    k, v, o have one. `window`: keys visible to a query, itself included (None: all). `softcap`:
+    scores become softcap * tanh(score / softcap). `clip`: q, k and v are clamped to +-clip before
+    rope. `alibi`: one slope per head. `sinks`: one learned logit per head joins the softmax.
+    `logn`: queries beyond that many tokens are scaled by ln(n) / ln(logn).
     """
 
     heads: int
@@ -94,6 +95,7 @@ class Attention(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     scale: float
     biases: tuple[Literal["q", "k", "v", "o"], ...] = ()
     qk_norm: QkNorm | None = None
+    causal: bool = True
     window: int | None = None
     softcap: float | None = None
     clip: float | None = None
@@ -182,12 +184,13 @@ class LayerSpec(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     placement "pre":       h += r mixer(n(h));        h += r ffn(n(h))
     placement "sandwich":  h += r n(mixer(n(h)));     h += r n(ffn(n(h)))
     placement "parallel":  h += r mixer(n(h)) + r ffn(n(h)), one norm for both
+    placement "post":      h = n(h + r mixer(h));     h = n(h + r ffn(h))
     """
 
     mixer: Attention | Mla
     ffn: GatedFfn | PlainFfn | MoeFfn
     norm: NormSpec
-    placement: Literal["pre", "sandwich", "parallel"] = "pre"
+    placement: Literal["pre", "sandwich", "parallel", "post"] = "pre"
     residual_scale: float = 1.0
 
 
@@ -200,9 +203,27 @@ class HeadSpec(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     softcap: float | None = None
 
 
+class PoolSpec(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """One vector per sequence instead of logits: the hidden state of its last token, of its first
+    ("cls"), or the mean over its tokens; with `normalise` divided by its length."""
+
+    pooling: Literal["last", "cls", "mean"]
+    normalise: bool
+
+
+class PositionSpec(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """What an encoder adds to the embedding of the token at position p: row p + `offset` of a table
+    of `rows`, and row 0 of a table of `types` token types; then `norm`."""
+
+    rows: int
+    offset: int
+    types: int
+    norm: NormSpec
+
+
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A decoder. `vocab`: rows of the embedding; `context`: the longest sequence the checkpoint is
-    made for, in tokens; `embed_scale` multiplies the embeddings.
+    """A decoder, or an encoder. `vocab`: rows of the embedding; `context`: the longest sequence the
+    checkpoint is made for, in tokens; `embed_scale` multiplies the embeddings.
     """
 
     family: str
@@ -210,9 +231,23 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     vocab: int
     context: int
     layers: tuple[LayerSpec, ...]
-    final_norm: NormSpec
-    head: HeadSpec
+    final_norm: NormSpec | None
+    head: HeadSpec | PoolSpec
     embed_scale: float = 1.0
+    positions: PositionSpec | None = None
+
+    @property
+    def whole(self) -> bool:
+        """A sequence must be computed in one step: later tokens change what earlier ones hold, or
+        all of them are pooled."""
+        mean = isinstance(self.head, PoolSpec) and self.head.pooling != "last"
+        mixers = [layer.mixer for layer in self.layers]
+        return mean or not all(isinstance(mixer, Mla) or mixer.causal for mixer in mixers)
+
+    @property
+    def tied(self) -> bool:
+        """The embedding is the head too."""
+        return isinstance(self.head, HeadSpec) and self.head.tied
 
     def parameters(self) -> int:
         """Number of weight elements (a tied head counted once)."""

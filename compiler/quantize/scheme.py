@@ -95,10 +95,12 @@ def storage_formats(
     """
     formats: dict[str, str] = {}
     for name, shape in logical_weights(spec).items():
-        table = name in ("embed", "head")
+        table = name in ("embed", "head", "positions", "token_types")
         if len(shape) == 1 or name.endswith("router"):
             formats[name] = "float32"
-        elif scheme == "none" or (table and not (head and (name == "head" or spec.head.tied))):
+        elif scheme == "none" or (
+            table and not (head and (name == "head" or (name == "embed" and spec.tied)))
+        ):
             formats[name] = dtype
         else:
             if shape[-1] % group:

@@ -37,6 +37,7 @@ struct Call {
     int64_t page_bytes;
     float scale, softcap;             // softcap 0: none
     const float *sinks, *alibi;       // [H], or NULL
+    bool causal;                      // a query sees no later key; otherwise every key of its sequence
     int64_t logn;                     // queries beyond that many tokens are scaled by ln(n) / ln(logn); 0: none
 
     int64_t partial_size() const { return dim + 2; }  // values, max, sum
@@ -46,8 +47,11 @@ struct Call {
 struct Item {
     int64_t seq, kv_head, first_row, rows;
     int64_t first_position;  // of the sequence's first token in this step
+    int64_t length;          // of the sequence after this step
 
     int64_t position(int64_t r, int64_t group) const { return first_position + (first_row + r) / group; }
+    // Keys before this one are visible to row r.
+    int64_t end(int64_t r, const Call& c) const { return c.causal ? position(r, c.group) + 1 : length; }
 };
 
 struct alignas(64) Buffers {
@@ -218,7 +222,7 @@ struct Job {
 
 // Keys of a block that the last row of an item sees.
 int64_t keys_of(const Call& c, const Item& item, int64_t block) {
-    int64_t keys = item.position(item.rows - 1, c.group) + 1 - block * BLOCK;
+    int64_t keys = item.end(item.rows - 1, c) - block * BLOCK;
     return keys < BLOCK ? keys : BLOCK;
 }
 
@@ -262,7 +266,7 @@ void run_block(const Call& c, const Item& item, int64_t block, const Item* next,
     int64_t padded = (pages + KP - 1) / KP * KP * PAGE;
     for (int64_t r = 0; r < item.rows; r++) {
         int64_t position = item.position(r, c.group);
-        int64_t last = position + 1 - start, first = c.window ? position - c.window + 1 - start : 0;
+        int64_t last = item.end(r, c) - start, first = c.window ? position - c.window + 1 - start : 0;
         last = last < 0 ? 0 : last < BLOCK ? last : BLOCK;
         first = first < 0 ? 0 : first < BLOCK ? first : BLOCK;
         if (c.softcap != 0.0f || c.alibi)
@@ -336,10 +340,10 @@ void each_job(const Call& c, F visit) {
         int64_t tokens = c.seq_start[s + 1] - c.seq_start[s], rows = tokens * c.group;
         for (int64_t row = 0; row < rows; row += ROWS) {
             Job job;
-            job.item = {s, 0, row, rows - row < ROWS ? rows - row : ROWS, c.seq_len[s] - tokens};
+            job.item = {s, 0, row, rows - row < ROWS ? rows - row : ROWS, c.seq_len[s] - tokens, c.seq_len[s]};
             int64_t low = c.window ? job.item.position(0, c.group) - c.window + 1 : 0;
             job.first = (low > 0 ? low : 0) / BLOCK;
-            job.end = job.item.position(job.item.rows - 1, c.group) / BLOCK + 1;
+            job.end = (job.item.end(job.item.rows - 1, c) - 1) / BLOCK + 1;
             int64_t parts = (job.end - job.first) * job.item.rows;
             bool split = rows <= ROWS && job.end - job.first > 1 && used + parts * c.kv_heads <= c.room;
             for (; job.item.kv_head < c.kv_heads; job.item.kv_head++) {
@@ -355,7 +359,7 @@ template <class T>
 void attention(const hs_ctx* ctx, const hs_arg* a) {
     enum {
         LIVE, Q, KV, SEQ_START, SEQ_LEN, PAGE_TABLE, SINKS, ALIBI, OUT, WORKSPACE,
-        LAYER_OFFSET, PAGE_BYTES, HEADS, KV_HEADS, HEAD_DIM, WINDOW, LOGN, COLUMNS, ROOM, SCALE, SOFTCAP
+        LAYER_OFFSET, PAGE_BYTES, HEADS, KV_HEADS, HEAD_DIM, CAUSAL, WINDOW, LOGN, COLUMNS, ROOM, SCALE, SOFTCAP
     };
     Call c;
     c.live = (const int32_t*)a[LIVE].p;
@@ -371,6 +375,7 @@ void attention(const hs_ctx* ctx, const hs_arg* a) {
     c.kv_heads = a[KV_HEADS].i;
     c.group = c.heads / c.kv_heads;
     c.dim = a[HEAD_DIM].i;
+    c.causal = a[CAUSAL].i;
     c.window = a[WINDOW].i;
     c.kv = (char*)a[KV].p + a[LAYER_OFFSET].i;
     c.page_bytes = a[PAGE_BYTES].i;

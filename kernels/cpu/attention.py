@@ -24,6 +24,7 @@ def _room(call: CallShape) -> int:
 def _scalars(call: CallShape) -> dict[str, int | float]:
     return page_scalars(call) | {
         "heads": call.attrs["heads"],
+        "causal": int(call.attrs["causal"]),
         "window": call.attrs["window"],
         "logn": call.attrs["logn"],
         "columns": call.shapes["pages"][1],
@@ -56,6 +57,7 @@ for _dtype, _suffix in KV_SUFFIXES.items():
                 "i64:heads",
                 "i64:kv_heads",
                 "i64:head_dim",
+                "i64:causal",
                 "i64:window",
                 "i64:logn",
                 "i64:columns",

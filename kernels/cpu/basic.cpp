@@ -1,4 +1,6 @@
 // Row-wise kernels: embedding, gather, norms, elementwise. Slots of each entry: kernels/cpu/basic.py.
+#include <vector>
+
 #include "linear_call.h"
 
 namespace {
@@ -40,6 +42,54 @@ HS_EXPORT void hs_embed(const hs_ctx* ctx, const hs_arg* a) {
         unpack_row(table, tokens[t] < 0 ? last_token[-1 - tokens[t]] : tokens[t], out);
         if (scale != 1.0f)
             for (int64_t i = 0; i < table.k; i++) out[i] *= scale;
+    }
+}
+
+HS_EXPORT void hs_embed_positions(const hs_ctx* ctx, const hs_arg* a) {
+    enum { LIVE, X, POSITIONS, OUT, OFFSET, FORMAT, D, GROUP, TABLE, TYPES, TABLE_SCALE, TYPES_SCALE };
+    const int32_t* positions = (const int32_t*)a[POSITIONS].p;
+    auto stored = [&](int data, int scale) {
+        bool grouped = a[GROUP].i != 0;
+        return Weight{(int)a[FORMAT].i, a[D].i, a[GROUP].i, a[data].p, grouped ? (const uint16_t*)a[scale].p : nullptr};
+    };
+    Weight table = stored(TABLE, TABLE_SCALE), types = stored(TYPES, TYPES_SCALE);
+    Piece piece = share(ctx, live(a[LIVE], 0));
+    std::vector<float> row(table.k);
+    for (int64_t t = piece.begin; t < piece.end; t++) {
+        const float* x = (const float*)a[X].p + t * table.k;
+        float* out = (float*)a[OUT].p + t * table.k;
+        unpack_row(table, positions[t] + a[OFFSET].i, out);
+        unpack_row(types, 0, row.data());
+        for (int64_t i = 0; i < table.k; i++) out[i] = x[i] + out[i] + row[i];
+    }
+}
+
+// One vector per sequence: its last token's, its first one's, or the mean; at length 1 if asked for.
+HS_EXPORT void hs_pool(const hs_ctx* ctx, const hs_arg* a) {
+    enum { LIVE, X, SEQ_START, EMBEDDING, STATUS, D, POOLING, NORMALISE };
+    enum { LAST, CLS, MEAN };
+    const int32_t* starts = (const int32_t*)a[SEQ_START].p;
+    int64_t dim = a[D].i, pooling = a[POOLING].i;
+    Piece piece = share(ctx, live(a[LIVE], 1));
+    for (int64_t s = piece.begin; s < piece.end; s++) {
+        int64_t first = starts[s], end = starts[s + 1];
+        const float* x = (const float*)a[X].p + (pooling == LAST ? end - 1 : first) * dim;
+        float* out = (float*)a[EMBEDDING].p + s * dim;
+        memcpy(out, x, dim * sizeof(float));
+        if (pooling == MEAN) {
+            for (int64_t t = 1; t < end - first; t++)
+                for (int64_t i = 0; i < dim; i++) out[i] += x[t * dim + i];
+            for (int64_t i = 0; i < dim; i++) out[i] /= (float)(end - first);
+        }
+        double squares = 0;
+        for (int64_t i = 0; i < dim; i++) squares += (double)out[i] * out[i];
+        double length = std::sqrt(squares);
+        bool finite = squares <= 1.7e308;  // false too for what is not a number
+        ((int32_t*)a[STATUS].p)[s] = !finite;
+        if (!finite)
+            memset(out, 0, dim * sizeof(float));
+        else if (a[NORMALISE].i)
+            for (int64_t i = 0; i < dim; i++) out[i] = (float)(out[i] / (length > 1e-12 ? length : 1e-12));
     }
 }
 

@@ -11,6 +11,8 @@ from kernels.cpu.activations import ACTIVATION_CODES, GATED
 from kernels.cpu.layout import FORMAT_CODES, parse_format
 from kernels.kernel import CallShape, Kernel, register
 
+POOLINGS = ("last", "cls", "mean")  # codes of basic.cpp
+
 # Activations, norms and biases are float32 on CPU.
 FLOATS = frozenset(
     {"x", "gate", "up", "a", "b", "q", "k", "v", "qkv", "table", "logits", "inv_freq", "out"}
@@ -45,15 +47,9 @@ def _accepts_table(kind: str) -> Callable[[CallShape], str | None]:
     return accepts
 
 
-def _embed_scalars(call: CallShape) -> dict[str, int | float]:
+def _table_scalars(call: CallShape) -> dict[str, int | float]:
     kind, group = parse_format(call.formats.get("table", "float32"))
-    dim = call.shapes["table"][1]
-    return {
-        "scale": float(call.attrs["scale"]),
-        "format": FORMAT_CODES[kind],
-        "d": dim,
-        "group": group,
-    }
+    return {"format": FORMAT_CODES[kind], "d": call.shapes["table"][1], "group": group}
 
 
 for _kind in FORMAT_CODES:
@@ -76,7 +72,7 @@ for _kind in FORMAT_CODES:
                 *(("ptr:table.scale",) if _kind.startswith("int") else ()),
             ),
             accepts=_accepts_table(_kind),
-            scalars=_embed_scalars,
+            scalars=lambda call: {"scale": float(call.attrs["scale"]), **_table_scalars(call)},
         )
     )
 
@@ -89,6 +85,44 @@ register(
         params=("ptr:live", "ptr:x", "ptr:rows", "ptr:out", "i64:d"),
         accepts=not_float32,
         scalars=lambda call: {"d": call.shapes["x"][1]},
+    )
+)
+
+
+for _kind in FORMAT_CODES:
+    register(
+        Kernel(
+            name=f"embed_positions_{_kind}",
+            op="embed_positions",
+            target="cpu",
+            entry="hs_embed_positions",
+            params=(
+                *("ptr:live", "ptr:x", "ptr:positions", "ptr:out"),
+                *("i64:offset", "i64:format", "i64:d", "i64:group"),
+                *("ptr:table.data", "ptr:types.data"),
+                *(("ptr:table.scale", "ptr:types.scale") if _kind.startswith("int") else ()),
+            ),
+            accepts=_accepts_table(_kind),
+            scalars=lambda call: {"offset": call.attrs["offset"], **_table_scalars(call)},
+        )
+    )
+
+register(
+    Kernel(
+        name="pool",
+        op="pool",
+        target="cpu",
+        entry="hs_pool",
+        params=(
+            *("ptr:live", "ptr:x", "ptr:seq_start", "ptr:embedding", "ptr:status"),
+            *("i64:d", "i64:pooling", "i64:normalise"),
+        ),
+        accepts=not_float32,
+        scalars=lambda call: {
+            "d": call.shapes["x"][1],
+            "pooling": POOLINGS.index(call.attrs["pooling"]),
+            "normalise": int(call.attrs["normalise"]),
+        },
     )
 )
 

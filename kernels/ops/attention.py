@@ -7,7 +7,8 @@ The score of the query at position i for the key at position j, per head h:
     s = q . k * scale * logn(i)          logn(i) = max(1, ln(i + 1) / ln(logn)), 1 when logn is 0
     s = softcap * tanh(s / softcap)      unless softcap is 0
     s = s + alibi[h] * (j - i)           where the call has slopes
-    visible: j <= i, and j > i - window unless window is 0
+    visible: j <= i, and j > i - window unless window is 0; every j where the call is not causal
+             (then window is 0, and the step holds the whole sequence)
 
 and the weights are e^s / (sum e^s + e^sinks[h]), the last term where the call has sinks.
 """
@@ -23,7 +24,16 @@ from torch import Tensor
 from kernels.op import Arg, Cost, Op, Sample, register
 from kernels.ops.embed import LIVE, live_count
 from kernels.ops.kv import KV_ATTRS, KV_DTYPES, KvState, layer_bytes
-from kernels.ops.samples import EMPTY, LONG_DECODE, MIXED, ONE_TOKEN, Ragged, floats, generator
+from kernels.ops.samples import (
+    EMPTY,
+    LONG_DECODE,
+    MIXED,
+    ONE_TOKEN,
+    WHOLE,
+    Ragged,
+    floats,
+    generator,
+)
 
 KV_ARG = Arg(name="kv", role="state", dims=("kv_bytes",), dtypes=("uint8",))
 SEQ_ARGS = (
@@ -130,7 +140,7 @@ def attention_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str
         q_HTE = q[first:last].unflatten(1, (attrs["heads"], -1)).transpose(0, 1)
         position = torch.arange(length - (last - first), length)[:, None]
         key = torch.arange(length)[None, :]
-        visible = key <= position
+        visible = key <= position if attrs["causal"] else torch.ones_like(key <= position)
         if attrs["window"]:
             visible &= key > position - attrs["window"]
         scores = (q_HTE @ k.transpose(1, 2)) * attrs["scale"]
@@ -169,6 +179,7 @@ def attention_sample(
     kv_heads: int,
     dim: int,
     window: int = 0,
+    causal: bool = True,
     dtype: str = "float32",
     softcap: float = 0.0,
     logn: int = 0,
@@ -182,6 +193,7 @@ def attention_sample(
         **_attrs(kv_heads, dim, dtype),
         "heads": heads,
         "scale": dim**-0.5 * 1.5,
+        "causal": causal,
         "window": window,
         "softcap": softcap,
         "logn": logn,
@@ -246,6 +258,18 @@ def _attention_samples() -> list[Sample]:
         attention_sample(
             74, "long alibi", LONG_DECODE, heads=6, kv_heads=2, dim=32, alibi=True, dtype="bfloat16"
         ),
+        attention_sample(77, "both ways", WHOLE, heads=4, kv_heads=4, dim=48, causal=False),
+        attention_sample(
+            78,
+            "both ways bf16",
+            WHOLE,
+            heads=6,
+            kv_heads=2,
+            dim=32,
+            causal=False,
+            dtype="bfloat16",
+            alibi=True,
+        ),
         attention_sample(75, "logn", MIXED, heads=2, kv_heads=2, dim=32, logn=19),
         attention_sample(
             76,
@@ -278,6 +302,7 @@ ATTENTION = register(
         attrs={
             "heads": int,
             "scale": float,
+            "causal": bool,
             "window": int,
             "softcap": float,
             "logn": int,

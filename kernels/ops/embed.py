@@ -1,11 +1,13 @@
-"""Rows out of tables: token embedding, and the choice of activation rows.
+"""Rows out of tables: token embedding, learned positions, and the choice of activation rows.
 
-T tokens, S logit rows, V vocabulary, D model. Used by the model builder; `gather` disappears into
-the LM head by fusion.
+T tokens, S logit rows, V vocabulary, P positions, Y token types, D model. `embed_positions` adds
+row position + offset of a table and row 0 of the token types. Used by the model builder; `gather`
+disappears into the LM head by fusion.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -76,6 +78,52 @@ EMBED = register(
         reference=embed_reference,
         cost=_embed_cost,
         samples=_embed_samples,
+    )
+)
+
+
+def embed_positions_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str, Tensor]:
+    n = live_count(args, 0)
+    rows = args["positions"][:n].long() + attrs["offset"]
+    out = torch.zeros_like(args["x"])
+    out[:n] = args["x"][:n] + args["table"][rows].float() + args["types"][0].float()
+    return {"out": out}
+
+
+def _embed_positions_samples() -> list[Sample]:
+    g = generator(4)
+    out = []
+    for label, used, size, dim, offset in (("partial", 3, 4, 96, 0), ("offset", 2, 2, 32, 2)):
+        args = {
+            "live": live(used),
+            "x": floats(g, size, dim, used=used),
+            "positions": padded([5, 0, 6][:used], size),
+            "table": floats(g, 9, dim),
+            "types": floats(g, 2, dim),
+        }
+        out.append(Sample(label=label, args=args, attrs={"offset": offset}))
+    return out
+
+
+EMBED_POSITIONS = register(
+    Op(
+        name="embed_positions",
+        args=(
+            LIVE,
+            Arg(name="x", role="input", dims=("tokens", "D"), dtypes=("float",)),
+            Arg(name="positions", role="input", dims=("tokens",), dtypes=("int32",)),
+            Arg(name="table", role="weight", dims=("P", "D"), dtypes=("float",)),
+            Arg(name="types", role="weight", dims=("Y", "D"), dtypes=("float",)),
+            Arg(name="out", role="output", dims=("tokens", "D"), dtypes=("float",)),
+        ),
+        attrs={"offset": int},
+        reference=embed_positions_reference,
+        cost=lambda shapes, attrs: Cost(
+            read=math.prod(shapes["x"]) * 4,
+            written=math.prod(shapes["x"]) * 4,
+            flops=2 * math.prod(shapes["x"]),
+        ),
+        samples=_embed_positions_samples,
     )
 )
 

@@ -1,6 +1,19 @@
 """Importing this module fills `kernels.op.OPS` with every op."""
 
-from kernels.ops import attention, embed, linear, mla, mlp, moe, norm, rope, route, sample, state
+from kernels.ops import (
+    attention,
+    embed,
+    linear,
+    mla,
+    mlp,
+    moe,
+    norm,
+    pool,
+    rope,
+    route,
+    sample,
+    state,
+)
 
 __all__ = [
     "attention",
@@ -10,6 +23,7 @@ __all__ = [
     "mlp",
     "moe",
     "norm",
+    "pool",
     "rope",
     "route",
     "sample",

@@ -87,6 +87,10 @@ MIXED = Ragged(
     pages=24,
     pool_pages=64,
 )
+# Whole sequences, as encoders take them.
+WHOLE = Ragged(
+    lengths=((0, 1), (0, 150), (0, 17), (0, 128)), tokens=300, seqs=5, pages=12, pool_pages=24
+)
 LONG_DECODE = Ragged(lengths=((1029, 1),), tokens=4, seqs=2, pages=66, pool_pages=80)
 ONE_TOKEN = Ragged(lengths=((0, 1),), tokens=1, seqs=1, pages=1, pool_pages=2)
 EMPTY = Ragged(lengths=(), tokens=4, seqs=2, pages=2, pool_pages=4)

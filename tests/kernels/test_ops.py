@@ -210,7 +210,7 @@ def test_attention_is_dense_attention_per_sequence(s: Sample) -> None:
         for row in range(last - first):
             position = length - (last - first) + row
             low = max(0, position + 1 - s.attrs["window"]) if s.attrs["window"] else 0
-            mask[row, low : position + 1] = True
+            mask[row, low : position + 1 if s.attrs["causal"] else length] = True
         k, v = (t.repeat_interleave(heads // kv_heads, 0) for t in (k, v))
         want = by_definition(s, q, k, v, mask)
         torch.testing.assert_close(
