@@ -1,5 +1,5 @@
-"""Fusion: rules that rewrite a Program into one with fewer, larger calls. Called by the pipeline
-between build and lower.
+"""Fusion: rules that rewrite a Program into one with fewer, larger calls on fewer rows. Called by
+the pipeline between build and lower.
 
 Every rule is a function Program -> Program that is correct alone and in any order: a test runs each
 subset against the op references. A fused call always takes the place of the last call it replaces,
@@ -178,6 +178,57 @@ def residual_into_combine(program: Program) -> Program:
             edit.drop(add, combine)
             break
     return edit.result()
+    return edit.result()
+
+
+def rows_through_linears(program: Program) -> Program:
+    """linears of which only chosen rows are read -> linears that compute only those rows.
+
+    Behind the last attention nothing mixes rows any more, so only the logit rows need to go through
+    the rest of the last layer.
+    """
+    while (narrower := _narrowed(program)) is not None:
+        program = narrower
+    return program
+
+
+# Which argument of a linear chooses the rows of which other one.
+_CHOSEN_BY = {"x": "rows", "residual": "residual_rows"}
+_ALL_TOKENS, _LOGIT_ROWS = 0, 2  # `live_index`
+
+
+def _narrowed(program: Program) -> Program | None:
+    """One linear more that computes only the rows its readers choose; None when there is none."""
+    for made in program.calls:
+        if made.op != "linear" or made.attrs["live_index"] != _ALL_TOKENS:
+            continue
+        name = made.outs["out"]
+        readers = program.consumers(name)
+        chosen = {
+            reader.ins.get(_CHOSEN_BY.get(arg, "")) if reader.op == "linear" else None
+            for reader in readers
+            for arg, value in reader.ins.items()
+            if value == name
+        }
+        rows = chosen.pop() if len(chosen) == 1 else None
+        if rows is None or program.values[rows].kind != "input":
+            continue
+        edit = _Edit(program)
+        edit.values[name] = replace(
+            program.values[name],
+            dims=(program.values[rows].dims[0], *program.values[name].dims[1:]),
+        )
+        choices = {_CHOSEN_BY[arg]: rows for arg in _CHOSEN_BY if arg in made.ins}
+        attrs = {**made.attrs, "live_index": _LOGIT_ROWS}
+        edit.insert(made, replace(made, ins={**made.ins, **choices}, attrs=attrs))
+        edit.drop(made)
+        for reader in readers:
+            all_read = {_CHOSEN_BY[arg] for arg in _CHOSEN_BY if reader.ins.get(arg) == name}
+            ins = {arg: value for arg, value in reader.ins.items() if arg not in all_read}
+            edit.insert(reader, replace(reader, ins=ins))
+            edit.drop(reader)
+        return edit.result()
+    return None
 
 
 def residual_into_norm(program: Program) -> Program:
@@ -207,6 +258,7 @@ RULES = (
     residual_into_norm,
     residual_into_combine,
     residual_into_linear,
+    rows_through_linears,
 )
 
 

@@ -46,7 +46,7 @@ namespace {
 
 using namespace hs;
 
-enum Slot { LIVE, X, ROWS, BIAS, NORM, RESIDUAL, OUT, WORK, LIVE_INDEX, K, N, GATED, ACT, EPS, PRODUCT_SCALE, SOFTCAP, DATA, GROUP, SCALE };
+enum Slot { LIVE, X, ROWS, BIAS, NORM, RESIDUAL, RESIDUAL_ROWS, OUT, WORK, LIVE_INDEX, K, N, GATED, ACT, EPS, PRODUCT_SCALE, SOFTCAP, DATA, GROUP, SCALE };
 
 Linear bind(int format, const hs_arg* a) {
     Linear c;
@@ -56,6 +56,7 @@ Linear bind(int format, const hs_arg* a) {
     c.bias = (const float*)a[BIAS].p;
     c.norm = (const float*)a[NORM].p;
     c.residual = (const float*)a[RESIDUAL].p;
+    c.residual_rows = (const int32_t*)a[RESIDUAL_ROWS].p;
     c.out = (float*)a[OUT].p;
     c.work = (uint8_t*)a[WORK].p;
     c.n = c.out_stride = a[N].i;

@@ -19,6 +19,7 @@ _PARAMS = (
     "ptr:bias",
     "ptr:norm",
     "ptr:residual",
+    "ptr:residual_rows",
     "ptr:out",
     "ptr:workspace",
     "i64:live_index",

@@ -18,6 +18,7 @@ struct Linear {
     const float* bias = nullptr;      // optional [N], or cat(gate, up) [2N] when gated
     const float* norm = nullptr;      // optional RMSNorm weight [K]
     const float* residual = nullptr;  // optional [T,N]; may be `out`
+    const int32_t* residual_rows = nullptr;  // optional gather of the residual
     float* out = nullptr;             // [T,N]
     int64_t out_stride = 0;
     const int32_t* places = nullptr;  // optional scatter: the row of `out` where row r goes
@@ -110,7 +111,7 @@ HS_INLINE void finish(const Linear& c, int64_t r, int64_t first, int tiles, cons
         if (c.bias) v += load_bias(c.bias, column + i, c.n);
         if (adjusted) v = adjust(c, v);
         if (c.residual) {
-            const float* p = c.residual + r * c.n + column + i;
+            const float* p = c.residual + (c.residual_rows ? c.residual_rows[r] : r) * c.n + column + i;
             v += left >= VL ? loadf(p) : load_part(p, (int)left);
         }
         put(c.out_row(r) + column + i, v, left);

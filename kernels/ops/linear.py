@@ -1,6 +1,6 @@
 """Matrix product with the prologues and epilogues fusion may add:
 
-    out = softcap(act(norm(x)[rows] W^T + bias) * scale) + residual
+    out = softcap(act(norm(x)[rows] W^T + bias) * scale) + residual[residual_rows]
 
 R rows (tokens or logit rows), K inputs, N outputs, O columns of the result. `act` is "" or a name
 of `kernels.ops.mlp`; with a gated one the weight is cat(gate, up) [2F, K] and the output [R, F],
@@ -41,7 +41,8 @@ def linear_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str, T
     if cap := attrs["softcap"]:
         y = cap * torch.tanh(y / cap)
     if args.get("residual") is not None:
-        y = y + args["residual"][:n]
+        chosen = args.get("residual_rows")
+        y = y + (args["residual"][:n] if chosen is None else args["residual"][chosen[:n].long()])
     out = torch.zeros(len(rows) if rows is not None else len(args["x"]), y.shape[1])
     out[:n] = y
     return {"out": out}
@@ -90,9 +91,11 @@ def _sample(
     if norm:
         args["norm"] = floats(g, k)
     if residual:
-        args["residual"] = floats(g, rows, n, used=used)
+        args["residual"] = floats(g, x_rows, n, used=None if gather else used)
     if gather:
         args["rows"] = padded([(i * 3 + 1) % x_rows for i in range(used)], rows)
+    if gather and residual:
+        args["residual_rows"] = args["rows"].flip(0) if used == rows else args["rows"].clone()
     return Sample(label=label, args=args, attrs=attrs)
 
 
@@ -108,6 +111,8 @@ def _samples() -> list[Sample]:
         _sample(17, "swiglu odd", used=2, rows=2, k=64, n=2 * 24, bias=True, act="swiglu"),
         _sample(18, "head", used=3, rows=4, k=128, n=200, norm=True, gather=True),
         _sample(19, "chunk", used=70, rows=72, k=128, n=144, norm=True),
+        _sample(20, "chosen rows", used=3, rows=5, k=96, n=50, residual=True, gather=True),
+        _sample(21, "two choices", used=13, rows=13, k=64, n=48, residual=True, gather=True),
         *(
             _sample(200 + i, act, used=5, rows=6, k=64, n=2 * 40 if act in GATED else 77, act=act)
             for i, act in enumerate((*GATED, *ACTIVATIONS))
@@ -153,8 +158,21 @@ LINEAR = register(
             Arg(name="w", role="weight", dims=("N", "K"), dtypes=("float",)),
             Arg(name="bias", role="weight", dims=("N",), dtypes=("float",), optional=True),
             Arg(name="norm", role="weight", dims=("K",), dtypes=("float",), optional=True),
-            Arg(name="residual", role="input", dims=("R", "O"), dtypes=("float",), optional=True),
+            Arg(
+                name="residual",
+                role="input",
+                dims=("y_rows", "O"),
+                dtypes=("float",),
+                optional=True,
+            ),
             Arg(name="rows", role="input", dims=("seqs",), dtypes=("int32",), optional=True),
+            Arg(
+                name="residual_rows",
+                role="input",
+                dims=("seqs",),
+                dtypes=("int32",),
+                optional=True,
+            ),
             Arg(name="out", role="output", dims=("R", "O"), dtypes=("float",)),
         ),
         attrs={"eps": float, "act": str, "live_index": int, "scale": float, "softcap": float},

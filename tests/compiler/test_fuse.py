@@ -44,6 +44,7 @@ def applies(rule: str, family: str) -> bool:
         "residual_into_norm": family == "gemma",
         "residual_into_combine": family in ("moe", "deepseek", "oss"),
         "residual_into_linear": family != "gemma",
+        "rows_through_linears": False,  # nothing before the others
     }.get(rule, True)
 
 
@@ -86,3 +87,12 @@ def test_a_value_with_two_readers_is_not_swallowed() -> None:
     program = build(toy("llama", layers=1), SHAPE)
     names = {call.op for call in norm_into_linear(residual_into_linear(program)).calls}
     assert "rms_norm" in names  # the final norm is read by gather
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "norope"])
+def test_behind_the_last_attention_only_logit_rows_are_computed(family: str) -> None:
+    program = fuse(build(toy(family), SHAPE))
+    last = max(i for i, call in enumerate(program.calls) if call.op == "attention")
+    late = program.calls[last + 1 :]
+    assert {program.values[v].dims[0] for call in late for v in call.outs.values()} == {"seqs"}
+    assert not any(call.op == "gather" for call in late)

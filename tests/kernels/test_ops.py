@@ -116,7 +116,8 @@ def test_linear(s: Sample) -> None:
     if cap := s.attrs["softcap"]:
         y = cap * np.tanh(y / cap)
     if "residual" in a:
-        y = y + a["residual"][:n]
+        chosen = a["residual_rows"][:n].astype(int) if "residual_rows" in a else slice(n)
+        y = y + a["residual"][chosen]
     np.testing.assert_allclose(run(linear.LINEAR, s)[0]["out"][:n].numpy(), y, atol=5e-5)
 
 
