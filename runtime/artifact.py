@@ -33,8 +33,10 @@ from runtime.manifest import (
     SCHEMA,
     TOOL,
     CpuLibrary,
+    CudaBinary,
     FileEntry,
     Golden,
+    KernelParameter,
     LengthRule,
     Manifest,
     ModelInfo,
@@ -49,6 +51,7 @@ from runtime.manifest import (
 )
 from runtime.plan import (
     ARENAS,
+    FLAG_PROGRAMMATIC,
     NODE,
     PARAM,
     PARAM_ADDRESS,
@@ -60,12 +63,14 @@ from runtime.plan import (
     KernelRef,
     LaunchPlan,
     PlanHeader,
+    TensorMap,
     decode_plan,
     encode_plan,
 )
 
 __all__ = [
     "ARENAS",
+    "FLAG_PROGRAMMATIC",
     "MANIFEST",
     "NODE",
     "PARAM",
@@ -78,9 +83,11 @@ __all__ = [
     "Artifact",
     "Bucket",
     "CpuLibrary",
+    "CudaBinary",
     "FileEntry",
     "Golden",
     "IoField",
+    "KernelParameter",
     "KernelRef",
     "LaunchPlan",
     "LengthRule",
@@ -90,6 +97,7 @@ __all__ = [
     "StateLayout",
     "Target",
     "TensorEntry",
+    "TensorMap",
     "decode_manifest",
     "decode_plan",
     "digest",

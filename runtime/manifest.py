@@ -54,7 +54,8 @@ class StateLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`kind`: cpu | cuda. CPU: `machine` (x86_64, aarch64) and the ISA levels whose libraries
-    are packed, best last."""
+    are packed, best last. CUDA: `machine` is the architecture (sm_90a), `levels` the GPU the
+    kernels were chosen for."""
 
     kind: str
     machine: str
@@ -69,6 +70,32 @@ class CpuLibrary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     level: str
     path: str
     requires: tuple[str, ...]
+
+
+class KernelParameter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`kind`: pointer | number | tensormap | shape | stride | null; `offset` and `size` in bytes,
+    as read from the binary."""
+
+    kind: str
+    offset: int
+    size: int
+
+
+class CudaBinary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One cubin (`path`, in Manifest.files) and what loading it takes. `block`: threads;
+    `cluster`: thread blocks of a cluster (grid x counts clusters' blocks already); `shared`:
+    dynamic shared memory in bytes; `stack`: bytes per thread; `elf_abi` 7 loads on drivers of CUDA
+    12 and newer, 8 on 13 and newer."""
+
+    path: str
+    entry: str
+    block: int
+    cluster: int
+    shared: int
+    registers: int
+    stack: int
+    elf_abi: int
+    parameters: tuple[KernelParameter, ...]
 
 
 class LengthRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -130,6 +157,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_tokens: int
     state: StateLayout
     libraries: tuple[CpuLibrary, ...]
+    kernels: tuple[CudaBinary, ...] = ()
+    counters_bytes: int = 0  # at the start of the work arena: zero when a session opens (CUDA)
     files: tuple[FileEntry, ...]
     tensors: tuple[tuple[TensorEntry, ...], ...]  # per rank, load order
     report: dict[str, Any]  # launches, bytes, flops per bucket; fit

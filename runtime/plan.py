@@ -34,8 +34,8 @@ class IoField(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class KernelRef(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`file` is a manifest path under code/ (on CPU `cpu`: the library chosen at load); `entry`
-    the symbol in it."""
+    """`file` is a manifest path under code/, described in Manifest.kernels (on CPU `cpu`: the
+    library chosen at load); `entry` the symbol in it."""
 
     file: str
     entry: str
@@ -44,12 +44,29 @@ class KernelRef(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 class Bucket(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Sizes one plan serves: at most `tokens` flat tokens, `seqs` sequences and logit rows,
-    `pages` page-table columns."""
+    `pages` page-table columns. `kind`: in a `decode` bucket every sequence has exactly one token,
+    in a `mixed` one any number."""
 
     name: str
     tokens: int
     seqs: int
     pages: int
+    kind: str = "mixed"
+
+
+class TensorMap(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A TMA descriptor, encoded at load. `arena`: index into ARENAS; `shape`, `strides` in
+    elements and `box`, outermost axis first (the last stride is 1); `element_type` and `swizzle`
+    are the driver's codes. Elements outside read as zero."""
+
+    arena: int
+    offset: int
+    element_type: int
+    element_size: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
+    swizzle: int
 
 
 class PlanHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -60,15 +77,20 @@ class PlanHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     kernels: tuple[KernelRef, ...]
     labels: tuple[str, ...]  # one per node: what it computes, for reports and errors
     late: tuple[str, ...] = ()  # names of values known at load
+    tensormaps: tuple[TensorMap, ...] = ()
 
 
-# Plan tables. A parameter is Bytes (value is the 8 little-endian bytes), Address (arena, value =
-# offset) or Late (aux = index into PlanHeader.late); TensorMap (aux = table index) is CUDA's.
+# Plan tables. A parameter is Bytes (value is the `size` little-endian bytes), Address (arena,
+# value = offset), Late (aux = index into PlanHeader.late) or, on CUDA, TensorMap (aux = index into
+# PlanHeader.tensormaps). Parameters of a node stand in ABI order.
 PARAM_BYTES, PARAM_ADDRESS, PARAM_LATE, PARAM_TENSORMAP = 0, 1, 2, 3
 PARAM = np.dtype(
     [("kind", "<u1"), ("arena", "<u1"), ("size", "<u2"), ("aux", "<u4"), ("value", "<u8")]
 )
 IO_ITEMSIZE = {"int32": 4, "float32": 4, "int64": 8}
+# NODE flags. The node may start before the one before it has ended: it waits itself before it
+# touches anything (a programmatic edge of the graph).
+FLAG_PROGRAMMATIC = 1
 NODE = np.dtype(
     [
         ("kernel", "<u4"),
@@ -173,6 +195,25 @@ def _check_tables(plan: LaunchPlan) -> None:
             "late value",
             f"below {len(header.late)}",
             sorted(set(late["aux"].tolist())),
+        )
+    maps = params[params["kind"] == PARAM_TENSORMAP]
+    need(
+        bool((maps["aux"] < len(header.tensormaps)).all()),
+        "tensor map",
+        f"below {len(header.tensormaps)}",
+        sorted(set(maps["aux"].tolist())),
+    )
+    for map in header.tensormaps:
+        axes = len(map.shape)
+        need(
+            0 <= map.arena < len(ARENAS)
+            and map.offset >= 0
+            and 1 <= axes <= 5
+            and len(map.strides) == len(map.box) == axes
+            and all(n > 0 for n in (*map.shape, *map.strides, *map.box, map.element_size)),
+            "tensor map",
+            "an arena, an offset and 1 to 5 positive axes",
+            map,
         )
     need(
         0 <= header.upload_bytes <= header.io_bytes,
