@@ -187,15 +187,19 @@ class Checkpoint:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of the checkpoint."""
+    value = read_json_value(path)
+    if not isinstance(value, dict):
+        raise DamagedCheckpoint(f"{path}: holds {_short(value)}, expected a JSON object")
+    return value
+
+
+def read_json_value(path: Path) -> Any:
     try:
-        value = json.loads(path.read_bytes())
+        return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{path}: is missing; give a complete model directory") from None
     except (ValueError, RecursionError) as e:
         raise DamagedCheckpoint(f"{path}: is not valid JSON ({e})") from None
-    if not isinstance(value, dict):
-        raise DamagedCheckpoint(f"{path}: holds {_short(value)}, expected a JSON object")
-    return value
 
 
 def _read_index(path: Path) -> dict[str, tuple[str, Entry]]:

@@ -14,6 +14,7 @@ from typing import Any
 import compiler.families.register
 import compiler.quantize.register  # noqa: F401 - fills the registry
 from compiler.checkpoint import Checkpoint, ConfigReader, read_json
+from compiler.embedding import SentenceFiles, as_embedding, matryoshka, read_sentence_files
 from compiler.errors import CompileError
 from compiler.families.family import family_of
 from compiler.families.spec import ModelSpec
@@ -26,8 +27,8 @@ from conf.schema import CompileConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Imported:
-    """`dtype`: what the checkpoint is stored as. `digests`: SHA-256 by file name of everything the
-    weights depend on.
+    """`dtype`: what the checkpoint is stored as. `dimensions`: what vectors may be cut to.
+    `digests`: SHA-256 by file name of everything the weights depend on.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Imported:
     weights: Weights
     text: Text
     digests: dict[str, str]
+    dimensions: tuple[int, ...] = ()
 
 
 def import_model(config: CompileConfig) -> Imported:
@@ -47,7 +49,8 @@ def import_model(config: CompileConfig) -> Imported:
     where = str(directory / "config.json")
     reader = ConfigReader(checkpoint.config, where)
     family = family_of(reader)
-    spec = family.read(reader)
+    files = read_sentence_files(directory)
+    spec = _pooled(family.read(reader), config, files, checkpoint.config, where)
     if config.model.config:
         _check_shape(config, spec, checkpoint.config)
     weights = checkpoint_weights(family, spec, checkpoint)
@@ -62,7 +65,21 @@ def import_model(config: CompileConfig) -> Imported:
         weights=weights,
         text=text,
         digests=digests,
+        dimensions=matryoshka(config.model, checkpoint.config),
     )
+
+
+def _pooled(
+    spec: ModelSpec,
+    config: CompileConfig,
+    files: SentenceFiles | None,
+    values: dict[str, Any],
+    where: str,
+) -> ModelSpec:
+    """As an embedding model, if it is one. `is_causal` is how gte-Qwen2 files say it."""
+    has_head = not str(values["architectures"][0]).endswith("Model")
+    causal = values.get("is_causal")
+    return as_embedding(spec, config.model, files, has_head=has_head, causal=causal, where=where)
 
 
 def _random(config: CompileConfig) -> Imported:
@@ -72,7 +89,9 @@ def _random(config: CompileConfig) -> Imported:
         text_from = locate(config.model.source, config.model.revision)
         values = read_json(text_from / "config.json") | values
     reader = ConfigReader(values, f"model={config.model.name}")
-    spec = family_of(reader).read(reader)
+    files = read_sentence_files(text_from) if text_from is not None else None
+    where = f"model={config.model.name}"
+    spec = _pooled(family_of(reader).read(reader), config, files, values, where)
     template = config.model.chat_template
     text: Text | None = None
     if text_from is not None:
@@ -92,6 +111,7 @@ def _random(config: CompileConfig) -> Imported:
             "random": _digest(f"uniform-16bit/{config.seed}".encode()),
             **{f"text/{name}": _digest(data) for name, data in text.files.items()},
         },
+        dimensions=matryoshka(config.model, values),
     )
 
 
@@ -100,7 +120,10 @@ def _check_shape(config: CompileConfig, spec: ModelSpec, found: dict[str, Any]) 
     checkpoint that is there.
     """
     reader = ConfigReader(found | config.model.config, f"model={config.model.name}")
-    expected = family_of(reader).read(reader)
+    read = family_of(reader).read(reader)
+    expected = _pooled(
+        read, config, None, found | config.model.config, f"model={config.model.name}"
+    )
     for f in ModelSpec.__struct_fields__:
         a, b = getattr(expected, f), getattr(spec, f)
         if a != b:

@@ -19,7 +19,7 @@ from compiler import report
 from compiler.design import design
 from compiler.families.spec import ModelSpec
 from compiler.program import render
-from compiler.verify import golden_session, golden_tokens
+from compiler.verify import golden_session, golden_tokens, golden_vectors, same_golden
 from conf.schema import CompileConfig
 from runtime.artifact import (
     ARENAS,
@@ -145,17 +145,23 @@ def verify(artifact: Artifact) -> Iterator[str]:
     yield f"plans      {len(artifact.manifest.buckets)} are what this compiler records"
     session = golden_session(artifact)
     try:
-        expected = artifact.manifest.golden
-        found = golden_tokens(session, [list(golden.prompt) for golden in expected])
+        manifest = artifact.manifest
+        expected = manifest.golden
+        again = golden_tokens if manifest.model.embedding is None else golden_vectors
+        found = again(session, [list(golden.prompt) for golden in expected])
     finally:
         session.close()
     for one, two in zip(expected, found, strict=True):
-        if one != two:
+        scheme = manifest.quant["scheme"]
+        if not same_golden(one, two, manifest.dtype if scheme == "none" else scheme):
+            a, b = (list(golden.tokens or golden.vector[:4]) for golden in (one, two))
             raise DamagedArtifact(
-                f"artifact {artifact.path}: golden prompt {list(one.prompt)}: expected "
-                f"{list(one.tokens)}, found {list(two.tokens)}; compile it again on this machine"
+                f"artifact {artifact.path}: golden prompt {list(one.prompt)}: expected {a}, "
+                f"found {b}; compile it again on this machine"
             )
-    yield f"tokens     {sum(len(g.tokens) for g in expected)} golden ones repeated"
+    count = sum(len(golden.tokens) or 1 for golden in expected)
+    what = "tokens" if manifest.model.embedding is None else "vectors"
+    yield f"{what:10} {count} golden ones repeated"
 
 
 def _inputs(manifest: Manifest) -> tuple[ModelSpec, CompileConfig]:

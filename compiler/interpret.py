@@ -117,9 +117,6 @@ def greedy_step(
 def new_state(program: Program, pages: int) -> State:
     """Token state as a device starts with it, and an empty page pool."""
     shapes = {n: resolve(v.dims, NO_SIZES) for n, v in program.values.items() if v.kind == "state"}
-    return {
-        "last_token": torch.zeros(shapes["last_token"], dtype=torch.int32),
-        "counts": torch.zeros(shapes["counts"], dtype=torch.int32),
-        "bias": torch.zeros(shapes["bias"]),
-        "kv": KvState(pages),
-    }
+    dtypes = {"last_token": torch.int32, "counts": torch.int32, "bias": torch.float32}
+    state: State = {n: torch.zeros(shapes[n], dtype=t) for n, t in dtypes.items() if n in shapes}
+    return state | {"kv": KvState(pages)}

@@ -221,7 +221,7 @@ class _Step:
                 "live": "live",
                 "x": h,
                 "positions": "positions",
-                "table": b.weight("positions", p.rows, self.spec.dim),
+                "table": b.weight("position_table", p.rows, self.spec.dim),
                 "types": b.weight("token_types", p.types, self.spec.dim),
             },
             b.temp("h_placed", "tokens", self.spec.dim),

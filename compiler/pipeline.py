@@ -20,6 +20,7 @@ import msgspec
 
 from compiler import report, weights_cache
 from compiler.design import Design, design
+from compiler.families.spec import PoolSpec
 from compiler.importer import Imported, import_model
 from compiler.model import constants
 from compiler.pack import Package
@@ -32,6 +33,7 @@ from compiler.verify import (
     golden_prompts,
     golden_session,
     golden_tokens,
+    golden_vectors,
     measure,
 )
 from conf.resolve import check_supported, resolve
@@ -48,6 +50,7 @@ from runtime.artifact import (
     TOOL,
     Artifact,
     CpuLibrary,
+    EmbeddingInfo,
     Manifest,
     ModelInfo,
     Target,
@@ -67,7 +70,11 @@ def compile_model(config: CompileConfig, sources: Mapping[str, str], progress: P
     with progress.stage("import"):
         model = import_model(config)
         config, origins = resolve(
-            config, sources, checkpoint_dtype=model.dtype, context=model.spec.context
+            config,
+            sources,
+            checkpoint_dtype=model.dtype,
+            context=model.spec.context,
+            whole=model.spec.whole,
         )
     with progress.stage("design"):
         made = design(model.spec, config)
@@ -177,11 +184,25 @@ def verified(package: Package, manifest: Manifest, made: Design, measured: Measu
         scheme = manifest.quant["scheme"]
         kind = manifest.dtype if scheme == "none" else scheme
         error = check_device(made, measured, session, kind)
-        golden = golden_tokens(session, golden_prompts(made))
+        pooled = manifest.model.embedding is not None
+        golden = (golden_vectors if pooled else golden_tokens)(session, golden_prompts(made))
     finally:
         session.close()
     accuracy = {**measured.accuracy, "device_error": round(error, 4)}
     return msgspec.structs.replace(manifest, accuracy=accuracy, golden=golden)
+
+
+def embedding_info(model: Imported) -> EmbeddingInfo | None:
+    head = model.spec.head
+    if not isinstance(head, PoolSpec):
+        return None
+    return EmbeddingInfo(
+        dim=model.spec.dim,
+        pooling=head.pooling,
+        normalise=head.normalise,
+        whole=model.spec.whole,
+        dimensions=model.dimensions,
+    )
 
 
 def make_manifest(
@@ -216,6 +237,7 @@ def make_manifest(
             parameters=model.spec.parameters(),
             eos_token_ids=model.text.eos_token_ids,
             bos_token_id=model.text.bos_token_id,
+            embedding=embedding_info(model),
         ),
         target=Target(
             kind="cpu",

@@ -18,6 +18,7 @@ import torch
 
 from compiler.design import Design
 from compiler.errors import CompileError
+from compiler.families.spec import PoolSpec
 from compiler.interpret import Chunk, greedy_step, new_state, run
 from compiler.model import constants
 from compiler.store import exact, rounded
@@ -37,10 +38,11 @@ WeightOf = Callable[[str], torch.Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """`logprobs[i]`: what the reference with stored weights gives prompt token i + 1."""
+    """`reference`: what the reference with stored weights gives: the logprob of each prompt token
+    but the first; of an embedding model the vectors of the golden prompts."""
 
     accuracy: dict[str, float]
-    logprobs: np.ndarray
+    reference: np.ndarray
 
 
 def prompt(made: Design, seed: int = 0) -> list[int]:
@@ -51,13 +53,24 @@ def prompt(made: Design, seed: int = 0) -> list[int]:
 
 def measure(made: Design, source: Weights) -> Measured:
     """Logits of every prompt position with the stored numbers against the original ones, both in
-    the reference interpreter: relative error, largest difference, share of equal best tokens."""
+    the reference interpreter: relative error, largest difference, share of equal best tokens. Of an
+    embedding model the vectors of the golden prompts: relative error and largest difference."""
     weights = {weight.name: weight for weight in made.weights}
     fixed = constants(made.spec, made.shape.context)
-    b = _logits(made, lambda name: rounded(weights[name], source, fixed))
+    pooled = isinstance(made.spec.head, PoolSpec)
+    compute = _vectors if pooled else _logits
+    b = compute(made, lambda name: rounded(weights[name], source, fixed))
     a = b
     if any(format != "float32" for format in made.formats.values()):
-        a = _logits(made, lambda name: exact(weights[name], source, fixed))
+        a = compute(made, lambda name: exact(weights[name], source, fixed))
+    if pooled:
+        return Measured(
+            accuracy={
+                "vector_error": round(float((a - b).norm() / a.norm()), 6),
+                "vector_max": round(float((a - b).abs().max()), 6),
+            },
+            reference=b.numpy(),
+        )
     targets = torch.tensor(prompt(made)[1:])[:, None]
     return Measured(
         accuracy={
@@ -65,48 +78,67 @@ def measure(made: Design, source: Weights) -> Measured:
             "logit_max": round(float((a - b).abs().max()), 6),
             "top1": round(float((a.argmax(1) == b.argmax(1)).double().mean()), 6),
         },
-        logprobs=b[:-1].log_softmax(1).gather(1, targets)[:, 0].numpy(),
+        reference=b[:-1].log_softmax(1).gather(1, targets)[:, 0].numpy(),
     )
 
 
 def check_accuracy(accuracy: dict[str, float], config: CompileConfig) -> None:
     limit = config.accuracy.max_delta
-    if limit is not None and accuracy["logit_error"] > limit:
+    what = "vector" if "vector_error" in accuracy else "logit"
+    if limit is not None and accuracy[f"{what}_error"] > limit:
         raise CompileError(
-            f"quant={config.quant.scheme} dtype={config.dtype}: relative logit error "
-            f"{accuracy['logit_error']:.4g} exceeds accuracy.max_delta={limit:g}; choose smaller "
+            f"quant={config.quant.scheme} dtype={config.dtype}: relative {what} error "
+            f"{accuracy[f'{what}_error']:.4g} exceeds accuracy.max_delta={limit:g}; choose smaller "
             "groups, another scheme or a larger limit"
         )
 
 
 def _logits(made: Design, weight: WeightOf) -> torch.Tensor:
+    return _computed(made, [prompt(made)], weight, "logits", until="logits")
+
+
+def _vectors(made: Design, weight: WeightOf) -> torch.Tensor:
+    return _computed(made, golden_prompts(made), weight, "embedding", until=None)
+
+
+def _computed(
+    made: Design, prompts: list[list[int]], weight: WeightOf, name: str, *, until: str | None
+) -> torch.Tensor:
+    """One value of the step that computes the prompts, each from its first token on."""
     size = made.shape.page_size
-    tokens = prompt(made)
-    pages = list(range(-(-len(tokens) // size)))
-    inputs = greedy_step(
-        [Chunk(tokens=tokens, pages=pages)], size, made.shape.edits, every_row=True
-    )
-    state = new_state(made.program, len(pages))
+    tables = _tables(prompts, size, 0)
+    chunks = [
+        Chunk(tokens=tokens, pages=pages) for tokens, pages in zip(prompts, tables, strict=True)
+    ]
+    inputs = greedy_step(chunks, size, made.shape.edits, every_row=until is not None)
+    state = new_state(made.program, sum(map(len, tables)))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the same sums, so the same record, on any number of cores
     try:
         with torch.inference_mode():
-            out = run(made.program, inputs, state, weight, keep=("logits",), until="logits")
-            return out["logits"].double()
+            out = run(made.program, inputs, state, weight, keep=(name,), until=until)
+            return out[name].double()
     finally:
         torch.set_num_threads(threads)
 
 
 def check_device(made: Design, measured: Measured, session: Session, scheme: str) -> float:
-    """The device's logprobs of the prompt against the reference's: the one test every compile makes
-    of kernels, plans and packing together."""
-    tokens = prompt(made)
-    found = _step(session, [tokens], [0], rows=list(range(len(tokens) - 1)), targets=tokens[1:])
-    difference = found.logprob.astype(np.float64) - measured.logprobs
-    error = float(np.sqrt(np.mean(difference**2)) / max(float(measured.logprobs.std()), 1e-9))
+    """The device's logprobs of the prompt (or vectors of the golden prompts) against the
+    reference's: the one test every compile makes of kernels, plans and packing together."""
+    if isinstance(made.spec.head, PoolSpec):
+        what = "vector"
+        found = np.asarray(
+            [golden.vector for golden in golden_vectors(session, golden_prompts(made))]
+        )
+    else:
+        what, tokens = "logprob", prompt(made)
+        rows = list(range(len(tokens) - 1))
+        found = _step(session, [tokens], [0], rows=rows, targets=tokens[1:]).logprob
+    difference = found.astype(np.float64) - measured.reference
+    error = float(np.sqrt(np.mean(difference**2)) / max(float(measured.reference.std()), 1e-9))
     if not error <= DEVICE_LIMIT[scheme]:
         raise CompileError(
-            f"the compiled model and the reference disagree: logprob error {error:.3g} exceeds "
+            f"the compiled model and the reference disagree: {what} error {error:.3g} exceeds "
             f"{DEVICE_LIMIT[scheme]:g} for {scheme}; this is a defect of a kernel, please report it"
         )
     return error
@@ -114,12 +146,7 @@ def check_device(made: Design, measured: Measured, session: Session, scheme: str
 
 def golden_tokens(session: Session, prompts: list[list[int]]) -> tuple[Golden, ...]:
     """Greedy tokens of each prompt, all in one batch, as `verify` will ask for them again."""
-    size = session.capacity.page_size
-    tables, used = [], 0
-    for tokens in prompts:
-        count = -(-(len(tokens) + GOLDEN_TOKENS) // size)
-        tables.append(list(range(used, used + count)))
-        used += count
+    tables = _tables(prompts, session.capacity.page_size, GOLDEN_TOKENS)
     rows = [sum(map(len, prompts[: i + 1])) - 1 for i in range(len(prompts))]
     out = [_step(session, prompts, [0] * len(prompts), rows=rows, tables=tables).token]
     for step in range(GOLDEN_TOKENS - 1):
@@ -130,6 +157,36 @@ def golden_tokens(session: Session, prompts: list[list[int]]) -> tuple[Golden, .
         Golden(prompt=tuple(tokens), tokens=tuple(int(t[i]) for t in out))
         for i, tokens in enumerate(prompts)
     )
+
+
+def golden_vectors(session: Session, prompts: list[list[int]]) -> tuple[Golden, ...]:
+    """The vector of each prompt, one step each."""
+    found = []
+    for tokens in prompts:
+        out = _step(session, [tokens], [0], rows=())
+        assert out.embedding is not None
+        vector = tuple(float(x) for x in out.embedding[0])
+        found.append(Golden(prompt=tuple(tokens), vector=vector))
+    return tuple(found)
+
+
+def same_golden(one: Golden, two: Golden, kind: str) -> bool:
+    """Equal tokens; vectors within what a kernel of that number format may differ by."""
+    if one.tokens != two.tokens or len(one.vector) != len(two.vector):
+        return False
+    a, b = np.asarray(one.vector), np.asarray(two.vector)
+    return bool(np.linalg.norm(a - b) <= DEVICE_LIMIT[kind] * np.linalg.norm(a))
+
+
+def _tables(prompts: list[list[int]], size: int, room: int) -> list[list[int]]:
+    """Pages for every prompt and `room` tokens more, one after the other."""
+    tables: list[list[int]] = []
+    used = 0
+    for tokens in prompts:
+        count = -(-(len(tokens) + room) // size)
+        tables.append(list(range(used, used + count)))
+        used += count
+    return tables
 
 
 def golden_prompts(made: Design) -> list[list[int]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -86,6 +86,11 @@ def checkpoint_weights(
 ) -> CheckpointWeights:
     """Weights of a checkpoint, after every name and shape in it has been checked."""
     names = family.names(spec)
+    if family.prefix and not any(name.startswith(family.prefix) for name in checkpoint.names()):
+        names = {
+            name: tuple(replace(s, tensor=s.tensor.removeprefix(family.prefix)) for s in sources)
+            for name, sources in names.items()
+        }
     bind(spec, names, checkpoint, family.ignorable_tensors(spec))
     return CheckpointWeights(checkpoint, logical_weights(spec), names)
 

@@ -45,10 +45,15 @@ def check_supported(config: CompileConfig) -> None:
 
 
 def resolve(
-    config: CompileConfig, sources: Mapping[str, str], *, checkpoint_dtype: str, context: int
+    config: CompileConfig,
+    sources: Mapping[str, str],
+    *,
+    checkpoint_dtype: str,
+    context: int,
+    whole: bool = False,
 ) -> tuple[CompileConfig, dict[str, str]]:
     """`checkpoint_dtype`: float32, bfloat16 or float16, as the checkpoint is stored; `context`:
-    the model's longest sequence.
+    the model's longest sequence; `whole`: it computes a sequence in one step.
     """
     check_supported(config)
     config, origin = deepcopy(config), dict(sources)
@@ -67,11 +72,18 @@ def resolve(
     if config.kv.dtype == "auto":
         settle(config.kv, "kv.dtype", config.dtype, "dtype")
     if config.shape.context is None:
-        settle(config.shape, "shape.context", min(context, DEFAULT_CONTEXT), f"model ({context})")
+        most = min(context, DEFAULT_CONTEXT, config.shape.max_tokens if whole else context)
+        settle(config.shape, "shape.context", most, f"model ({context})")
     elif config.shape.context > context:
         raise ConfigError(
             f"shape.context={config.shape.context}: the model is made for {context} tokens; "
             f"use at most {context}"
+        )
+    elif whole and config.shape.context > config.shape.max_tokens:
+        raise ConfigError(
+            f"shape.context={config.shape.context}: exceeds shape.max_tokens="
+            f"{config.shape.max_tokens}, and this model computes a sequence in one step; "
+            f"use shape.max_tokens={config.shape.context}"
         )
     if config.name is None:
         settle(config, "name", model_name(config), "model")

@@ -30,6 +30,11 @@ class ModelConfig:
     """`source`: directory, hub id, or modelscope:<id>. `config`: the published config.json of a
     named shape, used by weights=random (and checked against the checkpoint's own otherwise).
     `chat_template`: a .jinja file or the name of a template, instead of the checkpoint's.
+
+    Of an embedding model; auto and null are what the checkpoint says. `pooling`: which hidden
+    states make its vectors (none: serve it as a generator); `normalize`: vectors have length 1;
+    `causal`: tokens see no later ones; `dimensions`: lengths its vectors may be cut to
+    (matryoshka).
     """
 
     name: str = MISSING
@@ -37,6 +42,10 @@ class ModelConfig:
     revision: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
     chat_template: str | None = None
+    pooling: str = option("auto", choices=("auto", "last", "cls", "mean", "none"))
+    normalize: bool | None = None
+    causal: bool | None = None
+    dimensions: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)

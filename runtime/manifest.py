@@ -110,6 +110,18 @@ class LengthRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     every: bool = False
 
 
+class EmbeddingInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Of a model that gives one vector of `dim` numbers per sequence. `pooling`: last | cls | mean;
+    `normalise`: vectors have length 1; `whole`: a sequence is computed in one step; `dimensions`:
+    lengths its vectors may be cut to."""
+
+    dim: int
+    pooling: str
+    normalise: bool
+    whole: bool
+    dimensions: tuple[int, ...] = ()
+
+
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the runtime says and needs of the model."""
 
@@ -124,13 +136,16 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     rope_rule: LengthRule | None = None
+    embedding: EmbeddingInfo | None = None
 
 
 class Golden(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Greedy tokens recorded at compile time on the compiling machine, for `verify`."""
+    """Greedy tokens of a prompt, or the vector an embedding model gives it, recorded at compile
+    time on the compiling machine, for `verify`."""
 
     prompt: tuple[int, ...]
-    tokens: tuple[int, ...]
+    tokens: tuple[int, ...] = ()
+    vector: tuple[float, ...] = ()
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -33,7 +33,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="request"):
-    """One sequence to generate. `id` is ours, unique in this process."""
+    """One sequence to generate, or to embed (max_new_tokens 0, an embedding model). `id` is ours,
+    unique in this process."""
 
     id: int
     tokens: list[int]
@@ -81,7 +82,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=Fa
 
     `prompt_logprobs` has one entry per prompt position from `prompt_logprobs_from` on (None for
     position 0); `cached_tokens` is told with the first tokens and with the finish, `retractions`
-    with the finish.
+    with the finish; `embedding`, the float32 numbers (little-endian) an embedding model gives
+    instead of tokens, with the finish.
     """
 
     id: int
@@ -92,6 +94,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=Fa
     prompt_top_logprobs: list[TopLogprobs | None] = []
     cached_tokens: int = 0
     retractions: int = 0
+    embedding: bytes = b""
     finish: Finish | None = None
 
 

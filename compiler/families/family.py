@@ -21,9 +21,10 @@ IGNORABLE_KEYS = frozenset(
     diversity_penalty do_sample dtype early_stopping embd_pdrop encoder_no_repeat_ngram_size
     eos_token_id experts_implementation exponential_decay_length_penalty finetuning_task
     forced_bos_token_id forced_eos_token_id hidden_dropout hidden_dropout_prob id2label
-    initializer_range is_decoder is_encoder_decoder is_llama_config
+    initializer_range is_causal is_decoder is_encoder_decoder is_llama_config
     keys_to_ignore_at_inference label2id length_penalty max_length max_new_tokens min_length
-    min_p mlp_dropout model_type no_repeat_ngram_size num_beam_groups num_beams num_labels
+    matryoshka_dimensions min_p mlp_dropout model_type no_repeat_ngram_size num_beam_groups
+    num_beams num_labels
     num_return_sequences output_attentions output_hidden_states output_scores pad_token_id
     prefix pretraining_tp problem_type pruned_heads remove_invalid_values repetition_penalty
     resid_pdrop return_dict return_dict_in_generate sep_token_id suppress_tokens
@@ -37,13 +38,15 @@ IGNORABLE_KEYS = frozenset(
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """`spec` reads every key of a config.json that matters; `names` locates every weight; `unused`
-    are patterns of tensors a checkpoint may hold beyond that.
+    are patterns of tensors a checkpoint may hold beyond that. `prefix`: what all names but the
+    head's begin with, and checkpoints of the base model leave out.
     """
 
     name: str
     architectures: tuple[str, ...]
     spec: Callable[[ConfigReader], ModelSpec]
     names: Names
+    prefix: str = ""
     unused: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
 
     def read(self, config: ConfigReader) -> ModelSpec:

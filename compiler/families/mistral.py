@@ -23,5 +23,11 @@ def spec(config: ConfigReader) -> ModelSpec:
 
 
 MISTRAL = register(
-    Family(name="mistral", architectures=("MistralForCausalLM",), spec=spec, names=llama_names)
+    Family(
+        name="mistral",
+        architectures=("MistralForCausalLM", "MistralModel"),
+        spec=spec,
+        names=llama_names,
+        prefix="model.",
+    )
 )

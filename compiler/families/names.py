@@ -72,7 +72,7 @@ def logical_weights(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     d = spec.dim
     shapes: dict[str, tuple[int, ...]] = {"embed": (spec.vocab, d)}
     if p := spec.positions:
-        shapes |= {"positions": (p.rows, d), "token_types": (p.types, d)}
+        shapes |= {"position_table": (p.rows, d), "token_types": (p.types, d)}
         shapes |= _norm("embed_norm", p.norm, d)
     for i, layer in enumerate(spec.layers):
         own = f"layers.{i}."

@@ -48,8 +48,20 @@ def spec_qwen3(config: ConfigReader) -> ModelSpec:
 
 
 QWEN2 = register(
-    Family(name="qwen2", architectures=("Qwen2ForCausalLM",), spec=spec_qwen2, names=llama_names)
+    Family(
+        name="qwen2",
+        architectures=("Qwen2ForCausalLM", "Qwen2Model"),
+        spec=spec_qwen2,
+        names=llama_names,
+        prefix="model.",
+    )
 )
 QWEN3 = register(
-    Family(name="qwen3", architectures=("Qwen3ForCausalLM",), spec=spec_qwen3, names=llama_names)
+    Family(
+        name="qwen3",
+        architectures=("Qwen3ForCausalLM", "Qwen3Model"),
+        spec=spec_qwen3,
+        names=llama_names,
+        prefix="model.",
+    )
 )

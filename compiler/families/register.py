@@ -1,5 +1,5 @@
 """Importing this module registers every family."""
 
-from compiler.families import llama, mistral, qwen
+from compiler.families import bert, llama, mistral, qwen
 
-__all__ = ["llama", "mistral", "qwen"]
+__all__ = ["bert", "llama", "mistral", "qwen"]

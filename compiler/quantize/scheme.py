@@ -95,7 +95,7 @@ def storage_formats(
     """
     formats: dict[str, str] = {}
     for name, shape in logical_weights(spec).items():
-        table = name in ("embed", "head", "positions", "token_types")
+        table = name in ("embed", "head", "position_table", "token_types")
         if len(shape) == 1 or name.endswith("router"):
             formats[name] = "float32"
         elif scheme == "none" or (

@@ -37,6 +37,8 @@ def check(request: Request, capacity: Capacity, eos: int = 0) -> None:
     low, high = min(tokens), max(tokens)
     if low < 0 or high >= vocab:
         raise _refuse("input_ids", f"must be in [0, {vocab - 1}], got {low if low < 0 else high}.")
+    if capacity.embedding and (sampling.max_new_tokens or request.prompt_logprobs_from >= 0):
+        raise InvalidRequest("This is an embedding model: it generates no text.")
     _check_lengths(len(tokens), sampling, capacity)
     _check_sampling(sampling, vocab)
     if not 0 <= request.top_logprobs <= MAX_TOP_LOGPROBS:
@@ -58,6 +60,17 @@ def check(request: Request, capacity: Capacity, eos: int = 0) -> None:
     if edits > capacity.edits:
         raise _refuse(
             "logit_bias", f"and penalties need {edits} state edits, at most {capacity.edits}."
+        )
+
+
+def check_whole(request: Request, capacity: Capacity, step_tokens: int) -> None:
+    """A sequence that must be computed in one step fits into one."""
+    if capacity.whole and len(request.tokens) > step_tokens:
+        raise InvalidRequest(
+            f"The input ({len(request.tokens)} tokens) is longer than a step ({step_tokens} "
+            "tokens), and this model computes a sequence in one step; send less or raise "
+            "max_step_tokens.",
+            param="input_ids",
         )
 
 

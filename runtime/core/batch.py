@@ -82,7 +82,8 @@ def _kv_slots(slots: Slots, slot: int, positions: I32) -> I32:
 def _mixed_rows(
     rows: Rows, chunks: list[Chunk], starts: list[int], slots: Slots
 ) -> dict[str, np.ndarray]:
-    """Decode rows as they are; then for each chunk its scoring rows and its sampling row."""
+    """Decode rows as they are; then for each chunk its scoring rows and its sampling row (an
+    embedding model has neither)."""
     token, slot, target = [rows.starts[:-1]], [rows.slots], [np.full(len(rows), -1, np.int32)]
     scoring: list[tuple[int, Chunk]] = []  # first row of a chunk's scoring rows
     row = len(rows)

@@ -26,6 +26,8 @@ def add_chunks(scheduler: Scheduler, step: Step) -> None:
     for seq in scheduler.prefilling:
         if budget <= 0:
             return
+        if capacity.whole and seq.prefill > budget:
+            continue  # a later step has room: admission refused what no step holds
         chunk = next_chunk(seq, slots, budget, rows)
         if chunk.samples and seq.edits:
             ban = must_ban(seq)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtime.core.sequence import Chunk, Sequence, Step
-from runtime.device.base import StepOutput
+from runtime.device.base import F32, StepOutput
 from runtime.request import Event, Finish, TopLogprobs
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ NOT_FINITE = "The model produced numbers that are not finite for this request."
 
 
 def commit_step(scheduler: Scheduler, step: Step, output: StepOutput) -> list[Event]:
+    if output.embedding is not None:
+        return _commit_vectors(scheduler, step, output, output.embedding)
     events = _commit_rows(scheduler, step, output) if len(step.rows) else []
     row = len(step.rows)
     for chunk in step.chunks:
@@ -68,6 +70,20 @@ def _commit_rows(scheduler: Scheduler, step: Step, output: StepOutput) -> list[E
     if done.any():
         for i in np.flatnonzero(done).tolist():
             events[i] = _finished(scheduler, seqs[i], events[i], listed[i], int(status[i]))
+    return events
+
+
+def _commit_vectors(
+    scheduler: Scheduler, step: Step, output: StepOutput, vectors: F32
+) -> list[Event]:
+    """An embedding model: one vector per sequence, which is right once its prompt is complete."""
+    events = []
+    for row, chunk in enumerate(step.chunks):
+        bad = int(output.status[row])
+        if scheduler.slots.life[chunk.slot] == chunk.life and (chunk.final or bad):
+            vector = vectors[row].astype("<f4").tobytes()
+            event = Event(id=chunk.seq.request.id, embedding=vector)
+            events.append(_finished(scheduler, chunk.seq, event, -1, bad))
     return events
 
 
@@ -139,6 +155,7 @@ def _finished(scheduler: Scheduler, seq: Sequence, event: Event, token: int, sta
         top_logprobs=event.top_logprobs,
         prompt_logprobs=event.prompt_logprobs,
         prompt_top_logprobs=event.prompt_top_logprobs,
+        embedding=event.embedding,
         cached_tokens=seq.cached,
         retractions=seq.retractions,
         finish=finish,

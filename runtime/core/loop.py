@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from runtime.core.admission import check
+from runtime.core.admission import check, check_whole
 from runtime.core.batch import build
 from runtime.core.commit import commit_step
 from runtime.core.options import EngineOptions
@@ -72,6 +72,7 @@ class EngineLoop:
         """Refusals are events too: whatever is wrong with a request concerns that request."""
         try:
             check(request, self.session.capacity, self._eos)
+            check_whole(request, self.session.capacity, self.scheduler.policy.max_step_tokens)
             if self._drain is not None:
                 raise InvalidRequest("The server is shutting down.", status=503)
             self.scheduler.add(request, self._clock())

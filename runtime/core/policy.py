@@ -69,5 +69,6 @@ def resolve_policy(options: EngineOptions, capacity: Capacity) -> Policy:
         waiting_tokens=options.waiting_tokens or QUEUE_FACTOR * pool,
         queue_wait_s=options.queue_wait_s,
         request_s=options.request_s,
-        prefix_cache=options.prefix_cache,
+        # Where later tokens change what earlier ones hold, no prefix can be shared.
+        prefix_cache=options.prefix_cache and not capacity.whole,
     )

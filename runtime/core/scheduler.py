@@ -97,7 +97,7 @@ class Scheduler:
         )
         self._arrivals += 1
         self.count.prompt_tokens += seq.prompt_size
-        if sampling.max_new_tokens == 0 and not seq.scores:
+        if sampling.max_new_tokens == 0 and not seq.scores and not self.capacity.embedding:
             self.outbox.append(Event(id=request.id, finish=Finish(reason="length")))
             return
         self.live[request.id] = seq

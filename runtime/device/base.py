@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -39,6 +39,8 @@ class Capacity:
     max_tokens: int  # tokens in a step
     slots: int  # token-state slots: sequences that may be alive on the device
     edits: int  # state edits in a step
+    embedding: int = 0  # numbers of the vector a sequence gives; 0: it gives tokens
+    whole: bool = False  # a sequence must be computed in one step
 
 
 @dataclass(slots=True, kw_only=True)
@@ -93,14 +95,18 @@ class StepOutput:
     """Per logit row: token[r] (sampled, or row_target echoed), logprob[r] of it under the model's
     own distribution (before temperature, penalties and bias; NaN unless wanted),
     top_ids/top_logprobs[r, 20], status[r] (0 ok, 1 non-finite logits).
+
+    An embedding model has no logit rows. Per sequence: embedding[s, dim], of what its tokens up to
+    this step's last one give, and status[s] (1: not finite, the vector is 0).
     """
 
-    token: I32
-    logprob: F32
-    top_ids: I32
-    top_logprobs: F32
     status: I32
     seconds: float  # device time of the step
+    token: I32 = field(default_factory=lambda: np.zeros(0, np.int32))
+    logprob: F32 = field(default_factory=lambda: np.zeros(0, np.float32))
+    top_ids: I32 = field(default_factory=lambda: np.zeros((0, TOP), np.int32))
+    top_logprobs: F32 = field(default_factory=lambda: np.zeros((0, TOP), np.float32))
+    embedding: F32 | None = None
 
 
 Ticket = int

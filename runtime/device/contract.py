@@ -56,6 +56,7 @@ def _check_sizes(step: StepInput, c: Capacity) -> None:
     need(0 < n <= c.max_tokens, f"{n} tokens in a step of at most {c.max_tokens}")
     need(0 < s <= c.max_seqs, f"{s} sequences in a step of at most {c.max_seqs}")
     need(r <= c.max_seqs, f"{r} logit rows in a step of at most {c.max_seqs}")
+    need(not (c.embedding and r), f"{r} logit rows of an embedding model")
     need(e <= c.edits, f"{e} edits in a step of at most {c.edits}")
     need(len(step.pages) == s and len(step.seq_start) == s + 1, "arrays of unequal length")
     starts = step.seq_start
@@ -68,6 +69,7 @@ def _check_sequences(step: StepInput, c: Capacity) -> None:
     need(((step.tokens >= -c.slots) & (step.tokens < c.vocab)).all(), "a token out of range")
     need(((step.seq_len > 0) & (step.seq_len <= c.context)).all(), "a length out of range")
     need((positions[starts[1:] - 1] + 1 == step.seq_len).all(), "a length that is no last position")
+    need(not c.whole or (positions[starts[:-1]] == 0).all(), "a sequence that is not whole")
     owner = owners(step)
     first = starts[:-1][owner]
     steps = np.arange(len(positions)) - first

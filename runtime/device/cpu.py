@@ -72,6 +72,8 @@ class CpuSession:
             max_tokens=manifest.max_tokens,
             slots=state.slots,
             edits=manifest.edits,
+            embedding=manifest.model.embedding.dim if manifest.model.embedding else 0,
+            whole=bool(manifest.model.embedding and manifest.model.embedding.whole),
         )
         self._native = open_library(artifact, self._library)
         mark("library")
@@ -115,7 +117,7 @@ class CpuSession:
         fields["live"][:4] = n, s, r, e
         for name in TOKEN_FIELDS:
             fields[name][:n] = getattr(step, name)
-        for name in ROW_FIELDS:
+        for name in ROW_FIELDS if r else ():
             fields[name][:r] = getattr(step, name)
         fields["seq_start"][: s + 1] = step.seq_start
         fields["seq_len"][:s] = step.seq_len
@@ -138,15 +140,15 @@ class CpuSession:
             start,
             size,
         )
-        self._flying.append((ticket, plan, side, r))
+        self._flying.append((ticket, plan, side, s if self.capacity.embedding else r))
         return ticket
 
     def collect(self, ticket: Ticket) -> StepOutput:
         if not self._flying or self._flying[0][0] != ticket:
             raise ValueError(f"ticket {ticket} is not the oldest step in flight")
         seconds = self._native.hs_wait(self._team, ticket)
-        _, plan, side, r = self._flying.pop(0)
-        out = {name: view[:r].copy() for name, view in plan.outputs[side].items()}
+        _, plan, side, rows = self._flying.pop(0)
+        out = {name: view[:rows].copy() for name, view in plan.outputs[side].items()}
         return StepOutput(seconds=seconds, **out)  # type: ignore[arg-type]
 
     def close(self) -> None:
@@ -232,7 +234,7 @@ class CpuSession:
         return Plan(
             bucket=header.bucket,
             handle=handle,
-            upload=next(f.offset for f in inputs if f.name == "edits"),
+            upload=next((f.offset for f in inputs if f.name == "edits"), start),
             download=(start, header.io_bytes - start),
             fields=tuple({f.name: view(b, f, 0) for f in inputs} for b in self._staging),
             outputs=tuple({f.name: view(b, f, start) for f in outputs} for b in self._received),

@@ -153,8 +153,22 @@ class NullSession:
         self._bad[step.kv_slots] = poisoned
         if self._strict:
             self._check_keys(step, chained)
+        if self.capacity.embedding:
+            return self._pool(step, chained, poisoned)
         self._edit(step.edits)
         return self._sample(step, chained, poisoned)
+
+    def _pool(self, step: StepInput, chained: U64, poisoned: npt.NDArray[np.bool_]) -> StepOutput:
+        """A unit vector made of the hash of everything a sequence has computed."""
+        last = step.seq_start[1:] - 1
+        columns = np.arange(self.capacity.embedding, dtype=np.uint64)
+        with np.errstate(over="ignore"):
+            values = mix(chained[last][:, None] + columns)
+        vectors = (values % np.uint64(2001)).astype(np.float64) - 1000
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        status = poisoned[last].astype(np.int32)
+        vectors[status != 0] = 0
+        return StepOutput(status=status, seconds=self._step_s, embedding=vectors.astype(np.float32))
 
     def _sample(self, step: StepInput, chained: U64, poisoned: npt.NDArray[np.bool_]) -> StepOutput:
         rows, vocab = len(step.row_token), self.capacity.vocab
@@ -268,4 +282,6 @@ def null_capacity(artifact: Artifact | None, kv_tokens: int | None) -> Capacity:
         max_tokens=m.max_tokens,
         slots=m.state.slots,
         edits=m.edits,
+        embedding=m.model.embedding.dim if m.model.embedding else 0,
+        whole=bool(m.model.embedding and m.model.embedding.whole),
     )

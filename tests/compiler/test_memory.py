@@ -16,7 +16,7 @@ from compiler.memory import (
     state_layout,
     weights_layout,
 )
-from compiler.model import INPUTS, OUTPUTS, build
+from compiler.model import INPUTS, SAMPLED, build
 from runtime.weights_file import check_tensors
 
 
@@ -60,9 +60,9 @@ def test_io_has_inputs_in_upload_order_then_outputs() -> None:
     io = io_layout(program, {"tokens": 8, "seqs": 3, "pages": 2})
     names = [field.name for field in io.fields]
     always = [name for name in INPUTS if name != "rope_variant"]
-    assert names == [*always, "edits", *OUTPUTS] and names[0] == "live"
+    assert names == [*always, "edits", *SAMPLED] and names[0] == "live"
     by_length = io_layout(build(toy("sinks"), SHAPE), {"tokens": 8, "seqs": 3, "pages": 2})
-    assert [field.name for field in by_length.fields] == [*INPUTS, "edits", *OUTPUTS]
+    assert [field.name for field in by_length.fields] == [*INPUTS, "edits", *SAMPLED]
     end = 0
     for field in io.fields:
         assert field.offset % ALIGN == 0 and field.offset >= end

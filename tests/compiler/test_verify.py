@@ -78,7 +78,7 @@ def test_rounded_weights_are_what_the_layout_stores() -> None:
 def test_a_device_that_agrees_passes_and_is_asked_for_the_prompt() -> None:
     made = design(SPEC, toy_config(SPEC))
     measured = measure(made, WEIGHTS)
-    session = FakeSession(measured.logprobs)
+    session = FakeSession(measured.reference)
     assert check_device(made, measured, session, "float32") < 1e-6
     assert session.step is not None
     assert session.step.tokens.tolist() == prompt(made)
@@ -89,7 +89,7 @@ def test_a_device_that_agrees_passes_and_is_asked_for_the_prompt() -> None:
 def test_a_device_that_disagrees_is_refused(scheme: str) -> None:
     made = design(SPEC, toy_config(SPEC))
     measured = measure(made, WEIGHTS)
-    wrong = np.roll(measured.logprobs, 1)
+    wrong = np.roll(measured.reference, 1)
     with pytest.raises(CompileError, match="disagree"):
         check_device(made, measured, FakeSession(wrong), scheme)
     with pytest.raises(CompileError, match="disagree"):
