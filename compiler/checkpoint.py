@@ -42,6 +42,27 @@ class ConfigReader:
     def __contains__(self, key: str) -> bool:
         return key in self._values
 
+    def translated(self, spelling: Mapping[str, str], defaults: Mapping[str, Any]) -> ConfigReader:
+        """This config with a family's own keys under their usual names (`spelling`: own -> usual),
+        and what its class assumes where a key is absent or null."""
+        values, assumed = dict(self._values), set[str]()
+        for own, usual in spelling.items():
+            if own not in values:
+                continue
+            value = values.pop(own)
+            if values.setdefault(usual, value) != value:
+                raise DamagedCheckpoint(
+                    f"{self.where}: {own} is {value!r} and {usual} is {values[usual]!r}; "
+                    "they name the same thing"
+                )
+        for key, value in defaults.items():
+            if values.get(key) is None:
+                values[key] = value
+                assumed.add(key)
+        reader = ConfigReader(values, self.where)
+        reader._read |= assumed
+        return reader
+
     def has(self, key: str) -> bool:
         self._read.add(key)
         return self._values.get(key) is not None
@@ -56,7 +77,8 @@ class ConfigReader:
         kinds = kind if isinstance(kind, tuple) else (kind,)
         if float in kinds and type(value) is int:
             value = float(value)
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        untold = isinstance(value, bool) and not {bool, object} & set(kinds)  # True is no integer
+        if not isinstance(value, kinds) or untold:
             expected = " or ".join(k.__name__ for k in kinds)
             raise DamagedCheckpoint(f"{self.where}: {key} is {value!r}, expected {expected}")
         return value

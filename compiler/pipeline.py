@@ -20,6 +20,7 @@ import msgspec
 
 from compiler import report, weights_cache
 from compiler.design import Design, design
+from compiler.families.by_length import length_rule
 from compiler.families.spec import PoolSpec
 from compiler.importer import Imported, import_model
 from compiler.model import constants
@@ -238,6 +239,7 @@ def make_manifest(
             eos_token_ids=model.text.eos_token_ids,
             bos_token_id=model.text.bos_token_id,
             embedding=embedding_info(model),
+            rope_rule=length_rule(model.spec, config.shape.context),
         ),
         target=Target(
             kind="cpu",

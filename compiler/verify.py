@@ -248,6 +248,7 @@ def _step(
             repetition=one,
             seed=np.zeros(count, np.int64),
             edits=np.zeros((0, 4), np.int32),
+            rope_variant=np.zeros(len(positions), np.int32),  # as in the reference
         )
     )
     return session.collect(ticket)

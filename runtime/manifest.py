@@ -8,6 +8,7 @@ re-exported by `runtime.artifact`.
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from typing import Any, Literal
 
 import msgspec
@@ -102,12 +103,22 @@ class LengthRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Which row of rope frequencies a token takes (io `rope_variant`), where that depends on a
     length n. `of`: prompt (n is the prompt's length), sequence (the whole sequence's: when the row
     changes, everything before is computed again) or token (the larger of the prompt's length and
-    the token's position + 1). The row is the number of `bounds` below n; with `every`, it is n
-    minus the one bound, at least 0."""
+    the token's position + 1). The row is the number of `bounds` below n; for tokens, n minus the
+    one bound, at least 0."""
 
     of: Literal["prompt", "sequence", "token"]
     bounds: tuple[int, ...]
-    every: bool = False
+
+    def row(self, n: int) -> int:
+        if self.of == "token":
+            return max(n - self.bounds[0], 0)
+        return bisect_left(self.bounds, n)
+
+    def last(self, n: int) -> int | None:
+        """The longest sequence with the row of one of n tokens, where a longer one has another and
+        takes all its tokens along."""
+        beyond = [bound for bound in self.bounds if bound >= n]
+        return beyond[0] if self.of == "sequence" and beyond else None
 
 
 class EmbeddingInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -68,7 +68,7 @@ def length_rule(spec: ModelSpec, context: int) -> LengthRule | None:
         case LongRope(original=original):
             return LengthRule(of="sequence", bounds=(original,))
         case DynamicNtk(original=original):
-            return LengthRule(of="token", bounds=(original,), every=True)
+            return LengthRule(of="token", bounds=(original,))
         case QwenNtk() as rule:
             count = len(_qwen_alphas(rule, context))
             return LengthRule(

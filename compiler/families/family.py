@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from compiler.checkpoint import ConfigReader
 from compiler.errors import CompileError
@@ -39,7 +40,9 @@ IGNORABLE_KEYS = frozenset(
 class Family:
     """`spec` reads every key of a config.json that matters; `names` locates every weight; `unused`
     are patterns of tensors a checkpoint may hold beyond that. `prefix`: what all names but the
-    head's begin with, and checkpoints of the base model leave out.
+    head's begin with, and checkpoints of the base model leave out. `spelling`: the family's own names of
+    config keys; `defaults`: what its class assumes where a key is missing; `ignored`: keys that say
+    nothing about the forward pass, separated by spaces.
     """
 
     name: str
@@ -48,10 +51,14 @@ class Family:
     names: Names
     prefix: str = ""
     unused: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
+    spelling: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    ignored: str = ""
 
     def read(self, config: ConfigReader) -> ModelSpec:
+        config = config.translated(self.spelling, self.defaults)
         spec = self.spec(config)
-        config.finish(IGNORABLE_KEYS)
+        config.finish(IGNORABLE_KEYS.union(self.ignored.split()))
         return spec
 
     def ignorable_tensors(self, spec: ModelSpec) -> tuple[str, ...]:

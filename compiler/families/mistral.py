@@ -19,7 +19,7 @@ def spec(config: ConfigReader) -> ModelSpec:
     def window_of(layer: int) -> int | None:
         return None if types is not None and types[layer] == FULL else window
 
-    return decoder_spec(config, Parts(name="mistral", kv_heads=8, window=window_of))
+    return decoder_spec(config, Parts(name="mistral", window=window_of))
 
 
 MISTRAL = register(
@@ -29,5 +29,6 @@ MISTRAL = register(
         spec=spec,
         names=llama_names,
         prefix="model.",
+        defaults={"num_key_value_heads": 8},
     )
 )

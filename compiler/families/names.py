@@ -177,14 +177,17 @@ LLAMA_NAMES = {
     "final_norm": "model.norm",
     "head": "lm_head",
 }
+Transform = Callable[[torch.Tensor], torch.Tensor]
 Packing = Callable[[ModelSpec, int, str], tuple[Source, ...] | None]
 
 
-def named(modules: Mapping[str, str], packing: Packing | None = None) -> Names:
+def named(
+    modules: Mapping[str, str], packing: Packing | None = None, norms: Transform | None = None
+) -> Names:
     """A name map from modules: `<module>.weight`, and `<module>.bias` for the bias of a weight;
     those of a layer under `modules["layer"]`. `packing(spec, layer, weight)` gives the sources of
     what is stored in another way, with tensor names that start after the layer's; None leaves it
-    to the modules."""
+    to the modules. `norms` is applied to the weights of all norms."""
 
     def names(spec: ModelSpec) -> NameMap:
         result: dict[str, tuple[Source, ...]] = {}
@@ -199,7 +202,8 @@ def named(modules: Mapping[str, str], packing: Packing | None = None) -> Names:
                 module, kind = part.removesuffix("_bias"), "weight"
                 if module != part:
                     kind = "bias"
-                sources = (Source(tensor=f"{modules[module]}.{kind}"),)
+                then = norms if part.endswith("_norm") else None
+                sources = (Source(tensor=f"{modules[module]}.{kind}", then=then),)
             result[name] = tuple(replace(s, tensor=prefix + s.tensor) for s in sources)
         return result
 
@@ -207,11 +211,6 @@ def named(modules: Mapping[str, str], packing: Packing | None = None) -> Names:
 
 
 llama_names = named(LLAMA_NAMES)
-
-
-def plus_one(x: torch.Tensor) -> torch.Tensor:
-    """Norm weights stored around zero (Gemma)."""
-    return x + 1
 
 
 def packed_rows(tensor: str, sizes: Mapping[str, int], name: str) -> tuple[Source, ...]:
@@ -224,9 +223,7 @@ def packed_rows(tensor: str, sizes: Mapping[str, int], name: str) -> tuple[Sourc
     raise KeyError(name)
 
 
-def packed(
-    qkv: str | None = None, gate_up: str | None = None
-) -> Callable[[ModelSpec, int, str], tuple[Source, ...] | None]:
+def packed(qkv: str | None = None, gate_up: str | None = None) -> Packing:
     """`Packing` of modules that stack q, k, v (with their biases) and gate, up."""
 
     def packing(spec: ModelSpec, layer: int, part: str) -> tuple[Source, ...] | None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from compiler.checkpoint import ConfigReader
-from compiler.families.decoder import FULL, QKV, QKVO, Parts, decoder_spec, layer_types
+from compiler.families.decoder import (
+    FULL,
+    QKV,
+    QKVO,
+    Parts,
+    Window,
+    decoder_spec,
+    layer_types,
+)
 from compiler.families.family import Family, register
 from compiler.families.names import llama_names
 from compiler.families.spec import ModelSpec
 
 
-def sliding(config: ConfigReader) -> Callable[[int], int | None]:
+def sliding(config: ConfigReader) -> Window:
     """Off unless `use_sliding_window`; then the listed layers slide, or all from
     `max_window_layers` on.
     """
@@ -29,21 +35,12 @@ def sliding(config: ConfigReader) -> Callable[[int], int | None]:
 
 
 def spec_qwen2(config: ConfigReader) -> ModelSpec:
-    return decoder_spec(
-        config, Parts(name="qwen2", biases=QKV, kv_heads=32, window=sliding(config))
-    )
+    return decoder_spec(config, Parts(name="qwen2", biases=QKV, window=sliding(config)))
 
 
 def spec_qwen3(config: ConfigReader) -> ModelSpec:
     bias = config.flag("attention_bias", False)  # covers q, k, v and o
-    parts = Parts(
-        name="qwen3",
-        biases=QKVO if bias else (),
-        head_norm=True,
-        head_dim=128,
-        kv_heads=32,
-        window=sliding(config),
-    )
+    parts = Parts(name="qwen3", biases=QKVO if bias else (), qk_norm="head", window=sliding(config))
     return decoder_spec(config, parts)
 
 
@@ -54,6 +51,7 @@ QWEN2 = register(
         spec=spec_qwen2,
         names=llama_names,
         prefix="model.",
+        defaults={"num_key_value_heads": 32},
     )
 )
 QWEN3 = register(
@@ -63,5 +61,6 @@ QWEN3 = register(
         spec=spec_qwen3,
         names=llama_names,
         prefix="model.",
+        defaults={"num_key_value_heads": 32, "head_dim": 128},
     )
 )

@@ -1,5 +1,43 @@
 """Importing this module registers every family."""
 
-from compiler.families import bert, llama, mistral, qwen
+from compiler.families import (
+    baichuan,
+    bert,
+    chatglm,
+    cohere,
+    exaone,
+    gemma,
+    glm,
+    internlm2,
+    llama,
+    minicpm,
+    mistral,
+    phi,
+    phi3,
+    qwen,
+    qwen1,
+    smollm3,
+    stablelm,
+    xverse,
+)
 
-__all__ = ["bert", "llama", "mistral", "qwen"]
+__all__ = [
+    "baichuan",
+    "bert",
+    "chatglm",
+    "cohere",
+    "exaone",
+    "gemma",
+    "glm",
+    "internlm2",
+    "llama",
+    "minicpm",
+    "mistral",
+    "phi",
+    "phi3",
+    "qwen",
+    "qwen1",
+    "smollm3",
+    "stablelm",
+    "xverse",
+]

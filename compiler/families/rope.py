@@ -13,46 +13,127 @@ import torch
 
 from compiler.checkpoint import ConfigReader
 from compiler.errors import CompileError, DamagedCheckpoint
-from compiler.families.spec import RopeSpec
+from compiler.families.spec import DynamicNtk, LongRope, RopeSpec
 
-SUPPORTED = ("default", "linear", "llama3", "yarn")
+SUPPORTED = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
-def rope_spec(config: ConfigReader, head_dim: int, context: int) -> RopeSpec:
+def rope_spec(
+    config: ConfigReader,
+    head_dim: int,
+    context: int,
+    *,
+    theta: float = 10000.0,
+    partial: float = 1.0,
+    interleaved: bool = False,
+    layer_type: str | None = None,
+) -> RopeSpec:
     """`context` is max_position_embeddings: yarn's original length when the file does not name
-    one.
+    one. `theta` and `partial` (share of a head that rotates) hold where the file is silent;
+    `layer_type`: which entry of a `rope_parameters` that has one per type.
     """
-    modern = config.has("rope_parameters")
     scaling: ConfigReader | None = None
-    if modern:
+    theta = config.number("rope_theta", theta)
+    partial = config.number("partial_rotary_factor", partial)
+    if config.has("rope_parameters"):
         scaling = config.section("rope_parameters")
-        theta = scaling.number("rope_theta", config.number("rope_theta", 10000.0))
-        partial = scaling.number("partial_rotary_factor", 1.0)
-    else:
-        theta, partial = config.number("rope_theta", 10000.0), 1.0
-        if config.has("rope_scaling"):
-            scaling = config.section("rope_scaling")
-    if config.number("partial_rotary_factor", partial) != 1.0:
-        raise CompileError(f"{config.where}: partial_rotary_factor {partial} is not supported here")
-    if theta <= 0:
-        raise DamagedCheckpoint(f"{config.where}: rope_theta is {theta}, expected more than 0")
-    powers = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-    freq, scale = 1.0 / (theta**powers), 1.0
-    if scaling is not None:
-        kind = scaling.text("rope_type", scaling.text("type", "default"))
-        if kind == "linear":
-            freq = freq / scaling.number("factor")
-        elif kind == "llama3":
-            freq = _llama3(scaling, freq)
-        elif kind == "yarn":
-            freq, scale = _yarn(scaling, freq, theta, head_dim, context)
-        elif kind != "default":
+        if layer_type is not None:
+            scaling = scaling.section(layer_type)
+        theta = scaling.number("rope_theta", theta)
+        partial = scaling.number("partial_rotary_factor", partial)
+    elif config.has("rope_scaling"):
+        scaling = config.section("rope_scaling")
+    dim = int(head_dim * partial)
+    if dim % 2 or not 0 < dim <= head_dim:
+        raise DamagedCheckpoint(
+            f"{config.where}: {dim} of {head_dim} dims of a head rotate "
+            f"(partial_rotary_factor {partial:g}); rope turns pairs"
+        )
+    plain = plain_rope(config, dim, theta, interleaved=interleaved)
+    if scaling is None:
+        return plain
+    freq = torch.tensor(plain.inv_freq)
+    kind = scaling.text("rope_type", scaling.text("type", "default"))
+    if kind == "su" or (kind == "yarn" and scaling.has("short_factor")):
+        kind = "longrope"  # its names in early Phi-3 files
+    made = plain
+    match kind:
+        case "default":
+            pass
+        case "linear":
+            made = _replaced(plain, freq / scaling.number("factor"))
+        case "dynamic":
+            rule = DynamicNtk(theta=theta, factor=scaling.number("factor"), original=context)
+            made = _replaced(plain, freq, by_length=rule)
+        case "llama3":
+            made = _replaced(plain, _llama3(scaling, freq))
+        case "yarn":
+            freq, scale = _yarn(scaling, freq, theta, dim, context)
+            made = _replaced(plain, freq, scale=scale)
+        case "longrope":
+            made = _longrope(config, scaling, plain, theta, context)
+        case _:
             raise CompileError(
                 f"{config.where}: rope type {kind!r} is not supported; "
                 f"supported: {', '.join(SUPPORTED)}"
             )
-        scaling.finish()
-    return RopeSpec(rotary_dim=head_dim, inv_freq=tuple(freq.tolist()), scale=scale)
+    scaling.finish()
+    return made
+
+
+def plain_rope(
+    config: ConfigReader, dim: int, theta: float, *, interleaved: bool = False
+) -> RopeSpec:
+    """theta^(-2i/dim) for the first `dim` dims of a head."""
+    if theta <= 0:
+        raise DamagedCheckpoint(f"{config.where}: rope_theta is {theta}, expected more than 0")
+    freq = 1.0 / (theta ** _exponents(dim))
+    return RopeSpec(rotary_dim=dim, inv_freq=tuple(freq.tolist()), interleaved=interleaved)
+
+
+def _exponents(dim: int) -> torch.Tensor:
+    return torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
+
+
+def _replaced(
+    plain: RopeSpec,
+    freq: torch.Tensor,
+    scale: float = 1.0,
+    by_length: DynamicNtk | LongRope | None = None,
+) -> RopeSpec:
+    return RopeSpec(
+        rotary_dim=plain.rotary_dim,
+        inv_freq=tuple(freq.tolist()),
+        scale=scale,
+        interleaved=plain.interleaved,
+        by_length=by_length,
+    )
+
+
+def _longrope(
+    config: ConfigReader, scaling: ConfigReader, plain: RopeSpec, theta: float, context: int
+) -> RopeSpec:
+    """Every frequency has its own stretch, one list up to the original context, another beyond."""
+    key = "original_max_position_embeddings"
+    original = scaling.integer(key, config.integer(key, context))
+    factor = scaling.number("factor", context / original)
+    default = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    scale = scaling.number("attention_factor", default)
+    half = plain.rotary_dim // 2
+    rows = []
+    for name in ("short_factor", "long_factor"):
+        values = scaling.value(name, list)
+        if len(values) != half or not all(isinstance(v, int | float) and v > 0 for v in values):
+            raise DamagedCheckpoint(
+                f"{config.where}: {name} has {len(values)} entries, expected {half} positive "
+                "numbers, one per frequency"
+            )
+        stretch = torch.tensor(values, dtype=torch.float32)
+        rows.append(1.0 / (stretch * theta ** _exponents(plain.rotary_dim)))
+    short, long = rows
+    rule = LongRope(original=original, long_freq=tuple(long.tolist()))
+    same = bool(torch.equal(short, long))
+    return _replaced(plain, short, scale, None if same else rule)
 
 
 def _llama3(scaling: ConfigReader, freq: torch.Tensor) -> torch.Tensor:

@@ -39,6 +39,7 @@ def build(step: Step, slots: Slots) -> StepInput:
         seq_len=positions + 1,
         pages=rows.pages,
         row_token=rows.starts[:-1],
+        rope_variant=slots.rope_variants(rows.slots, positions),
         edits=edits,
         **rows.params,  # type: ignore[arg-type]
     )
@@ -69,9 +70,19 @@ def _mixed(step: Step, slots: Slots, kv_slots: I32, edits: I32) -> StepInput:
         seq_start=np.concatenate([rows.starts[:-1], np.array(starts, np.int32)]),
         seq_len=slots.length[seqs],
         pages=page_tables(slots, seqs),
+        rope_variant=_rope_variants(slots, rows, step.positions, chunks, positions),
         edits=edits,
         **_mixed_rows(rows, chunks, starts, slots),
     )
+
+
+def _rope_variants(
+    slots: Slots, rows: Rows, decoded: I32, chunks: list[Chunk], positions: list[I32]
+) -> I32 | None:
+    parts = [slots.rope_variants(rows.slots, decoded)]
+    for chunk, at in zip(chunks, positions, strict=True):
+        parts.append(slots.rope_variants(np.array([chunk.slot]), at))
+    return None if parts[0] is None else np.concatenate([p for p in parts if p is not None])
 
 
 def _kv_slots(slots: Slots, slot: int, positions: I32) -> I32:

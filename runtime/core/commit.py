@@ -137,8 +137,12 @@ def _top(seq: Sequence, output: StepOutput, row: int) -> TopLogprobs:
 
 def _finished(scheduler: Scheduler, seq: Sequence, event: Event, token: int, status: int) -> Event:
     """The sequence's last event: `event` with the finish, or the finish alone when the numbers
-    cannot be trusted.
+    cannot be trusted. A sequence at the end of its rope's range goes on after being computed again.
     """
+    stopped = token in seq.stops
+    if not status and not stopped and scheduler.slots.known[seq.slot] < seq.limit:
+        scheduler.restart(seq)
+        return event
     if status:
         scheduler.count.aborted += 1
         scheduler.end(seq, keep=False)
@@ -146,7 +150,6 @@ def _finished(scheduler: Scheduler, seq: Sequence, event: Event, token: int, sta
         finish = Finish(reason="abort", message=NOT_FINITE, status=500)
     else:
         scheduler.end(seq)
-        stopped = token in seq.stops
         finish = Finish(reason="stop", matched=token) if stopped else Finish(reason="length")
     return Event(
         id=event.id,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from runtime.core.pages import PageLeak, PagePool, chain
 from runtime.core.sequence import DECODE, DRAIN, Index, Sequence, Slots
-from runtime.device.base import Capacity
+from runtime.device.base import I32, Capacity
 
 SHARED_PAGES = 4  # a prompt waits for a running one that computes at least so many of its pages
 
@@ -30,9 +30,20 @@ class Holdings:
         self._pending: dict[bytes, Sequence] = {}
 
     def name_prefixes(self, seq: Sequence) -> None:
-        """Keys of the full pages of a waiting sequence's tokens."""
+        """Keys of the full pages of a waiting sequence's tokens, and the rope they are computed
+        with."""
+        rule = self.slots.rope_rule
+        if rule is not None:
+            row = rule.row(len(seq.tokens) if rule.of == "sequence" else seq.prompt_size)
+            if row != seq.rope_row:
+                seq.rope_row = row
+                seq.keys.clear()
         if self._prefix_cache:
-            chain(self._secret, seq.request.salt, seq.tokens, self._page_size, seq.keys)
+            self._extend(seq, seq.tokens)
+
+    def _extend(self, seq: Sequence, tokens: I32) -> None:
+        salt, size = seq.request.salt, self._page_size
+        chain(self._secret, salt, seq.rope_row, tokens, size, seq.keys)
 
     def matched(self, seq: Sequence) -> int:
         """Pages it would find in the cache now."""
@@ -107,7 +118,7 @@ class Holdings:
             # The newest known token came from a row that was collected, so everything before it was
             # computed soundly.
             sound = slots.seen(slot)[:-1][: int(slots.length[slot])]
-            chain(self._secret, seq.request.salt, sound, self._page_size, seq.keys)
+            self._extend(seq, sound)
             for page, key in zip(pages, seq.keys[: len(sound) // self._page_size], strict=False):
                 self.pool.publish(page, key)
         self.pool.release(pages)

@@ -9,8 +9,8 @@ hold. Goes out: pages. Called by the scheduler only; holds no data itself.
     cached             `_lru` (refs 0, published)            take, or allocate (least recently used)
 
 A published page stays findable while it is used or cached. Keys are keyed SHA-256 chains (`chain`):
-equal keys mean equal tokens from position 0 on and equal tenant salt, and nobody outside can
-construct them.
+equal keys mean equal tokens from position 0 on, equal tenant salt and equal rope, and nobody
+outside can construct them.
 """
 
 from __future__ import annotations
@@ -28,14 +28,21 @@ class PageLeak(Exception):
 
 
 def chain(
-    secret: bytes, salt: bytes, tokens: npt.NDArray[np.int32], page_size: int, parents: list[bytes]
+    secret: bytes,
+    salt: bytes,
+    variant: int,
+    tokens: npt.NDArray[np.int32],
+    page_size: int,
+    parents: list[bytes],
 ) -> None:
-    """Extends `parents` to one digest per full page of `tokens`."""
+    """Extends `parents` to one digest per full page of `tokens`. `variant`: the row of rope
+    frequencies that the sequence's prompt was computed with."""
     full = len(tokens) // page_size
     if len(parents) >= full:
         return
     # The salt is hashed to a fixed length first, so no salt can imitate a chain.
-    last = parents[-1] if parents else hashlib.sha256(secret + b"salt" + salt).digest()
+    root = secret + b"salt" + variant.to_bytes(4, "little") + salt
+    last = parents[-1] if parents else hashlib.sha256(root).digest()
     data = tokens[: full * page_size].tobytes()
     step = page_size * 4
     for at in range(len(parents) * step, full * step, step):

@@ -240,7 +240,7 @@ class Scheduler:
         if not self.held.enter(seq, self._reserve(seq) if self.running else 0):
             return False
         self.waiting.remove(seq)
-        if not seq.retractions:
+        if seq.order < 0:
             seq.cached = int(self.slots.length[seq.slot])
             self.count.cached_tokens += seq.cached
         seq.prefill = len(seq.tokens)
@@ -261,17 +261,20 @@ class Scheduler:
         return int(growth * self._growth) // self.capacity.page_size + 1
 
     def _preempt(self, seq: Sequence) -> None:
+        seq.retractions += 1
+        self.count.retractions += 1
+        self._growth = min(self._growth + 0.2, 1.0)
+        self.restart(seq)
+
+    def restart(self, seq: Sequence) -> None:
         """Back to the line, to be computed again: commit drops what was in flight for it."""
         tokens = self.slots.seen(seq.slot)
         self._leave(seq, keep=True)
         seq.state = WAITING
         seq.tokens = tokens
-        seq.retractions += 1
         if seq.scores:
             start = seq.request.prompt_logprobs_from
             seq.score_next = max(start + len(seq.prompt_logprobs), 1)
-        self.count.retractions += 1
-        self._growth = min(self._growth + 0.2, 1.0)
         self._queue(seq)
 
     def _leave(self, seq: Sequence, *, keep: bool) -> None:

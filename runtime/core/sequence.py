@@ -6,7 +6,8 @@ Lengths of a running sequence, in tokens:
 
     length   tokens whose keys and values are submitted to the device
     known    tokens the host has seen: the prompt, and outputs that were collected
-    limit    prompt + max_new_tokens: known ends there, length one before
+    limit    prompt + max_new_tokens, or where rope changes for the whole sequence and it must be
+             computed again: known ends there, length one before
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Sequence:
         "prompt_top",
         "request",
         "retractions",
+        "rope_row",
         "score_next",
         "seed",
         "slot",
@@ -74,6 +76,7 @@ class Sequence:
         self.deadline = deadline
         self.tokens: I32 = np.array(request.tokens, np.int32)  # all known tokens, while not running
         self.keys: list[bytes] = []  # prefix keys of full pages of `tokens`
+        self.rope_row = 0  # row of rope frequencies its prompt is computed with
         self.state = WAITING
         self.slot = -1
         self.order = -1  # of admission; the youngest is preempted first
@@ -125,6 +128,7 @@ class Slots:
     def __init__(self, capacity: Capacity) -> None:
         n = capacity.slots
         self.page_size = capacity.page_size
+        self.rope_rule = capacity.rope_rule
         self.columns = -(-capacity.context // capacity.page_size)
         self.length: I32 = np.zeros(n, np.int32)
         self.known: I32 = np.zeros(n, np.int32)
@@ -133,6 +137,7 @@ class Slots:
         self.life: I32 = np.zeros(n, np.int32)
         self.eos: npt.NDArray[np.bool_] = np.zeros(n, np.bool_)  # ends at the model's eos tokens
         self.flags: I32 = np.zeros(n, np.int32)
+        self.rope_row: I32 = np.zeros(n, np.int32)
         self.top: I32 = np.zeros(n, np.int32)
         self.top_k: I32 = np.zeros(n, np.int32)
         self.temperature: F32 = np.zeros(n, np.float32)
@@ -154,6 +159,9 @@ class Slots:
         self.history[slot, :known] = seq.tokens
         self.known[slot] = known
         self.limit[slot] = seq.limit
+        self.rope_row[slot] = seq.rope_row
+        if self.rope_rule is not None and (last := self.rope_rule.last(known)) is not None:
+            self.limit[slot] = min(seq.limit, last + 1)
         self.eos[slot] = not s.ignore_eos
         self.flags[slot] = PENALTIES * seq.edits + LOGPROB * seq.request.logprobs
         self.top[slot] = seq.request.top_logprobs if seq.request.logprobs else 0
@@ -171,6 +179,17 @@ class Slots:
         self.sequences[slot] = None
         self.room[slot] = 0
         self.life[slot] += 1
+
+    def rope_variants(self, slots: Index, positions: I32) -> I32 | None:
+        """The row of rope frequencies of a token of each slot at each position; the first axes of
+        both are the same."""
+        rule = self.rope_rule
+        if rule is None:
+            return None
+        rows = self.rope_row[slots]
+        if rule.of == "token":
+            rows = np.maximum(rows, positions + 1 - rule.bounds[0])
+        return np.broadcast_to(rows, positions.shape)
 
     def held(self, slot: int) -> list[int]:
         return self.table[slot, : self.room[slot] // self.page_size].tolist()

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from runtime.errors import IncompatibleTarget, UsageError
 
 if TYPE_CHECKING:
-    from runtime.artifact import Artifact
+    from runtime.artifact import Artifact, LengthRule
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
@@ -41,6 +41,7 @@ class Capacity:
     edits: int  # state edits in a step
     embedding: int = 0  # numbers of the vector a sequence gives; 0: it gives tokens
     whole: bool = False  # a sequence must be computed in one step
+    rope_rule: LengthRule | None = None  # None: rope does not depend on lengths
 
 
 @dataclass(slots=True, kw_only=True)
@@ -62,6 +63,7 @@ class StepInput:
     temperature, top_p, min_p, frequency, presence, repetition [r] float32; temperature 0 = greedy
     top_k[r]       int32, 0 = all
     seed[r]        int64; the draw is a function of (seed, position of the row's token)
+    rope_variant[n]  row of rope frequencies (Capacity.rope_rule); None where there is one row
     edits[e, 4]    (slot, token, kind, value) applied before sampling, in order:
                    kind 0 clear the slot's counts and bias; 1 mark token as seen in the prompt;
                    2 add value to its output count; 3 set its bias to the float32 whose bits are
@@ -88,6 +90,7 @@ class StepInput:
     repetition: F32
     seed: I64
     edits: I32
+    rope_variant: I32 | None = None
 
 
 @dataclass(slots=True, kw_only=True)

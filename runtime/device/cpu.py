@@ -74,6 +74,7 @@ class CpuSession:
             edits=manifest.edits,
             embedding=manifest.model.embedding.dim if manifest.model.embedding else 0,
             whole=bool(manifest.model.embedding and manifest.model.embedding.whole),
+            rope_rule=manifest.model.rope_rule,
         )
         self._native = open_library(artifact, self._library)
         mark("library")
@@ -117,6 +118,9 @@ class CpuSession:
         fields["live"][:4] = n, s, r, e
         for name in TOKEN_FIELDS:
             fields[name][:n] = getattr(step, name)
+        if "rope_variant" in fields:
+            assert step.rope_variant is not None, "the capacity has a rope_rule"
+            fields["rope_variant"][:n] = step.rope_variant
         for name in ROW_FIELDS if r else ():
             fields[name][:r] = getattr(step, name)
         fields["seq_start"][: s + 1] = step.seq_start

@@ -284,4 +284,5 @@ def null_capacity(artifact: Artifact | None, kv_tokens: int | None) -> Capacity:
         edits=m.edits,
         embedding=m.model.embedding.dim if m.model.embedding else 0,
         whole=bool(m.model.embedding and m.model.embedding.whole),
+        rope_rule=m.model.rope_rule,
     )

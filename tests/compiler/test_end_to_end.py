@@ -7,12 +7,12 @@ tokens over HTTP.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import pytest
-import torch
 import toy_models
 from serving import serving
+from toy_references import Reference
 
 from compiler.pipeline import compile_model
 from compiler.progress import Progress
@@ -37,45 +37,44 @@ CASES = [
 
 @dataclass
 class Subject:
-    model: Any
+    reference: Reference
     artifact: Artifact
-
-    def logprobs(self, tokens: list[int]) -> torch.Tensor:
-        """[position, vocabulary]: of the token after each position."""
-        with torch.inference_mode():
-            return self.model(torch.tensor([tokens])).logits[0].log_softmax(-1)
-
-    def greedy(self, prompt: list[int]) -> list[int]:
-        tokens = list(prompt)
-        for _ in range(NEW):
-            tokens.append(int(self.logprobs(tokens)[-1].argmax()))
-        return tokens[len(prompt) :]
 
 
 @pytest.fixture(scope="module", params=CASES)
 def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
-    source, out = tmp_path_factory.mktemp("toy"), tmp_path_factory.mktemp("artifact")
-    model = toy_models.save(request.param, source)
+    return compiled(request.param, tmp_path_factory.mktemp("toy"))
+
+
+def compiled(recipe: toy_models.Recipe, directory: Path) -> Subject:
+    source, out = directory / "source", directory / "artifacts"
+    reference = toy_models.save(recipe, source)
     overrides = ["model=hf", f"model.source={source}", "dtype=float32", "name=toy", f"out={out}"]
     shape = ["shape.context=128", "shape.max_tokens=16", "shape.max_seqs=8"]
     loaded = load(CompileConfig, "compile", [*overrides, *shape])
     path = compile_model(loaded.config, loaded.sources, Progress())
-    return Subject(model, Artifact.open(path))
+    return Subject(reference, Artifact.open(path))
 
 
-def run(artifact: Artifact, prompts: list[list[int]], *, score: bool) -> list[Event]:
-    """All prompts at once; one event per prompt with everything that was heard of it."""
+def open_loop(artifact: Artifact, *, prefix_cache: bool) -> EngineLoop:
     session = open_session(artifact, kv_tokens=1024)
-    options = EngineOptions(artifact=str(artifact.path), prefix_cache=not score)
-    loop = EngineLoop(session, options, eos=())
+    options = EngineOptions(artifact=str(artifact.path), prefix_cache=prefix_cache)
+    return EngineLoop(session, options, eos=())
+
+
+def request(id: int, tokens: list[int], *, score: bool = False) -> Request:
     sampling = SamplingParams(max_new_tokens=NEW, temperature=0.0)
-    for id, tokens in enumerate(prompts):
-        start = 0 if score else -1
-        request = Request(
-            id=id, tokens=tokens, sampling=sampling, logprobs=True, prompt_logprobs_from=start
-        )
-        loop.add(request)
-    heard = [Event(id=id) for id in range(len(prompts))]
+    start = 0 if score else -1
+    return Request(
+        id=id, tokens=tokens, sampling=sampling, logprobs=True, prompt_logprobs_from=start
+    )
+
+
+def hear(loop: EngineLoop, requests: list[Request]) -> list[Event]:
+    """All requests at once; one event per request with everything that was heard of it."""
+    for one in requests:
+        loop.add(one)
+    heard = {one.id: Event(id=one.id) for one in requests}
     while loop.has_work:
         for event in loop.step():
             assert event.finish is None or event.finish.reason == "length", event.finish
@@ -86,6 +85,13 @@ def run(artifact: Artifact, prompts: list[list[int]], *, score: bool) -> list[Ev
                 logprobs=so_far.logprobs + event.logprobs,
                 prompt_logprobs=so_far.prompt_logprobs + event.prompt_logprobs,
             )
+    return list(heard.values())
+
+
+def run(artifact: Artifact, prompts: list[list[int]], *, score: bool) -> list[Event]:
+    loop = open_loop(artifact, prefix_cache=not score)
+    heard = hear(loop, [request(id, p, score=score) for id, p in enumerate(prompts)])
+    loop.idle()  # checks the books
     loop.close()
     return heard
 
@@ -93,11 +99,12 @@ def run(artifact: Artifact, prompts: list[list[int]], *, score: bool) -> list[Ev
 def test_logprobs_of_prompt_and_output(subject: Subject) -> None:
     for prompt, event in zip(PROMPTS, run(subject.artifact, PROMPTS, score=True), strict=True):
         everything = prompt + event.tokens
-        table = subject.logprobs(everything)
+        table = subject.reference.logprobs(everything, len(prompt))
         expected = [float(table[i - 1, t]) for i, t in enumerate(everything) if i > 0]
         found = [p for p in event.prompt_logprobs if p is not None] + event.logprobs
         assert found == pytest.approx(expected, abs=1e-4)
-        assert event.tokens == subject.greedy(prompt)
+        best = table[len(prompt) - 1 : -1].argmax(-1).tolist()
+        assert event.tokens == best  # greedy, and so is what the reference would say
 
 
 def test_batch_changes_no_token(subject: Subject) -> None:
@@ -106,9 +113,29 @@ def test_batch_changes_no_token(subject: Subject) -> None:
         assert run(subject.artifact, [prompt], score=False)[0].tokens == event.tokens
 
 
-def test_greedy_tokens_over_http(subject: Subject) -> None:
+def test_prefixes_are_reused_where_their_keys_are_the_same(subject: Subject) -> None:
+    """A long prompt, its beginning, and a longer one, one after another on one pool: what is found
+    in the cache must be what would have been computed."""
+    long = PROMPTS[0]
+    cases = [long, long[:20], [*long[:33], 7, 7, 7], [*long, 5]]
+    loop = open_loop(subject.artifact, prefix_cache=True)
+    for id, prompt in enumerate(cases):
+        heard = hear(loop, [request(id, prompt)])[0]
+        assert heard.tokens == subject.reference.greedy(prompt, NEW)
+    # Where rope depends on the length, only prompts with the same rope share pages.
+    reused = loop.scheduler.count.cached_tokens
+    rule = subject.artifact.manifest.model.rope_rule
+    expected = {None: 16 + 32 + 32, "prompt": 32 + 32, "sequence": 32 + 32, "token": 0}
+    assert reused == expected[rule.of if rule else None]
+    loop.close()
+
+
+def test_greedy_tokens_over_http(tmp_path: Path) -> None:
+    """One family: nothing above the program knows which it is."""
+    subject = compiled(toy_models.RECIPES["llama"][0], tmp_path)
     with serving(subject.artifact.path, "device=auto") as server:
         body = {"sampling_params": {"temperature": 0, "max_new_tokens": NEW, "ignore_eos": True}}
         reply = server.generate(input_ids=PROMPTS, **body)
     assert reply.status == 200, reply.body
-    assert [one["output_ids"] for one in reply.json] == [subject.greedy(p) for p in PROMPTS]
+    expected = [subject.reference.greedy(p, NEW) for p in PROMPTS]
+    assert [one["output_ids"] for one in reply.json] == expected

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from runtime.core.pages import PageLeak, PagePool, chain
 
 
-def keys_of(tokens: list[int], salt: bytes = b"", secret: bytes = b"s" * 32) -> list[bytes]:
+def keys_of(
+    tokens: list[int], salt: bytes = b"", secret: bytes = b"s" * 32, variant: int = 0
+) -> list[bytes]:
     keys: list[bytes] = []
-    chain(secret, salt, np.array(tokens, np.int32), 4, keys)
+    chain(secret, salt, variant, np.array(tokens, np.int32), 4, keys)
     return keys
 
 
@@ -26,11 +28,12 @@ def test_keys_name_whole_prefixes_and_tenants() -> None:
     assert same_page_elsewhere[0] != a[1]
     assert keys_of([1, 2, 3, 4], salt=b"x")[0] != a[0]
     assert keys_of([1, 2, 3, 4], secret=b"t" * 32)[0] != a[0]
+    assert keys_of([1, 2, 3, 4], variant=1)[0] != a[0]
 
 
 def test_keys_extend_to_what_a_fresh_chain_gives() -> None:
     keys = keys_of([1, 2, 3, 4, 5])
-    chain(b"s" * 32, b"", np.array([1, 2, 3, 4, 5, 6, 7, 8], np.int32), 4, keys)
+    chain(b"s" * 32, b"", 0, np.array([1, 2, 3, 4, 5, 6, 7, 8], np.int32), 4, keys)
     assert keys == keys_of([1, 2, 3, 4, 5, 6, 7, 8])
 
 
