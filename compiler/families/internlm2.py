@@ -6,7 +6,7 @@ from compiler.checkpoint import ConfigReader
 from compiler.families.decoder import QKVO, Parts, decoder_spec
 from compiler.families.family import Family, register
 from compiler.families.names import Source, named
-from compiler.families.spec import ModelSpec
+from compiler.families.spec import Attention, ModelSpec
 
 
 def spec(config: ConfigReader) -> ModelSpec:
@@ -20,6 +20,7 @@ def by_kv_head(spec: ModelSpec, layer: int, part: str) -> tuple[Source, ...] | N
     if base not in ("q", "k", "v"):
         return None
     a = spec.layers[layer].mixer
+    assert isinstance(a, Attention)
     group = a.heads // a.kv_heads
     places = {"q": (0, group), "k": (group, group + 1), "v": (group + 1, group + 2)}
     kind, tail = ("weight", (spec.dim,)) if base == part else ("bias", ())

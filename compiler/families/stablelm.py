@@ -9,7 +9,7 @@ from compiler.families.decoder import QKV, Parts, context, decoder_spec, head_di
 from compiler.families.family import Family, register
 from compiler.families.names import LLAMA_NAMES, Source, named
 from compiler.families.rope import rope_spec
-from compiler.families.spec import LayerNorm, ModelSpec
+from compiler.families.spec import Attention, LayerNorm, ModelSpec
 
 
 def spec(config: ConfigReader) -> ModelSpec:
@@ -31,6 +31,7 @@ def norms_by_head(spec: ModelSpec, layer: int, part: str) -> tuple[Source, ...] 
     if part not in ("q_norm", "k_norm"):
         return None
     a = spec.layers[layer].mixer
+    assert isinstance(a, Attention)
     name = f"self_attn.{part[0]}_layernorm.norms.{{}}.weight"
     heads = a.heads if part == "q_norm" else a.kv_heads
     return tuple(Source(tensor=name.format(head)) for head in range(heads))
