@@ -16,7 +16,7 @@ import compiler.quantize.register  # noqa: F401 - fills the registry
 from compiler.checkpoint import Checkpoint, ConfigReader, read_json
 from compiler.embedding import SentenceFiles, as_embedding, matryoshka, read_sentence_files
 from compiler.errors import CompileError
-from compiler.families.family import family_of
+from compiler.families.family import Family, family_of
 from compiler.families.spec import ModelSpec
 from compiler.hub import locate
 from compiler.text import Text, made_up_text, read_text
@@ -50,7 +50,7 @@ def import_model(config: CompileConfig) -> Imported:
     reader = ConfigReader(checkpoint.config, where)
     family = family_of(reader)
     files = read_sentence_files(directory)
-    spec = _pooled(family.read(reader), config, files, checkpoint.config, where)
+    spec = _pooled(family.read(reader), family, config, files, checkpoint.config, where)
     if config.model.config:
         _check_shape(config, spec, checkpoint.config)
     weights = checkpoint_weights(family, spec, checkpoint)
@@ -71,13 +71,14 @@ def import_model(config: CompileConfig) -> Imported:
 
 def _pooled(
     spec: ModelSpec,
+    family: Family,
     config: CompileConfig,
     files: SentenceFiles | None,
     values: dict[str, Any],
     where: str,
 ) -> ModelSpec:
     """As an embedding model, if it is one. `is_causal` is how gte-Qwen2 files say it."""
-    has_head = not str(values["architectures"][0]).endswith("Model")
+    has_head = values["architectures"][0] not in family.bases
     causal = values.get("is_causal")
     return as_embedding(spec, config.model, files, has_head=has_head, causal=causal, where=where)
 
@@ -91,7 +92,8 @@ def _random(config: CompileConfig) -> Imported:
     reader = ConfigReader(values, f"model={config.model.name}")
     files = read_sentence_files(text_from) if text_from is not None else None
     where = f"model={config.model.name}"
-    spec = _pooled(family_of(reader).read(reader), config, files, values, where)
+    family = family_of(reader)
+    spec = _pooled(family.read(reader), family, config, files, values, where)
     template = config.model.chat_template
     text: Text | None = None
     if text_from is not None:
@@ -120,9 +122,14 @@ def _check_shape(config: CompileConfig, spec: ModelSpec, found: dict[str, Any]) 
     checkpoint that is there.
     """
     reader = ConfigReader(found | config.model.config, f"model={config.model.name}")
-    read = family_of(reader).read(reader)
+    family = family_of(reader)
     expected = _pooled(
-        read, config, None, found | config.model.config, f"model={config.model.name}"
+        family.read(reader),
+        family,
+        config,
+        None,
+        found | config.model.config,
+        f"model={config.model.name}",
     )
     for f in ModelSpec.__struct_fields__:
         a, b = getattr(expected, f), getattr(spec, f)

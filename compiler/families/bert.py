@@ -97,7 +97,8 @@ def spec_xlm_roberta(config: ConfigReader) -> ModelSpec:
 BERT = register(
     Family(
         name="bert",
-        architectures=("BertModel",),
+        architectures=(),
+        bases=("BertModel",),
         spec=spec_bert,
         names=named(NAMES),
         unused=UNUSED,
@@ -106,7 +107,8 @@ BERT = register(
 XLM_ROBERTA = register(
     Family(
         name="xlm-roberta",
-        architectures=("XLMRobertaModel", "RobertaModel"),
+        architectures=(),
+        bases=("XLMRobertaModel", "RobertaModel"),
         spec=spec_xlm_roberta,
         names=named(NAMES),
         unused=UNUSED,

@@ -39,16 +39,18 @@ IGNORABLE_KEYS = frozenset(
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """`spec` reads every key of a config.json that matters; `names` locates every weight; `unused`
-    are patterns of tensors a checkpoint may hold beyond that. `prefix`: what all names but the
-    head's begin with, and checkpoints of the base model leave out. `spelling`: the family's own names of
-    config keys; `defaults`: what its class assumes where a key is missing; `ignored`: keys that say
-    nothing about the forward pass, separated by spaces.
+    are patterns of tensors a checkpoint may hold beyond that. `bases`: the same model's
+    architectures without a head; `prefix`: what all names but the head's begin with, and
+    checkpoints of the base model leave out. `spelling`: the family's own names of config keys;
+    `defaults`: what its class assumes where a key is missing; `ignored`: keys that say nothing
+    about the forward pass, separated by spaces.
     """
 
     name: str
     architectures: tuple[str, ...]
     spec: Callable[[ConfigReader], ModelSpec]
     names: Names
+    bases: tuple[str, ...] = ()
     prefix: str = ""
     unused: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
     spelling: Mapping[str, str] = field(default_factory=dict)
@@ -82,9 +84,9 @@ def family_of(config: ConfigReader) -> Family:
     """The family answering to the config's `architectures`."""
     architectures = config.value("architectures", list)
     for family in FAMILIES.values():
-        if architectures and architectures[0] in family.architectures:
+        if architectures and architectures[0] in (*family.architectures, *family.bases):
             return family
-    known = sorted(a for f in FAMILIES.values() for a in f.architectures)
+    known = sorted(a for f in FAMILIES.values() for a in (*f.architectures, *f.bases))
     raise CompileError(
         f"{config.where}: architecture {architectures} is not supported; "
         f"supported: {', '.join(known)}"

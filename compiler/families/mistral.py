@@ -25,7 +25,8 @@ def spec(config: ConfigReader) -> ModelSpec:
 MISTRAL = register(
     Family(
         name="mistral",
-        architectures=("MistralForCausalLM", "MistralModel"),
+        architectures=("MistralForCausalLM",),
+        bases=("MistralModel",),
         spec=spec,
         names=llama_names,
         prefix="model.",

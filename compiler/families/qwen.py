@@ -47,7 +47,8 @@ def spec_qwen3(config: ConfigReader) -> ModelSpec:
 QWEN2 = register(
     Family(
         name="qwen2",
-        architectures=("Qwen2ForCausalLM", "Qwen2Model"),
+        architectures=("Qwen2ForCausalLM",),
+        bases=("Qwen2Model",),
         spec=spec_qwen2,
         names=llama_names,
         prefix="model.",
@@ -57,7 +58,8 @@ QWEN2 = register(
 QWEN3 = register(
     Family(
         name="qwen3",
-        architectures=("Qwen3ForCausalLM", "Qwen3Model"),
+        architectures=("Qwen3ForCausalLM",),
+        bases=("Qwen3Model",),
         spec=spec_qwen3,
         names=llama_names,
         prefix="model.",
