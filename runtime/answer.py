@@ -6,7 +6,7 @@ a stream. Used by `runtime.engine`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from runtime.errors import EngineDead, InvalidRequest
@@ -69,10 +69,12 @@ class Answer:
             yield output
         self._fresh.clear()
 
-    def result(self) -> Output | list[Output]:
+    def result(
+        self, show: Callable[[Sequence], Output] = Sequence.response
+    ) -> Output | list[Output]:
         for seq in self.sequences:
             _raise(seq)
-        outputs = [seq.response() for seq in self.sequences]
+        outputs = [show(seq) for seq in self.sequences]
         return outputs[0] if self._call.single else outputs
 
 

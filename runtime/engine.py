@@ -25,6 +25,7 @@ from runtime.device.base import open_session
 from runtime.errors import EngineDead, UsageError
 from runtime.request import Event
 from runtime.text.call import Call
+from runtime.text.encode import embedding_of, encoded, read_encode
 from runtime.text.generate import read_generate
 from runtime.text.model import TextModel, tokenize
 from runtime.text.sequence import Sequence
@@ -66,6 +67,7 @@ class Engine:
             context=manifest.model.context,
             vocab=manifest.model.vocab,
             limits=LimitsConfig(prompts_per_request=NO_LIMIT),
+            embedding=manifest.model.embedding,
         ).fitted(session.capacity.pages * session.capacity.page_size)
         self._driver = Driver(loop)
 
@@ -142,6 +144,47 @@ class Engine:
                 self._driver.abort(answer.feed(await news.get()))
         return answer.result()
 
+    def encode(
+        self,
+        prompt: str | list[str] | None = None,
+        input_ids: list[int] | list[list[int]] | None = None,
+        dimensions: int | None = None,
+        **more: Any,
+    ) -> Any:
+        """The `/encode` object of one prompt, a list of them for a list: `embedding` is a list of
+        floats. `more`: any other field of an `/encode` body.
+        """
+        body = {"text": prompt, "input_ids": input_ids, "dimensions": dimensions, **more}
+        call, sequences, cut = self._read_encode(body)
+        news: queue.SimpleQueue[list[Event] | EngineDead] = queue.SimpleQueue()
+        answer = Answer(call, sequences)
+        with self._running(sequences, news.put, live=False):
+            while answer.open:
+                self._driver.abort(answer.feed(news.get()))
+        return self._vectors(answer, cut)
+
+    async def async_encode(
+        self,
+        prompt: str | list[str] | None = None,
+        input_ids: list[int] | list[list[int]] | None = None,
+        dimensions: int | None = None,
+        **more: Any,
+    ) -> Any:
+        """As `encode`, for an event loop; cancelling it aborts the requests."""
+        body = {"text": prompt, "input_ids": input_ids, "dimensions": dimensions, **more}
+        call, sequences, cut = await asyncio.to_thread(self._read_encode, body)
+        loop = asyncio.get_running_loop()
+        news: asyncio.Queue[list[Event] | EngineDead] = asyncio.Queue()
+
+        def deliver(batch: list[Event] | EngineDead) -> None:
+            loop.call_soon_threadsafe(news.put_nowait, batch)
+
+        answer = Answer(call, sequences)
+        with self._running(sequences, deliver, live=False):
+            while answer.open:
+                self._driver.abort(answer.feed(await news.get()))
+        return self._vectors(answer, cut)
+
     def flush_cache(self) -> bool:
         """Forgets cached prefixes; False while requests run on them."""
         return self._driver.control("flush_cache").ok
@@ -178,6 +221,15 @@ class Engine:
         call = read_generate(body, self._model)
         tokens = [tokenize(self._model, prompt.source) for prompt in call.prompts]
         return call, call.build(self._model, tokens)
+
+    def _read_encode(self, body: dict[str, Any]) -> tuple[Call, list[Sequence], int | None]:
+        call, dimensions = read_encode(body, self._model)
+        tokens = [tokenize(self._model, prompt.source) for prompt in call.prompts]
+        return call, call.build(self._model, tokens), dimensions
+
+    def _vectors(self, answer: Answer, dimensions: int | None) -> Output | list[Output]:
+        info = embedding_of(self._model)
+        return answer.result(lambda seq: encoded(seq, info, dimensions))
 
     def _running(
         self,

@@ -12,6 +12,8 @@ from runtime.core.options import EngineOptions
 from runtime.device.base import Capacity
 from runtime.errors import UsageError
 
+# Embedding models are asked for whole batches at once: their line holds at least one large one.
+BATCH_REQUESTS, BATCH_TOKENS = 2048, 1 << 21
 QUEUE_FACTOR = 4  # default bounds of the line: so many times the running slots, and the KV pool
 
 
@@ -61,12 +63,15 @@ def resolve_policy(options: EngineOptions, capacity: Capacity) -> Policy:
             "takes a token of a step"
         )
     pool = capacity.pages * capacity.page_size
+    requests, line = QUEUE_FACTOR * running, QUEUE_FACTOR * pool
+    if capacity.embedding:
+        requests, line = max(requests, BATCH_REQUESTS), max(line, BATCH_TOKENS)
     return Policy(
         order=options.policy,
         max_running=running,
         max_step_tokens=tokens,
-        waiting_requests=options.waiting_requests or QUEUE_FACTOR * running,
-        waiting_tokens=options.waiting_tokens or QUEUE_FACTOR * pool,
+        waiting_requests=options.waiting_requests or requests,
+        waiting_tokens=options.waiting_tokens or line,
         queue_wait_s=options.queue_wait_s,
         request_s=options.request_s,
         # Where later tokens change what earlier ones hold, no prefix can be shared.

@@ -19,7 +19,7 @@ from enum import Enum
 from aiohttp import web
 
 from runtime.errors import EngineDead, InvalidRequest, UsageError
-from runtime.http import chat, native, openai, tokens
+from runtime.http import chat, embeddings, native, openai, tokens
 from runtime.http.replies import error_reply
 from runtime.http.server import RequestEnded, Server
 from runtime.log import AccessLog
@@ -81,6 +81,13 @@ ROUTES: tuple[Route, ...] = (
         works=True,
     ),
     Route(
+        methods=("POST", "PUT"),
+        path="/encode",
+        handler=embeddings.encode_route,
+        scope=Scope.API,
+        works=True,
+    ),
+    Route(
         methods=("GET", "POST"),
         path="/flush_cache",
         handler=native.flush_cache,
@@ -101,6 +108,13 @@ ROUTES: tuple[Route, ...] = (
         methods=POST,
         path="/v1/chat/completions",
         handler=chat.chat_completions,
+        scope=Scope.API,
+        works=True,
+    ),
+    Route(
+        methods=POST,
+        path="/v1/embeddings",
+        handler=embeddings.embeddings,
         scope=Scope.API,
         works=True,
     ),

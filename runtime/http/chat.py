@@ -21,7 +21,7 @@ from runtime.http.server import INLINE, Server
 from runtime.request import MAX_TOP_LOGPROBS
 from runtime.text.call import Call, Logprobs, Prompt, salt
 from runtime.text.chat import KWARGS
-from runtime.text.generate import read_rids
+from runtime.text.generate import read_rids, refuse_embedding
 from runtime.text.model import prompt_too_long
 from runtime.text.sampling import Sampling
 from runtime.text.schema import convert, show
@@ -32,7 +32,8 @@ TOOLS = 128
 
 async def chat_completions(server: Server, request: web.Request) -> web.StreamResponse:
     body = read_body(await server.read_body(request), ChatBody)
-    model = check_model(server, body)
+    refuse_embedding(server.model)
+    model = check_model(server, body.model)
     drawn, wanted = _sampling(server, body), _wanted(body)
     rid = read_rids(body.rid, 1, single=True)[0]
     call = Call(

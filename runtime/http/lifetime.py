@@ -80,6 +80,7 @@ def _server(config: ServeConfig, artifact: Artifact, link: EngineLink) -> Server
         context=manifest.model.context,
         vocab=manifest.model.vocab,
         limits=config.limits,
+        embedding=manifest.model.embedding,
         stream_interval=config.stream_interval,
     )
     template = artifact.text("chat_template.jinja")
@@ -101,7 +102,8 @@ def _info(config: ServeConfig, artifact: Artifact, generation: dict[str, Any]) -
             "model_path": manifest.name,
             "served_model_name": name,
             "tokenizer_path": manifest.name,
-            "is_generation": True,
+            "is_generation": manifest.model.embedding is None,
+            "embedding": manifest.model.embedding,
             "preferred_sampling_params": generation or None,
             "weight_version": "default",
             "model_type": manifest.model.family,

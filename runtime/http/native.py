@@ -11,6 +11,7 @@ from aiohttp import web
 from runtime.errors import EngineDead, InvalidRequest
 from runtime.http.replies import encode, json_reply
 from runtime.http.server import Server
+from runtime.text.encode import read_encode
 from runtime.text.generate import read_generate
 from runtime.text.sequence import Sequence
 
@@ -77,7 +78,10 @@ async def health_generate(server: Server, request: web.Request) -> web.StreamRes
         "input_ids": [0],
         "sampling_params": {"max_new_tokens": 1, "temperature": 0, "ignore_eos": True},
     }
-    call = read_generate(probe, server.model)
+    if server.model.embedding is None:
+        call = read_generate(probe, server.model)
+    else:
+        call, _ = read_encode({"input_ids": [0]}, server.model)
     await server.gather(call, await server.sequences(call))
     return web.Response()
 

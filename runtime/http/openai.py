@@ -18,7 +18,7 @@ from runtime.http.replies import encode, json_reply
 from runtime.http.server import Server
 from runtime.request import MAX_TOP_LOGPROBS
 from runtime.text.call import Call, Logprobs, Prompt, salt
-from runtime.text.generate import read_rids, split_prompts
+from runtime.text.generate import check_count, read_rids, refuse_embedding, split_prompts
 from runtime.text.model import TextModel
 from runtime.text.schema import show
 from runtime.text.sequence import Sequence
@@ -28,7 +28,8 @@ COMPLETION_TOKENS = 16  # OpenAI's default
 
 async def completions(server: Server, request: web.Request) -> web.StreamResponse:
     body = read_body(await server.read_body(request), CompletionBody)
-    model = check_model(server, body)
+    refuse_embedding(server.model)
+    model = check_model(server, body.model)
     call = _call(server.model, body, request["tenant"])
     sequences = await server.sequences(call)
     head = Head(f"cmpl-{call.prompts[0].rid}", "text_completion", model)
@@ -88,11 +89,11 @@ def usage_suffix(body: CommonBody, seq: Sequence) -> bytes:
     return b',"usage":null' if body.include_usage else b""
 
 
-def check_model(server: Server, body: CommonBody) -> str:
+def check_model(server: Server, wanted: str | None) -> str:
     name = server.model.name
-    if body.model not in (None, "", "default", name):
+    if wanted not in (None, "", "default", name):
         raise InvalidRequest(
-            f"The model {show(body.model)} does not exist; this server has {name}.",
+            f"The model {show(wanted)} does not exist; this server has {name}.",
             param="model",
             status=404,
         )
@@ -130,11 +131,7 @@ def _model_card(server: Server) -> dict[str, Any]:
 def _call(model: TextModel, body: CompletionBody, tenant: bytes) -> Call:
     limits = model.limits
     sources, _ = split_prompts(body.prompt, "prompt")
-    if len(sources) > limits.prompts_per_request:
-        raise InvalidRequest(
-            f"at most {limits.prompts_per_request} prompts are allowed, got {len(sources)}",
-            param="prompt",
-        )
+    check_count(len(sources), model, "prompt")
     most = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     drawn = sampling(body, most=most, defaults={}, vocab=model.vocab, limits=limits)
     top = body.logprobs

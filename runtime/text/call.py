@@ -88,7 +88,8 @@ def _sequence(
     size = len(ids)
     if size == 0:
         raise InvalidRequest("input_ids cannot be empty.", param="input_ids")
-    if size >= model.context:
+    room = model.context - (model.embedding is None)  # a generator needs one for its output
+    if size > room:
         raise InvalidRequest(
             f"The input ({size} tokens) is longer than the model's context length "
             f"({model.context} tokens).",

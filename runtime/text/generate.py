@@ -58,24 +58,21 @@ class GenerateBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 def read_generate(body: Any, model: TextModel, tenant: bytes = b"") -> Call:
     if not isinstance(body, dict):
         raise InvalidRequest("The body must be a JSON object.")
+    refuse_embedding(model)
     known = {k: v for k, v in body.items() if k not in IGNORED}
     parsed = convert(check_unsupported(known, UNSUPPORTED), GenerateBody)
     sources, single = _sources(parsed)
     count = len(sources)
-    if count > model.limits.prompts_per_request:
-        raise InvalidRequest(
-            f"at most {model.limits.prompts_per_request} prompts are allowed, got {count}",
-            param="text",
-        )
+    check_count(count, model, "text")
     samplings = _samplings(parsed, count, model)
     n = samplings[0].n
     _check_n(parsed, samplings)
     rids = read_rids(parsed.rid, count, single=single)
-    wanted = _each(parsed.return_logprob, count, "return_logprob", False)
-    starts = _each(parsed.logprob_start_len, count, "logprob_start_len", -1)
-    tops = _each(parsed.top_logprobs_num, count, "top_logprobs_num", 0)
-    extra = _each(parsed.extra_key, count, "extra_key", "")
-    salts = _each(parsed.cache_salt, count, "cache_salt", "")
+    wanted = each(parsed.return_logprob, count, "return_logprob", False)
+    starts = each(parsed.logprob_start_len, count, "logprob_start_len", -1)
+    tops = each(parsed.top_logprobs_num, count, "top_logprobs_num", 0)
+    extra = each(parsed.extra_key, count, "extra_key", "")
+    salts = each(parsed.cache_salt, count, "cache_salt", "")
     prompts = [
         Prompt(
             source=source,
@@ -87,13 +84,26 @@ def read_generate(body: Any, model: TextModel, tenant: bytes = b"") -> Call:
                 top=_top(tops[i]) if wanted[i] else 0,
                 with_text=bool(parsed.return_text_in_logprobs),
             ),
-            priority=_priority(parsed.priority),
+            priority=read_priority(parsed.priority),
             salt=salt(tenant, extra[i], salts[i]),
             show_prompt_ids=bool(parsed.return_prompt_token_ids),
         )
         for i, source in enumerate(sources)
     ]
     return Call(prompts=prompts, single=single and n == 1, stream=bool(parsed.stream))
+
+
+def check_count(count: int, model: TextModel, param: str) -> None:
+    most = model.limits.prompts_per_request
+    if count > most:
+        raise InvalidRequest(f"at most {most} prompts are allowed, got {count}", param=param)
+
+
+def refuse_embedding(model: TextModel) -> None:
+    if model.embedding is not None:
+        raise InvalidRequest(
+            "This is an embedding model: it generates no text. Use /encode or /v1/embeddings."
+        )
 
 
 def _sources(body: GenerateBody) -> tuple[list[str | list[int]], bool]:
@@ -160,7 +170,7 @@ def read_rids(rid: str | list[str] | None, count: int, *, single: bool) -> list[
     return rid
 
 
-def _each(value: Any, count: int, name: str, default: Any) -> list[Any]:
+def each(value: Any, count: int, name: str, default: Any) -> list[Any]:
     if value is None:
         return [default] * count
     if not isinstance(value, list):
@@ -186,7 +196,7 @@ def _top(top: int) -> int:
     return top
 
 
-def _priority(priority: int | None) -> int:
+def read_priority(priority: int | None) -> int:
     if priority is not None and not -(2**31) <= priority < 2**31:
         raise InvalidRequest(
             f"priority must be in [-2**31, 2**31 - 1], got {show(priority)}.", param="priority"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from conf.schema import LimitsConfig
 from runtime.errors import InvalidRequest
+from runtime.manifest import EmbeddingInfo
 from runtime.text.detokenizer import Detokenizers
 from runtime.text.schema import show
 from runtime.text.tokenizer import Tokenizer
@@ -18,7 +19,8 @@ from runtime.text.tokenizer import Tokenizer
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextModel:
     """What the text layer knows of the served model. `tokenizer` None: token ids in, token ids
-    out. `room`: most tokens one sequence can have, by context and KV pool.
+    out. `room`: most tokens one sequence can have, by context and KV pool. `embedding`: of a model
+    that gives vectors instead of text.
     """
 
     name: str
@@ -28,6 +30,7 @@ class TextModel:
     room: int
     vocab: int
     limits: LimitsConfig
+    embedding: EmbeddingInfo | None
     stream_interval: int = 1
 
     def fitted(self, kv_tokens: int) -> TextModel:
@@ -42,6 +45,7 @@ class TextModel:
         context: int,
         vocab: int,
         limits: LimitsConfig,
+        embedding: EmbeddingInfo | None = None,
         stream_interval: int = 1,
     ) -> TextModel:
         return TextModel(
@@ -52,6 +56,7 @@ class TextModel:
             room=context,
             vocab=vocab,
             limits=limits,
+            embedding=embedding,
             stream_interval=stream_interval,
         )
 

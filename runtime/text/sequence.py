@@ -30,6 +30,7 @@ class Sequence:
         "_tokenizer",
         "cached_tokens",
         "created",
+        "embedding",
         "error",
         "finish",
         "finished_at",
@@ -79,6 +80,7 @@ class Sequence:
         self.top: list[TopLogprobs] = []
         self.prompt_logprobs: list[float | None] = []
         self.prompt_top: list[TopLogprobs | None] = []
+        self.embedding = b""  # float32 numbers, of an embedding model
         self.cached_tokens = 0
         self.retractions = 0
         self.finish: dict[str, Any] | None = None
@@ -112,6 +114,8 @@ class Sequence:
         if event.prompt_logprobs:
             self.prompt_logprobs += event.prompt_logprobs
             self.prompt_top += event.prompt_top_logprobs
+        if event.embedding:
+            self.embedding = event.embedding
         tokens = event.tokens
         done = event.finish
         if self.request.logprobs:
