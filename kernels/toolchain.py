@@ -69,7 +69,8 @@ class Level:
 
 _V3 = ("avx2", "fma", "f16c", "bmi1", "bmi2", "movbe", "abm")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", "avx512_vnni")
-_AMX = (*_V4, "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")
+_BF16 = (*_V4, "avx512_bf16")
+_AMX = (*_BF16, "amx_tile", "amx_int8", "amx_bf16")
 _V4_FLAGS = ("-march=x86-64-v4", "-mavx512vnni", "-mprefer-vector-width=512")
 
 # Least demanding first.
@@ -77,6 +78,12 @@ CPU_LEVELS: tuple[Level, ...] = (
     Level(name="portable", machine=None, flags=(), requires=()),
     Level(name="x86-64-v3", machine="x86_64", flags=("-march=x86-64-v3",), requires=_V3),
     Level(name="x86-64-v4", machine="x86_64", flags=_V4_FLAGS, requires=_V4),
+    Level(
+        name="x86-64-v4-bf16",
+        machine="x86_64",
+        flags=(*_V4_FLAGS, "-mavx512bf16"),
+        requires=_BF16,
+    ),
     Level(
         name="amx",
         machine="x86_64",

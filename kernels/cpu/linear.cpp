@@ -17,7 +17,7 @@ void prepare(const hs_ctx* ctx, const Linear& c) {
         amx_bf16_prepare(ctx, c);
 #endif
     else
-        fill_panels(ctx, c);
+        fill_panels<FMT>(ctx, c);
 }
 
 template <int FMT>

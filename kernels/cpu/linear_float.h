@@ -1,5 +1,7 @@
-// float32 and (widened) bfloat16 weights with FMA: one accumulator per output, k ascending, whatever the number of rows.
+// float32 and bfloat16 weights: one accumulator per output, k ascending, whatever the number of rows. bfloat16 is widened for FMA,
+// or, where the level has the dot of bfloat16 pairs, activations are rounded to bfloat16 (at every number of rows).
 //
+// What one broadcast multiplies is a unit: a float, or two bfloat16 of neighbouring k in the same four bytes.
 // A few rows are read where they are; more are repacked in panels [K][R] so that one pointer serves all R broadcasts.
 #pragma once
 #include <unistd.h>
@@ -21,12 +23,56 @@ constexpr int64_t FLOAT_AHEAD = 4096;  // prefetch distance in each tile's strea
 constexpr int64_t PANEL_AHEAD = 512;   // floats: panels come from the second-level cache
 constexpr int64_t PIECE = 128;  // lines of each of two tiles (16 KB) that stay in the first-level cache for all panels
 
-// acc[r][0..31] += x[r] . W over `lines` lines of two tiles, for R rows. x element (r,k) is x[k*R + r] in a panel, row[r][k]
+#if defined(__AVX512BF16__)
+template <int FMT>
+constexpr bool DOT = FMT == BF16;
+#else
+template <int FMT>
+constexpr bool DOT = false;
+#endif
+template <int FMT>
+constexpr int STEP = FMT == BF16 && !DOT<FMT> ? 2 : 1;  // units per 64-byte line
+
+template <int FMT>
+HS_INLINE int64_t units(const Weight& w) {
+    return w.padded_k() / (DOT<FMT> ? 2 : 1);
+}
+
+template <int FMT>
+HS_INLINE vf accumulate(const float* unit, vf w, vf sum) {
+#if defined(__AVX512BF16__)
+    if (DOT<FMT>) return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)splati(load<int32_t>(unit)));
+#endif
+    return fma(splat(*unit), w, sum);
+}
+
+// Row r in units, padded with zeros: x itself where nothing changes it, else in `buffer` (padded_k floats).
+template <int FMT>
+static inline const float* unit_row(const Linear& c, int64_t r, float* buffer) {
+    const int64_t k = c.w.k, kp = c.w.padded_k();
+    const float* x = prologue(c, r, buffer);
+#if defined(__AVX512BF16__)
+    if (DOT<FMT>) {  // in place is fine: what is written lies behind what is still read
+        for (int64_t i = 0; i < kp; i += VL) {
+            const int64_t left = k - i;
+            const vf v = left >= VL ? loadf(x + i) : load_part(x + i, left > 0 ? (int)left : 0);
+            store((uint16_t*)buffer + i, _mm512_cvtneps_pbh((__m512)v));
+        }
+        return buffer;
+    }
+#endif
+    if (kp == k) return x;
+    if (x != buffer) memcpy(buffer, x, k * 4);
+    memset(buffer + k, 0, (kp - k) * 4);
+    return buffer;
+}
+
+// acc[r][0..31] += x[r] . W over `lines` lines of two tiles, for R rows. Unit (r,i) is panel[i*R + r] in a panel, row[r][i]
 // otherwise. A sum that leaves the registers between two calls comes back as it was, so cutting K changes no bit.
 template <int FMT, int R, bool IN_PANEL>
 static void block(const float* const* row, const float* panel, const Streams& s, int64_t lines, bool first,
                   float (*acc)[32]) {
-    constexpr int STEP = FMT == BF16 ? 2 : 1;  // k per 64-byte line
+    constexpr int STEP = hs::STEP<FMT>;
     for (int t0 = 0; t0 < 2; t0 += NT) {
         vf sum[R][NT][NV] = {};
         if (!first)
@@ -44,7 +90,7 @@ static void block(const float* const* row, const float* panel, const Streams& s,
                 HS_UNROLL for (int t = 0; t < NT; t++)
                     HS_UNROLL for (int v = 0; v < NV; v++) {
                         const uint8_t* p = s.tile[t0 + t] + i * 64 + v * VL * 4;
-                        if (FMT == BF16) {
+                        if (STEP == 2) {
                             vu pair = load<vu>(p);
                             w[0][t][v] = as_f(pair << 16);
                             w[STEP - 1][t][v] = as_f(pair & 0xffff0000u);
@@ -54,9 +100,10 @@ static void block(const float* const* row, const float* panel, const Streams& s,
                     }
                 HS_UNROLL for (int j = 0; j < STEP; j++)
                     HS_UNROLL for (int r = 0; r < R; r++) {
-                        vf a = splat(IN_PANEL ? x[0][(i * STEP + j) * R + r] : x[r][i * STEP + j]);
+                        const float* unit = IN_PANEL ? x[0] + (i * STEP + j) * R + r : x[r] + i * STEP + j;
                         HS_UNROLL for (int t = 0; t < NT; t++)
-                            HS_UNROLL for (int v = 0; v < NV; v++) sum[r][t][v] = fma(a, w[j][t][v], sum[r][t][v]);
+                            HS_UNROLL for (int v = 0; v < NV; v++)
+                                sum[r][t][v] = accumulate<FMT>(unit, w[j][t][v], sum[r][t][v]);
                     }
             }
         };
@@ -69,26 +116,19 @@ static void block(const float* const* row, const float* panel, const Streams& s,
 }
 
 template <int FMT, int R>
-static void direct(const Linear& c, int64_t r0, int64_t live, const float* const* row, const Streams& s, int64_t k,
+static void direct(const Linear& c, int64_t r0, int64_t live, const float* const* row, const Streams& s, int64_t lines,
                    int64_t tile, int tiles) {
     alignas(64) float acc[R][32];
-    block<FMT, R, false>(row, nullptr, s, FMT == BF16 ? k / 2 : k, true, acc);
+    block<FMT, R, false>(row, nullptr, s, lines, true, acc);
     for (int r = 0; r < live; r++) finish(c, r0 + r, tile, tiles, acc[r]);
 }
 
 template <int FMT>
 static void few_rows(const hs_ctx* ctx, const Linear& c) {
-    const int64_t kp = c.w.padded_k();
+    const int64_t kp = c.w.padded_k(), lines = c.w.tile_bytes() / 64;
     const float* rows[FEW_ROWS + DIRECT] = {};
     float* buffer = (float*)scratch(FEW_ROWS * kp * 4);
-    for (int64_t r = 0; r < c.t; r++) {
-        rows[r] = prologue(c, r, buffer + r * kp);
-        if (kp != c.w.k) {
-            if (rows[r] != buffer + r * kp) memcpy(buffer + r * kp, rows[r], c.w.k * 4);
-            memset(buffer + r * kp + c.w.k, 0, (kp - c.w.k) * 4);
-            rows[r] = buffer + r * kp;
-        }
-    }
+    for (int64_t r = 0; r < c.t; r++) rows[r] = unit_row<FMT>(c, r, buffer + r * kp);
     for (int64_t r = c.t; r < FEW_ROWS + DIRECT; r++) rows[r] = rows[0];
     Range range = split(c.tiles(), c.unit(), ctx);
     for (int64_t tile = range.begin; tile < range.end; tile += 2) {
@@ -98,13 +138,13 @@ static void few_rows(const hs_ctx* ctx, const Linear& c) {
             int64_t live = c.t - r < DIRECT ? c.t - r : DIRECT;
             const float** x = rows + r;
             if (live == 1)
-                direct<FMT, 1>(c, r, live, x, s, kp, tile, tiles);
+                direct<FMT, 1>(c, r, live, x, s, lines, tile, tiles);
             else if (live == 2)
-                direct<FMT, 2>(c, r, live, x, s, kp, tile, tiles);
+                direct<FMT, 2>(c, r, live, x, s, lines, tile, tiles);
             else if (live <= DIRECT / 2)
-                direct<FMT, DIRECT / 2>(c, r, live, x, s, kp, tile, tiles);
+                direct<FMT, DIRECT / 2>(c, r, live, x, s, lines, tile, tiles);
             else
-                direct<FMT, DIRECT>(c, r, live, x, s, kp, tile, tiles);
+                direct<FMT, DIRECT>(c, r, live, x, s, lines, tile, tiles);
         }
     }
 }
@@ -126,23 +166,22 @@ HS_INLINE void transpose4(const float* const* row, int64_t k, float* to, int64_t
     *(v4*)(to + 3 * stride) = __builtin_shufflevector(ab1, cd1, 2, 3, 6, 7);
 }
 
+template <int FMT>
 static inline void fill_panel(const Linear& c, int64_t r0, float* panel) {
-    const int64_t k = c.w.k, kp = c.w.padded_k();
+    const int64_t kp = c.w.padded_k(), count = units<FMT>(c.w);
     const int height = panel_height(c.t - r0);
     float* buffer = (float*)scratch((PANEL + 1) * kp * 4);
     const float* row[PANEL];
-    for (int r = 0; r < height; r++) row[r] = r0 + r < c.t ? prologue(c, r0 + r, buffer + r * kp) : buffer + PANEL * kp;
+    for (int r = 0; r < height; r++) row[r] = r0 + r < c.t ? unit_row<FMT>(c, r0 + r, buffer + r * kp) : buffer + PANEL * kp;
     memset(buffer + PANEL * kp, 0, kp * 4);  // stands for the rows beyond the last
     constexpr int THIRD = PANEL / 3;
     for (int r = 0; r < height; r += THIRD) {
         float* to = panel + r;
         int64_t i = 0;
         if (THIRD == 4)
-            for (; i + 4 <= k; i += 4, to += 4 * height) transpose4(row + r, i, to, height);
-        for (; i < k; i++, to += height)
-            HS_UNROLL for (int j = 0; j < THIRD; j++) to[j] = row[r + j][i];
-        for (int64_t i = k; i < kp; i++, to += height)
-            for (int j = 0; j < THIRD; j++) to[j] = 0;
+            for (; i + 4 <= count; i += 4, to += 4 * height) transpose4(row + r, i, to, height);
+        for (; i < count; i++, to += height)
+            HS_UNROLL for (int j = 0; j < THIRD; j++) memcpy(to + j, row[r + j] + i, 4);
     }
 }
 
@@ -155,19 +194,21 @@ static inline int64_t second_level_cache() {
     return 1 << 20;
 }
 
+template <int FMT>
 static inline void fill_panels(const hs_ctx* ctx, const Linear& c) {
-    const int64_t kp = c.w.padded_k(), panels = (c.t + PANEL - 1) / PANEL;
-    for (int64_t p = ctx->thread; p < panels; p += ctx->threads) fill_panel(c, p * PANEL, (float*)c.work + p * PANEL * kp);
+    const int64_t count = units<FMT>(c.w), panels = (c.t + PANEL - 1) / PANEL;
+    for (int64_t p = ctx->thread; p < panels; p += ctx->threads)
+        fill_panel<FMT>(c, p * PANEL, (float*)c.work + p * PANEL * count);
 }
 
 template <int FMT>
 static void many_rows(const hs_ctx* ctx, const Linear& c) {
-    const int64_t kp = c.w.padded_k(), panels = (c.t + PANEL - 1) / PANEL;
+    const int64_t row_units = units<FMT>(c.w), panels = (c.t + PANEL - 1) / PANEL;
     const float* work = (const float*)c.work;
     Range range = split(c.tiles(), c.unit(), ctx);
     const int64_t lines = c.w.tile_bytes() / 64, pieces = (lines + PIECE - 1) / PIECE;
     // Panels that stay in the second-level cache beside the weights, and their sums.
-    const int64_t fitting = second_level_cache() / 8 * 7 / (PANEL * kp * 4), chunk = fitting < 8 ? 8 : fitting > 64 ? 64 : fitting;
+    const int64_t fitting = second_level_cache() / 8 * 7 / (PANEL * row_units * 4), chunk = fitting < 8 ? 8 : fitting > 64 ? 64 : fitting;
     float(*sums)[32] = (float(*)[32])scratch(64 * PANEL * 128);
     for (int64_t p0 = 0; p0 < panels; p0 += chunk) {
         const int64_t stop = p0 + chunk < panels ? p0 + chunk : panels;
@@ -187,7 +228,7 @@ static void many_rows(const hs_ctx* ctx, const Linear& c) {
                     for (int64_t l = 0; l < share; l++) __builtin_prefetch(later + l * 64, 0, 2);
                     const int64_t left = c.t - p * PANEL;
                     const int height = panel_height(left);
-                    const float* x = work + p * PANEL * kp + at * (FMT == BF16 ? 2 : 1) * height;
+                    const float* x = work + p * PANEL * row_units + at * STEP<FMT> * height;
                     float(*acc)[32] = sums + (p - p0) * PANEL;
                     if (height == PANEL)
                         block<FMT, PANEL, true>(nullptr, x, s, count, i == 0, acc);
