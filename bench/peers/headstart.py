@@ -10,9 +10,10 @@ class Headstart:
     def __init__(self, path: str, threads: int) -> None:
         artifact = Artifact.open(path)
         self._name = f"headstart {artifact.manifest.tool}, artifact {artifact.digest}"
-        # The prefix cache lets a decode round find its context again; no prefill repeats a prompt.
+        # Without a prefix cache a prompt takes pages that were in use before, as in a server that has
+        # been running: the first touch of a page is the system's work, not ours.
         self._kv = artifact.manifest.state.page_bytes / artifact.manifest.state.page_size
-        self._static = StaticBatch.open(artifact, threads=threads, prefix_cache=True)
+        self._static = StaticBatch.open(artifact, threads=threads, prefix_cache=False)
         self._seed = 1 << 20
 
     def version(self) -> str:
