@@ -10,8 +10,8 @@ class Headstart:
     def __init__(self, path: str, threads: int) -> None:
         artifact = Artifact.open(path)
         self._name = f"headstart {artifact.manifest.tool}, artifact {artifact.digest}"
-        # Without a prefix cache a prompt takes pages that were in use before, as in a server that has
-        # been running: the first touch of a page is the system's work, not ours.
+        # Without a prefix cache a prompt takes pages that were in use before, as in a server that
+        # has been running: the first touch of a page is the system's work, not ours.
         self._kv = artifact.manifest.state.page_bytes / artifact.manifest.state.page_size
         self._static = StaticBatch.open(artifact, threads=threads, prefix_cache=False)
         self._seed = 1 << 20
