@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from runtime.artifact import Artifact
+from runtime.artifact import PARAM_ADDRESS, Artifact
 from runtime.core.loop import EngineLoop
 from runtime.core.options import EngineOptions
 from runtime.device import cpu, native
@@ -22,6 +22,7 @@ from runtime.device.arena import Arena, kv_pages
 from runtime.device.base import check_trust, open_session
 from runtime.device.cpu import CpuSession
 from runtime.device.machine import available_memory, cores, cpu_features, cpus
+from runtime.device.staging import arena_sizes, relocate
 from runtime.errors import DamagedArtifact, IncompatibleTarget, NoSpace, UsageError
 from runtime.request import Request, SamplingParams
 
@@ -153,17 +154,16 @@ def test_a_small_pool_shortens_the_context(artifact: Artifact) -> None:
 
 
 def test_an_address_outside_its_arena_is_refused(artifact: Artifact) -> None:
-    session = CpuSession(artifact, threads=1, kv_tokens=64)
+    sizes = arena_sizes(artifact.manifest, 4)
     plan = artifact.plan(0, artifact.manifest.buckets[0].name)
     params = plan.params.copy()
-    params["value"][np.flatnonzero(params["kind"] == cpu.PARAM_ADDRESS)[0]] = 1 << 60
+    params["value"][np.flatnonzero(params["kind"] == PARAM_ADDRESS)[0]] = 1 << 60
     with pytest.raises(DamagedArtifact, match="address below"):
-        session._relocate(msgspec.structs.replace(plan, params=params))
+        relocate(artifact, msgspec.structs.replace(plan, params=params), (0,) * 4, sizes)
     params = plan.params.copy()
     params["kind"][0] = 3
     with pytest.raises(IncompatibleTarget, match="kind 3"):
-        session._relocate(msgspec.structs.replace(plan, params=params))
-    session.close()
+        relocate(artifact, msgspec.structs.replace(plan, params=params), (0,) * 4, sizes)
 
 
 def test_steps_beyond_every_bucket_and_depth_are_refused(artifact: Artifact) -> None:
