@@ -43,14 +43,22 @@ class ConfigReader:
         return key in self._values
 
     def translated(self, spelling: Mapping[str, str], defaults: Mapping[str, Any]) -> ConfigReader:
-        """This config with a family's own keys under their usual names (`spelling`: own -> usual),
-        and what its class assumes where a key is absent or null."""
+        """This config with a family's own keys under their usual names (`spelling`: own -> usual;
+        "section.key" is taken out of its section), and what its class assumes where a key is absent
+        or null."""
         values, assumed = dict(self._values), set[str]()
+        for own in spelling:
+            if section := own.rpartition(".")[0]:
+                values[section] = dict(self.value(section, dict, {}))
         for own, usual in spelling.items():
-            if own not in values:
+            section, _, key = own.rpartition(".")
+            holder = values[section] if section else values
+            if key not in holder:
                 continue
-            value = values.pop(own)
-            if values.setdefault(usual, value) != value:
+            value = holder.pop(key)
+            if values.get(usual) is None:
+                values[usual] = value
+            if values[usual] != value:
                 raise DamagedCheckpoint(
                     f"{self.where}: {own} is {value!r} and {usual} is {values[usual]!r}; "
                     "they name the same thing"

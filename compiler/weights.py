@@ -37,7 +37,7 @@ class CheckpointWeights:
     def fetch(self, name: str) -> torch.Tensor:
         parts = [s.apply(self.checkpoint.tensor(s.tensor)) for s in self.names[name]]
         if len(parts) > 1:
-            shape = (-1, *self.shapes[name][1:])
+            shape = (-1, *self.shapes[name][1:][-1:])  # rows, also of a stack of matrices
             parts = [torch.cat([p.reshape(shape) for p in parts])]
         x = parts[0].reshape(self.shapes[name])
         if not torch.isfinite(x).all():

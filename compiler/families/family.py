@@ -39,11 +39,11 @@ IGNORABLE_KEYS = frozenset(
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """`spec` reads every key of a config.json that matters; `names` locates every weight; `unused`
-    are patterns of tensors a checkpoint may hold beyond that. `bases`: the same model's
-    architectures without a head; `prefix`: what all names but the head's begin with, and
-    checkpoints of the base model leave out. `spelling`: the family's own names of config keys;
-    `defaults`: what its class assumes where a key is missing; `ignored`: keys that say nothing
-    about the forward pass, separated by spaces.
+    are patterns of tensors a checkpoint may hold beyond that, with `{layers}` for the number of
+    layers. `bases`: the same model's architectures without a head; `prefix`: what all names but the
+    head's begin with, and checkpoints of the base model leave out. `spelling`: the family's own
+    names of config keys; `defaults`: what its class assumes where a key is missing; `ignored`: keys
+    that say nothing about the forward pass, separated by spaces.
     """
 
     name: str
@@ -67,7 +67,8 @@ class Family:
         """A tied head is the embedding; files that store it again are read as if they did not. A
         pooled model leaves its head."""
         spare = spec.tied or isinstance(spec.head, PoolSpec)
-        return (*self.unused, r"lm_head\.weight") if spare else self.unused
+        unused = tuple(p.replace("{layers}", str(len(spec.layers))) for p in self.unused)
+        return (*unused, r"lm_head\.weight") if spare else unused
 
 
 FAMILIES: dict[str, Family] = {}

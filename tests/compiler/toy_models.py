@@ -6,66 +6,15 @@ list of recipes per family.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import toy_exports
 from safetensors.torch import save_file
-from toy_references import Reference, alibi, by_prompt, full, growing
-
-BASE = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    # Class defaults lie beyond the toy vocabulary.
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-DYNAMIC = {"rope_type": "dynamic", "factor": 8.0}
-# Prompts of 40 and of 23 tokens stand on both sides of it, and 23 + 8 generated ones cross it.
-SHORT = 26
-
-
-def longrope(half: int) -> dict[str, Any]:
-    return {
-        "rope_type": "longrope",
-        "short_factor": [1.0 + 0.1 * i for i in range(half)],
-        "long_factor": [1.5 + 0.7 * i for i in range(half)],
-        "original_max_position_embeddings": SHORT,
-    }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """`rope`: scaling keys besides rope_theta (None: the class writes its own). `old`: what the
-    older spelling of config.json has beyond the generic rewriting. `export`: to the names and keys
-    of a family that transformers has no class for. `reference`: how its logits are asked for.
-    """
-
-    label: str
-    config_class: str
-    values: dict[str, Any] = field(default_factory=dict)
-    theta: float = 10000.0
-    rope: dict[str, Any] | None = field(default_factory=lambda: {"rope_type": "default"})
-    old: dict[str, Any] = field(default_factory=dict)
-    export: Callable[[dict[str, Any], toy_exports.Tensors], toy_exports.Exported] | None = None
-    reference: Callable[[Any], Reference] = full
+from toy_moe import MOE_RECIPES, XVERSE_MOE
+from toy_recipe import DYNAMIC, LLAMA3, SHORT, YARN, Recipe, longrope
+from toy_references import Reference, alibi, by_prompt, growing
 
 
 def partial(share: float, **rope: Any) -> dict[str, Any]:
@@ -306,7 +255,10 @@ RECIPES: dict[str, list[Recipe]] = {
             export=toy_exports.minicpm,
         )
     ],
-    "xverse": [Recipe(label="plain", config_class="LlamaConfig", export=toy_exports.xverse)],
+    "xverse": [
+        Recipe(label="plain", config_class="LlamaConfig", export=toy_exports.xverse),
+        XVERSE_MOE,
+    ],
     "phi": [
         Recipe(
             label="plain",
@@ -346,6 +298,7 @@ RECIPES: dict[str, list[Recipe]] = {
             theta=5e6,
         )
     ],
+    **MOE_RECIPES,
 }
 
 
@@ -355,15 +308,24 @@ def build(recipe: Recipe) -> Any:
     """
     import transformers
 
-    values = {**BASE, **recipe.values}
+    values = recipe.base | recipe.values
     if recipe.rope is not None:
         values["rope_parameters"] = {"rope_theta": recipe.theta, **recipe.rope}
     config = getattr(transformers, recipe.config_class)(**values)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.copy_(torch.randn_like(p) * 0.2 + ("norm" in name))
+            p.copy_(
+                torch.randn_like(p) * 0.2 + any("norm" in part for part in name.split(".")[-3:])
+            )
+        for name, b in model.named_buffers():
+            if name.endswith("correction_bias"):
+                b.copy_(torch.randn_like(b) * 0.2)
+        if recipe.change is not None:
+            recipe.change(model)
     return model.float().eval()
 
 
