@@ -20,11 +20,13 @@ import numpy as np
 import torch
 
 from compiler.errors import CompileError, DamagedCheckpoint
+from compiler.prequantized import stand_ins
 from compiler.safetensors_file import Entry, read_entries
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+CODE_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8}  # of quantized tensors
 REQUIRED: Any = object()
 
 
@@ -139,7 +141,7 @@ class ConfigReader:
 
 class Checkpoint:
     """`entries` maps every tensor to its dtype, shape and place; `tensor` gives a view of the
-    mapped file.
+    mapped file, or the bfloat16 numbers that quantized tensors stand for.
     """
 
     def __init__(
@@ -149,6 +151,8 @@ class Checkpoint:
         self.config = config
         self._entries = entries
         self._maps: dict[str, np.ndarray] = {}
+        self._stand_ins = stand_ins({name: entry for name, (_, entry) in entries.items()}, config)
+        self._consumed = {part for one in self._stand_ins.values() for part in one.parts}
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -165,12 +169,15 @@ class Checkpoint:
         return cls(path, config, entries)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._entries
+        stored = name in self._entries and name not in self._consumed
+        return stored or name in self._stand_ins
 
     def names(self) -> list[str]:
-        return list(self._entries)
+        return [n for n in self._entries if n not in self._consumed] + list(self._stand_ins)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        if name in self._stand_ins:
+            return self._stand_ins[name].shape
         return self._entry(name)[1].shape
 
     def dtype(self) -> str:
@@ -178,14 +185,21 @@ class Checkpoint:
         `float16`).
         """
         sizes: dict[str, int] = {}
-        for _, entry in self._entries.values():
-            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.end - entry.start
+        for name, (_, entry) in self._entries.items():
+            dtype = "BF16" if name in self._consumed else entry.dtype
+            sizes[dtype] = sizes.get(dtype, 0) + entry.end - entry.start
         top = max(sorted(sizes), key=lambda d: sizes[d])
         return str(TORCH_DTYPES.get(top, top)).removeprefix("torch.")
 
     def tensor(self, name: str) -> torch.Tensor:
+        if name in self._stand_ins:
+            return self._stand_ins[name].read(self._stored)
+        return self._stored(name)
+
+    def _stored(self, name: str) -> torch.Tensor:
         file, entry = self._entry(name)
-        if entry.dtype not in TORCH_DTYPES:
+        dtypes = TORCH_DTYPES | (CODE_DTYPES if name in self._consumed else {})
+        if entry.dtype not in dtypes:
             raise CompileError(
                 f"{self.path / file}: tensor {name} is {entry.dtype}; "
                 f"readable: {', '.join(TORCH_DTYPES)} (a quantized checkpoint? use the original)"
@@ -198,7 +212,7 @@ class Checkpoint:
         data = self._maps[file][entry.start : entry.end]
         if entry.start % 4:  # a foreign writer's odd header length: views need alignment
             data = data.copy()
-        return torch.from_numpy(data).view(TORCH_DTYPES[entry.dtype]).view(entry.shape)
+        return torch.from_numpy(data).view(dtypes[entry.dtype]).view(entry.shape)
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of config.json and every weight file, by file name."""

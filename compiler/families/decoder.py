@@ -26,6 +26,7 @@ from compiler.families.spec import (
     RmsNorm,
     RopeSpec,
 )
+from compiler.prequantized import check_method
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 Part = Literal["q", "k", "v", "o"]
@@ -89,9 +90,7 @@ def decoder_spec(config: ConfigReader, parts: Parts) -> ModelSpec:
             f"{config.where}: {heads} heads are no multiple of {kv_heads} kv heads"
         )
     if config.has("quantization_config"):
-        raise CompileError(
-            f"{config.where}: quantized checkpoints are not supported yet; use the original"
-        )
+        check_method(config.value("quantization_config", dict), config.where)
     if parts.act is None:
         config.require("hidden_act", ("silu",), "silu")
     norm = parts.norm or RmsNorm(eps=config.number("rms_norm_eps", 1e-6))
