@@ -161,7 +161,7 @@ def prepare() -> None:
     interpreter.InterpretedFunction.__call__ = call
     for name in ("gdc_wait", "gdc_launch_dependents"):  # launches run one after the other here
         setattr(extra, name, lambda *_, **__: None)
-    language = type("Language", (), {"__globals__": {"tl": tl}})
+    language = type("Language", (), {"__globals__": {"tl": tl, "core": tl.core}})
     _KEEP.append(interpreter._patch_lang(language))
 
 

@@ -129,8 +129,8 @@ def run_case(kernel: CudaKernel, case: Case, config: Any = None) -> None:
 
 
 def live_rows(case: Case) -> int:
-    per_row = case.op.name in ("gather", "sample") or case.sample.attrs.get("live_index") == 2
-    return int(case.sample.args["live"][2 if per_row else 0])
+    index = {"gather": 2, "sample": 2, "pool": 1}.get(case.op.name, 0)
+    return int(case.sample.args["live"][case.sample.attrs.get("live_index", index)])
 
 
 def check_case(case: Case, slack: float = 1.0) -> None:

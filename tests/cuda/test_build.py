@@ -52,8 +52,12 @@ def test_a_damaged_cache_entry_is_built_again(tmp_path: Path) -> None:
 
 
 def test_errors_name_the_source(tmp_path: Path) -> None:
-    wrong = Source(function="basic.add_kernel", signature=(("a_ptr", "*bf16"),), constants=())
-    with pytest.raises(ToolchainError, match=r"basic\.add_kernel: parameter '\w+' is given or"):
+    wrong = Source(
+        function="elementwise.elementwise_kernel", signature=(("a_ptr", "*bf16"),), constants=()
+    )
+    with pytest.raises(
+        ToolchainError, match=r"elementwise\.elementwise_kernel: parameter '\w+' is given or"
+    ):
         build_cuda([wrong], tmp_path)
     with pytest.raises(ToolchainError, match="'sm_70' is not supported"):
         build_cuda([source()], tmp_path, "sm_70")

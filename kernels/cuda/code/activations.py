@@ -1,0 +1,24 @@
+"""The activations of kernels/ops/mlp.py on float32 values."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def activate(x, KIND: tl.constexpr):
+    """`KIND` is a name of kernels.ops.mlp.ACTIVATIONS."""
+    if KIND == "silu":
+        y = x * tl.sigmoid(x)
+    elif KIND == "gelu":
+        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif KIND == "gelu_tanh":
+        # (1 + tanh u) / 2 is the sigmoid of 2u
+        y = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif KIND == "relu":
+        y = tl.where(x < 0.0, 0.0, x)
+    else:
+        tl.static_assert(KIND == "relu2")
+        y = tl.where(x < 0.0, 0.0, x * x)
+    return y

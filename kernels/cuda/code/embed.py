@@ -1,0 +1,110 @@
+"""Rows out of tables and out of activations."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kernels.cuda.code import pdl
+
+
+@triton.jit
+def table_row(
+    data_ptr,
+    scale_ptr,
+    row,
+    column,
+    mask,
+    WIDTH: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """float32 values of one row of a stored matrix (kernels/cuda/layout.py). BITS 8 and 4: codes
+    with a scale per GROUP columns; two 4-bit codes share a byte, the even column in the low half,
+    8 standing for zero."""
+    row = row.to(tl.int64)
+    if BITS == 4:
+        pair = tl.load(data_ptr + row * (WIDTH // 2) + column // 2, mask, 0)
+        y = ((pair.to(tl.int32) >> (column % 2) * 4) & 15).to(tl.float32) - 8.0
+    else:
+        y = tl.load(data_ptr + row * WIDTH + column, mask, 0).to(tl.float32)
+    if scale_ptr is not None:
+        at = row * (WIDTH // GROUP) + column // GROUP
+        y *= tl.load(scale_ptr + at, mask, 0.0).to(tl.float32)
+    return y
+
+
+@triton.jit
+def embed_kernel(
+    live_ptr,
+    tokens_ptr,
+    last_ptr,
+    data_ptr,
+    scale_ptr,
+    out_ptr,
+    SCALE: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Token -1 - s stands for the token that slot s sampled last."""
+    pdl.wait()
+    BLOCKS: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+    t = tl.program_id(0) // BLOCKS
+    if t < tl.load(live_ptr):
+        token = tl.load(tokens_ptr + t)
+        if token < 0:
+            token = tl.load(last_ptr + (-1 - token))
+        column = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+        mask = column < WIDTH
+        y = table_row(data_ptr, scale_ptr, token, column, mask, WIDTH, BITS, GROUP) * SCALE
+        at = t.to(tl.int64) * WIDTH + column
+        tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask)
+    pdl.release()
+
+
+@triton.jit
+def embed_positions_kernel(
+    live_ptr,
+    x_ptr,
+    positions_ptr,
+    data_ptr,
+    scale_ptr,
+    types_ptr,
+    types_scale_ptr,
+    out_ptr,
+    OFFSET: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    pdl.wait()
+    BLOCKS: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+    t = tl.program_id(0) // BLOCKS
+    if t < tl.load(live_ptr):
+        row = tl.load(positions_ptr + t) + OFFSET
+        column = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+        mask = column < WIDTH
+        at = t.to(tl.int64) * WIDTH + column
+        y = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
+        y += table_row(data_ptr, scale_ptr, row, column, mask, WIDTH, BITS, GROUP)
+        y += table_row(types_ptr, types_scale_ptr, row * 0, column, mask, WIDTH, BITS, GROUP)
+        tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask)
+    pdl.release()
+
+
+@triton.jit
+def gather_kernel(live_ptr, x_ptr, rows_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    pdl.wait()
+    BLOCKS: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+    r = tl.program_id(0) // BLOCKS
+    if r < tl.load(live_ptr + 2):
+        row = tl.load(rows_ptr + r).to(tl.int64)
+        column = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+        mask = column < WIDTH
+        x = tl.load(x_ptr + row * WIDTH + column, mask, 0.0)
+        at = r.to(tl.int64) * WIDTH + column
+        tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask)
+    pdl.release()
