@@ -14,13 +14,24 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from compiler.errors import ProgramError
-from compiler.lower import Node, label, node_workspace
+from compiler.lower import Node, bucket_sizes, label, launch_labels, node_workspace
 from compiler.memory import ALIGN, value_bytes
 from compiler.program import Program
-from compiler.record import KIND_ARENA, bucket_sizes
+from compiler.record import KIND_ARENA, PACK, Binaries, code_path, counters_bytes, value_of
+from kernels.launch import COUNTERS, WORKSPACE, Descriptor, Launch, Number, Pointer, Slot
 from kernels.op import OPS
-from runtime.artifact import ARENAS, PARAM_ADDRESS, PARAM_BYTES, LaunchPlan
+from runtime.artifact import (
+    ARENAS,
+    FLAG_PROGRAMMATIC,
+    PARAM,
+    PARAM_ADDRESS,
+    PARAM_BYTES,
+    PARAM_TENSORMAP,
+    LaunchPlan,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,23 +80,29 @@ class Owners:
 
 
 def check_plan(
-    plan: LaunchPlan, program: Program, nodes: Sequence[Node], sizes: ArenaSizes
+    plan: LaunchPlan,
+    program: Program,
+    nodes: Sequence[Node],
+    sizes: ArenaSizes,
+    binaries: Binaries,
 ) -> LaunchPlan:
-    if len(plan.nodes) != len(nodes) or plan.header.labels != tuple(
-        label(node.call) for node in nodes
-    ):
+    wanted = tuple(name for node in nodes for name in launch_labels(node))
+    if len(plan.nodes) != len(wanted) or plan.header.labels != wanted:
         raise ProgramError(
-            f"plan {plan.header.bucket.name}: {len(plan.nodes)} nodes for {len(nodes)} calls, "
+            f"plan {plan.header.bucket.name}: {len(plan.nodes)} nodes for {len(wanted)} launches, "
             "or other labels"
         )
     work = Owners()
+    first = 0
     for index, node in enumerate(nodes):
-        _Check(plan, program, node, index, sizes, work).run()
+        _Check(plan, program, node, index, first, sizes, binaries, work).run()
+        first += len(node.launches)
     return plan
 
 
 class _Check:
-    """One node: decodes its parameters, then replays its reads and writes of the work arena."""
+    """One call: decodes the parameters of its launches, then replays what they read and write of
+    the work arena. `first`: the plan's node of its first launch."""
 
     def __init__(
         self,
@@ -93,69 +110,99 @@ class _Check:
         program: Program,
         node: Node,
         index: int,
+        first: int,
         sizes: ArenaSizes,
+        binaries: Binaries,
         work: Owners,
     ) -> None:
-        self.plan, self.program, self.node, self.index, self.sizes, self.work = (
-            plan,
-            program,
-            node,
-            index,
-            sizes,
-            work,
-        )
+        self.plan, self.program, self.node, self.index = plan, program, node, index
+        self.first, self.sizes, self.binaries, self.work = first, sizes, binaries, work
         self.io = {field.name: field for field in plan.header.io}
+        self.reads: dict[str, tuple[int, int]] = {}
+        self.writes: dict[str, tuple[int, int]] = {}
+        self.at = first
 
     def fail(self, message: str) -> ProgramError:
-        where = f"plan {self.plan.header.bucket.name}, node {self.index}"
+        where = f"plan {self.plan.header.bucket.name}, node {self.at}"
         return ProgramError(f"{where} ({label(self.node.call)}): {message}")
 
     def run(self) -> None:
-        row = self.plan.nodes[self.index]
-        kernel = self.node.kernel
-        ref = self.plan.header.kernels[int(row["kernel"])]
-        if ref.entry != kernel.entry:
-            raise self.fail(f"calls {ref.entry}, lowered to {kernel.entry}")
-        if int(row["params"]) != len(kernel.params):
-            raise self.fail(
-                f"{int(row['params'])} parameters, {kernel.name} declares {len(kernel.params)}"
-            )
-        first = int(row["first_param"])
-        reads: dict[str, tuple[int, int]] = {}
-        writes: dict[str, tuple[int, int]] = {}
-        for slot, param in zip(
-            kernel.params, self.plan.params[first : first + len(kernel.params)], strict=True
-        ):
-            kind, _, name = slot.partition(":")
-            if kind in ("i64", "f64"):
-                self.check_scalar(kind, name, param)
-            else:
-                self.check_address(name, param, reads, writes)
-        self.replay(reads, writes)
+        for self.at, launch in enumerate(self.node.launches, self.first):  # noqa: B020
+            self.check_launch(launch)
+        self.replay(self.reads, self.writes)
 
-    def check_scalar(self, kind: str, name: str, param: object) -> None:
-        record = _Param(param)
-        expected = struct.pack("<q" if kind == "i64" else "<d", self.node.scalars[name])
-        if (
-            record.kind != PARAM_BYTES
-            or record.size != 8
-            or record.value.to_bytes(8, "little") != expected
-        ):
+    def check_launch(self, launch: Launch) -> None:
+        row = self.plan.nodes[self.at]
+        ref = self.plan.header.kernels[int(row["kernel"])]
+        binary = None if launch.source is None else self.binaries[launch.source]
+        entry = launch.entry if binary is None else binary.entry
+        file = "cpu" if binary is None else code_path(binary)
+        if (ref.file, ref.entry) != (file, entry):
+            raise self.fail(f"calls {ref.entry} of {ref.file}, lowered to {entry} of {file}")
+        count = len(launch.slots) if binary is None else len(binary.parameters)
+        if int(row["params"]) != count:
             raise self.fail(
-                f"{kind}:{name} is {record.value:#x}, expected {self.node.scalars[name]}"
+                f"{int(row['params'])} parameters, {self.node.kernel.name} declares {count}"
             )
+        start = int(row["first_param"])
+        params = [_Param(p) for p in self.plan.params[start : start + count]]
+        if binary is None:
+            for (name, slot), param in zip(launch.slots.items(), params, strict=True):
+                self.check_slot(name, slot, param, 8)
+            return
+        x, y, z = launch.grid
+        geometry = ((x * binary.cluster, y, z), (binary.block, 1, 1), (binary.cluster, 1, 1))
+        found = tuple(tuple(int(n) for n in row[key]) for key in ("grid", "block", "cluster"))
+        if found != geometry or int(row["shared"]) != binary.shared:
+            raise self.fail(
+                f"grid, block, cluster are {found} with {int(row['shared'])} bytes of shared "
+                f"memory, expected {geometry} with {binary.shared}"
+            )
+        if bool(int(row["flags"]) & FLAG_PROGRAMMATIC) != (binary.pdl and self.at > 0):
+            raise self.fail(f"flags are {int(row['flags'])}, the binary waits itself: {binary.pdl}")
+        for parameter, param in zip(binary.parameters, params, strict=True):
+            if parameter.kind in ("scratch", "null"):
+                self.check_bytes(parameter.kind, param, bytes(parameter.size))
+                continue
+            given = launch.slots[parameter.name]
+            if parameter.kind in ("shape", "stride"):
+                assert isinstance(given, Descriptor)
+                axes = given.shape if parameter.kind == "shape" else given.strides
+                value = axes[parameter.axis].to_bytes(parameter.size, "little")
+                self.check_bytes(f"{parameter.name} {parameter.kind}", param, value)
+            else:
+                self.check_slot(parameter.name, given, param, parameter.size)
+
+    def check_slot(self, name: str, slot: Slot, param: _Param, size: int) -> None:
+        if isinstance(slot, Number):
+            self.check_bytes(name, param, struct.pack(PACK[slot.type], slot.value))
+            return
+        if param.size != size:
+            raise self.fail(f"{name} takes {param.size} bytes, expected {size}")
+        if isinstance(slot, Pointer):
+            self.check_address(name, slot, param, 1)
+            return
+        if param.kind != PARAM_TENSORMAP:
+            raise self.fail(f"{name} has the parameter kind {param.kind}, expected a tensor map")
+        map = self.plan.header.tensormaps[param.aux]
+        if (map.shape, map.strides) != (slot.shape, slot.strides):
+            raise self.fail(f"{name} maps {map.shape} by {map.strides}, expected {slot}")
+        last = sum((n - 1) * step for n, step in zip(map.shape, map.strides, strict=True))
+        place = _Param.at(PARAM_ADDRESS, map.arena, map.offset)
+        self.check_address(name, slot, place, (last + 1) * map.element_size)
+
+    def check_bytes(self, name: str, param: _Param, expected: bytes) -> None:
+        value = int.from_bytes(expected, "little")
+        if (param.kind, param.size, param.value) != (PARAM_BYTES, len(expected), value):
+            raise self.fail(f"{name} is {param.value:#x}, expected {value:#x}")
 
     def check_address(
-        self,
-        name: str,
-        param: object,
-        reads: dict[str, tuple[int, int]],
-        writes: dict[str, tuple[int, int]],
+        self, name: str, slot: Pointer | Descriptor, param: _Param, extent: int
     ) -> None:
-        record, (arg, _, field) = _Param(param), name.partition(".")
-        value_name = self.node.call.ins.get(arg, self.node.call.outs.get(arg))
-        scratch = name == "workspace"
-        key = f"{value_name}.{field or 'data'}"
+        """`extent`: bytes from the address on that must belong to the argument."""
+        value_name = value_of(self.node, slot.arg)
+        key = f"{value_name}.{slot.field or 'data'}"
+        scratch, counters = slot.arg == WORKSPACE, slot.arg == COUNTERS
         known = (
             key in self.sizes.fields
             or value_name is None
@@ -163,32 +210,49 @@ class _Check:
         )
         if (
             (scratch and not self.node.workspace)
-            or (not scratch and value_name is None)
-            or (field and not known)
+            or (not scratch and not counters and value_name is None)
+            or (slot.field and not known)
         ):
-            if (record.kind, record.value) != (PARAM_BYTES, 0):
-                raise self.fail(f"ptr:{name} is absent, but its slot holds {record.value:#x}")
+            if (param.kind, param.value) != (PARAM_BYTES, 0):
+                raise self.fail(f"{name} is absent, but its slot holds {param.value:#x}")
             return
-        if record.kind != PARAM_ADDRESS:
-            raise self.fail(f"ptr:{name} has the parameter kind {record.kind}, expected an address")
-        start = record.value
+        if param.kind != PARAM_ADDRESS:
+            raise self.fail(f"{name} has the parameter kind {param.kind}, expected an address")
+        start = param.value - slot.offset
+        base = _Param.at(param.kind, param.arena, start)
+        reserved = counters_bytes(self.binaries)
+
+        def room(size: int) -> None:
+            if slot.offset + extent > size:
+                raise self.fail(f"{name} reaches byte {slot.offset + extent} of {size}")
+
+        if counters:
+            room(reserved)
+            self.inside(name, base, "work", reserved, reserved)
+            return
         if scratch:
-            self.inside(name, record, "work", self.node.workspace, self.sizes.work)
-            writes[node_workspace(self.index)] = (start, start + self.node.workspace)
+            room(self.node.workspace)
+            self.inside(name, base, "work", self.node.workspace, self.sizes.work, reserved)
+            span = (start, start + self.node.workspace)
+            self.writes[node_workspace(self.index)] = span
             return
         assert value_name is not None
         value = self.program.values[value_name]
         arena = KIND_ARENA[value.kind]
         if value.kind == "weight":
             offset, size = self.sizes.fields[key]
-            self.inside(name, record, arena, size, self.sizes.weights)
+            room(size)
+            self.inside(name, base, arena, size, self.sizes.weights)
             if start != offset:
-                raise self.fail(f"ptr:{name} points to {start}, {key} lies at {offset}")
+                raise self.fail(f"{name} points to {start}, {key} lies at {offset}")
             return
         if value_name == "kv":
-            if (record.arena, start) != (ARENAS.index("state"), self.sizes.pages_offset):
+            (page,) = value.dims
+            assert isinstance(page, int)
+            room(page)
+            if (base.arena, start) != (ARENAS.index("state"), self.sizes.pages_offset):
                 raise self.fail(
-                    f"ptr:{name} points to {start}, the pages start at {self.sizes.pages_offset}"
+                    f"{name} points to {start}, the pages start at {self.sizes.pages_offset}"
                 )
             return
         size = value_bytes(self.program, value_name, bucket_sizes(self.plan.header.bucket))
@@ -197,27 +261,31 @@ class _Check:
             "io": self.plan.header.io_bytes,
             "state": self.sizes.pages_offset,
         }[arena]
-        self.inside(name, record, arena, size, limit)
+        room(size)
+        self.inside(name, base, arena, size, limit, reserved if arena == "work" else 0)
         if arena == "state" and start != self.sizes.state[value_name]:
             raise self.fail(
-                f"ptr:{name} points to {start}, the state lies at {self.sizes.state[value_name]}"
+                f"{name} points to {start}, the state lies at {self.sizes.state[value_name]}"
             )
         if arena == "io" and start != self.io[value_name].offset:
             raise self.fail(
-                f"ptr:{name} points to {start}, the io field lies at {self.io[value_name].offset}"
+                f"{name} points to {start}, the io field lies at {self.io[value_name].offset}"
             )
         if arena == "work":
-            role = OPS[self.node.call.op].arg(arg).role
-            (writes if role == "output" else reads)[value_name] = (start, start + size)
+            role = OPS[self.node.call.op].arg(slot.arg).role
+            (self.writes if role == "output" else self.reads)[value_name] = (start, start + size)
 
-    def inside(self, name: str, record: _Param, arena: str, size: int, limit: int) -> None:
+    def inside(
+        self, name: str, record: _Param, arena: str, size: int, limit: int, low: int = 0
+    ) -> None:
         if (
             record.arena != ARENAS.index(arena)
+            or record.value < low
             or record.value % ALIGN
             or record.value + size > limit
         ):
             raise self.fail(
-                f"ptr:{name} is {size} bytes at {record.value} of arena {record.arena}, "
+                f"{name} is {size} bytes at {record.value} of arena {record.arena}, "
                 f"expected a multiple of {ALIGN} inside the {limit} bytes of {arena}"
             )
 
@@ -240,4 +308,8 @@ class _Param:
 
     def __init__(self, row: object) -> None:
         fields = row.item()  # type: ignore[attr-defined]
-        self.kind, self.arena, self.size, _, self.value = (int(f) for f in fields)
+        self.kind, self.arena, self.size, self.aux, self.value = (int(f) for f in fields)
+
+    @classmethod
+    def at(cls, kind: int, arena: int, value: int) -> _Param:
+        return cls(np.array((kind, arena, 8, 0, max(value, 0)), PARAM))

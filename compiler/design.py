@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-import kernels.cpu.register  # noqa: F401  (fills KERNELS)
+import kernels.cpu.register
+import kernels.cuda.register  # noqa: F401  (fills KERNELS)
 from compiler import report
 from compiler.check_plan import ArenaSizes, check_plan
 from compiler.families.spec import ModelSpec
@@ -18,12 +20,16 @@ from compiler.fuse import fuse
 from compiler.lower import Node, lower
 from compiler.memory import state_layout, weights_layout
 from compiler.model import StepShape, build
+from compiler.precision import activations
 from compiler.program import Program, verify
 from compiler.quantize import register  # noqa: F401  (fills SCHEMES)
 from compiler.quantize.scheme import storage_formats
-from compiler.record import Addresses, bucket_sizes, record
+from compiler.record import Addresses, record
 from compiler.store import StoredWeight, stored_weights, weight_formats
+from compiler.tuned import NO_RECORDS, Records, load_records
 from conf.schema import CompileConfig
+from kernels.cuda.build import build_cuda
+from kernels.launch import Binary, Source
 from runtime.artifact import Bucket, LaunchPlan, StateLayout, TensorEntry
 
 EDITS_BEYOND_CONTEXT = 2048  # per step: a whole prompt marked as seen, and a full logit_bias
@@ -31,7 +37,9 @@ EDITS_BEYOND_CONTEXT = 2048  # per step: a whole prompt marked as seen, and a fu
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Design:
-    """`tensors` have offsets but no checksums yet."""
+    """`tensors` have offsets but no checksums yet. `binaries` and `images` are empty on CPU, where
+    the native libraries hold every kernel. `fallbacks`: calls of a CUDA target that no tuning
+    record covers, chosen by heuristic."""
 
     spec: ModelSpec
     shape: StepShape
@@ -46,6 +54,10 @@ class Design:
     costs: Mapping[str, Mapping[str, int]]
     work_bytes: int
     io_bytes: int
+    target: str
+    binaries: Mapping[Source, Binary]
+    images: Mapping[str, bytes]  # sha256 -> cubin
+    fallbacks: tuple[str, ...]
 
     @property
     def weights_bytes(self) -> int:
@@ -61,7 +73,10 @@ def design(spec: ModelSpec, config: CompileConfig) -> Design:
         kv_dtype=config.kv.dtype,
         context=config.shape.context,
     )
+    target = config.target.kind
     program = verify(fuse(build(spec, shape)))
+    if target == "cuda":
+        program = verify(activations(program, config.dtype))
     formats = storage_formats(
         spec,
         dtype=config.dtype,
@@ -69,19 +84,19 @@ def design(spec: ModelSpec, config: CompileConfig) -> Design:
         group=config.quant.group_size,
         head=config.quant.head,
     )
-    weights = stored_weights(program, formats)
+    weights = stored_weights(program, formats, target)
     tensors = weights_layout([array for weight in weights for array in weight.arrays])
     state, state_offsets = state_layout(program, shape)
     addresses = Addresses(weights={t.name: t.offset for t in tensors}, state=state_offsets)
-    plans: dict[str, LaunchPlan] = {}
-    costs: dict[str, Mapping[str, int]] = {}
-    work_bytes = 0
     by_name = {weight.name: weight for weight in weights}
     buckets = choose_buckets(config)
+    records = load_records(config.target.name) if target == "cuda" else NO_RECORDS
+    nodes = {b.name: nodes_of(program, weights, b, target, records) for b in buckets}
+    binaries, images = binaries_of(nodes, config)
+    plans: dict[str, LaunchPlan] = {}
+    work_bytes = 0
     for bucket in buckets:
-        nodes = nodes_of(program, weights, bucket)
-        plans[bucket.name], work = record(program, nodes, bucket, addresses)
-        costs[bucket.name] = report.step_cost(nodes, by_name)
+        plans[bucket.name], work = record(program, nodes[bucket.name], bucket, addresses, binaries)
         work_bytes = max(work_bytes, work)
     made = Design(
         spec=spec,
@@ -94,20 +109,55 @@ def design(spec: ModelSpec, config: CompileConfig) -> Design:
         state_offsets=state_offsets,
         buckets=buckets,
         plans=plans,
-        costs=costs,
+        costs={name: report.step_cost(made, by_name) for name, made in nodes.items()},
         work_bytes=work_bytes,
         io_bytes=max(plan.header.io_bytes for plan in plans.values()),
+        target=target,
+        binaries=binaries,
+        images=images,
+        fallbacks=tuple(
+            dict.fromkeys(
+                f"{node.shape.op} {name}: {node.kernel.name}"
+                for name, made in nodes.items()
+                for node in made
+                if node.guessed
+            )
+        ),
     )
     for bucket in buckets:
-        nodes = nodes_of(program, weights, bucket)
-        check_plan(plans[bucket.name], program, nodes, arena_sizes(made))
+        check_plan(plans[bucket.name], program, nodes[bucket.name], arena_sizes(made), binaries)
     return made
 
 
 def nodes_of(
-    program: Program, weights: tuple[StoredWeight, ...], bucket: Bucket
+    program: Program,
+    weights: tuple[StoredWeight, ...],
+    bucket: Bucket,
+    target: str,
+    records: Records = NO_RECORDS,
 ) -> tuple[Node, ...]:
-    return lower(program, bucket_sizes(bucket), weight_formats(weights), "cpu")
+    return lower(program, bucket, weight_formats(weights), target, records)
+
+
+def binaries_of(
+    nodes: Mapping[str, tuple[Node, ...]], config: CompileConfig
+) -> tuple[dict[Source, Binary], dict[str, bytes]]:
+    """Cubins of every launch, built now or taken from the cache; none for the CPU."""
+    sources = [
+        launch.source
+        for made in nodes.values()
+        for node in made
+        for launch in node.launches
+        if launch.source is not None
+    ]
+    if not sources:
+        return {}, {}
+    assert config.target.arch is not None, "a CUDA target names its architecture"
+    built = build_cuda(sources, Path(config.cache), config.target.arch)
+    return (
+        {source: binary for source, (binary, _) in built.items()},
+        {binary.sha256: image for binary, image in built.values()},
+    )
 
 
 def arena_sizes(made: Design) -> ArenaSizes:
@@ -120,13 +170,24 @@ def arena_sizes(made: Design) -> ArenaSizes:
     )
 
 
+# Sequences of the decode buckets and tokens of the mixed ones of a CUDA target: grids are sized for
+# the bucket, so a step should not need more than about one and a half times its size.
+DECODE_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+MIXED_SIZES = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+
+
 def choose_buckets(config: CompileConfig) -> tuple[Bucket, ...]:
-    """Few: kernels read the live counts, so a step in a larger bucket costs its live tokens. What
-    grows with the bucket is the upload of the page table."""
+    """On CPU few: kernels read the live counts, so a step in a larger bucket costs its live tokens;
+    what grows with the bucket is the upload of the page table. On CUDA a graph each."""
     assert config.shape.context is not None
     tokens, seqs = config.shape.max_tokens, min(config.shape.max_seqs, config.shape.max_tokens)
     pages = -(-config.shape.context // config.kv.page_size)
-    sizes = sorted({min(size, tokens) for size in (1, 8, seqs, tokens)})
-    return tuple(
-        Bucket(name=f"t{size}", tokens=size, seqs=min(size, seqs), pages=pages) for size in sizes
+    if config.target.kind != "cuda":
+        sizes = sorted({min(size, tokens) for size in (1, 8, seqs, tokens)})
+        return tuple(Bucket(name=f"t{n}", tokens=n, seqs=min(n, seqs), pages=pages) for n in sizes)
+    decode = sorted({*(n for n in DECODE_SIZES if n < seqs), seqs})
+    mixed = sorted({*(n for n in MIXED_SIZES if n < tokens), tokens})
+    return (
+        *(Bucket(name=f"d{n}", tokens=n, seqs=n, pages=pages, kind="decode") for n in decode),
+        *(Bucket(name=f"t{n}", tokens=n, seqs=min(n, seqs), pages=pages) for n in mixed),
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from compiler.lower import WORKSPACE, Node, node_workspace
+from compiler.lower import Node, node_workspace
 from compiler.model import INPUTS, OUTPUTS, StepShape
 from compiler.program import Program, resolve
 from runtime import weights_file
@@ -173,7 +173,6 @@ def weights_layout(stored: Sequence[Stored]) -> tuple[TensorEntry, ...]:
 
 __all__ = [
     "ALIGN",
-    "WORKSPACE",
     "Block",
     "IoLayout",
     "Stored",

@@ -19,6 +19,8 @@ Dim = int | str  # symbolic: "tokens", "seqs", "seqs+1", "pages" (width of a pag
 KINDS = ("weight", "state", "input", "output", "temp")
 SYMBOLS = ("tokens", "seqs", "seqs+1", "pages")
 
+ACTIVATIONS = ("float32", "bfloat16")  # what "float" in a contract may be
+
 # Which kinds of value may stand for an argument of which role.
 _ROLE_KINDS = {
     "input": ("input", "temp"),
@@ -217,7 +219,7 @@ def _check_argument(
 ) -> None:
     if value.kind not in _ROLE_KINDS[arg.role]:
         raise fail(f"{arg.name} ({arg.role}) is given {show(value)}")
-    if value.dtype not in arg.dtypes and not ("float" in arg.dtypes and value.dtype == "float32"):
+    if value.dtype not in arg.dtypes and not ("float" in arg.dtypes and value.dtype in ACTIVATIONS):
         raise fail(
             f"{arg.name} has the dtype {value.dtype}, expected one of {', '.join(arg.dtypes)}"
         )

@@ -1,36 +1,53 @@
 """Recording: lowered nodes become a LaunchPlan, a table of kernels and addresses that holds for
 ever.
 
-Comes in: nodes of one bucket and the layouts of all arenas. Goes out: the plan and the work bytes
-it needs. Called by the pipeline, once per bucket.
+Comes in: nodes of one bucket, the binaries of their sources and the layouts of all arenas. Goes
+out: the plan and the work bytes it needs. Called by the pipeline, once per bucket.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from compiler.errors import ProgramError
-from compiler.lower import Node, label, node_workspace
+from compiler.lower import Node, bucket_sizes, launch_labels, node_workspace
 from compiler.memory import io_layout, place, work_blocks
 from compiler.program import Program
+from kernels.launch import (
+    COUNTERS,
+    COUNTERS_BYTES,
+    WORKSPACE,
+    Binary,
+    Descriptor,
+    Launch,
+    Number,
+    Parameter,
+    Pointer,
+    Source,
+)
 from runtime.artifact import (
     ARENAS,
+    FLAG_PROGRAMMATIC,
     NODE,
     PARAM,
     PARAM_ADDRESS,
     PARAM_BYTES,
+    PARAM_TENSORMAP,
     Bucket,
     KernelRef,
     LaunchPlan,
     PlanHeader,
+    TensorMap,
 )
 
 KIND_ARENA = {"weight": "weights", "state": "state", "temp": "work", "input": "io", "output": "io"}
-Parameter = tuple[int, int, int]  # kind, arena, value
+PACK = {"i32": "<i", "i64": "<q", "fp32": "<f", "fp64": "<d"}
+Row = tuple[int, int, int, int, int]  # a parameter: kind, arena, size, aux, value
+Binaries = Mapping[Source, Binary]  # empty on CPU, where one library holds every entry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,72 +58,173 @@ class Addresses:
     state: Mapping[str, int]
 
 
-def bucket_sizes(bucket: Bucket) -> dict[str, int]:
-    return {"tokens": bucket.tokens, "seqs": bucket.seqs, "pages": bucket.pages}
+def code_path(binary: Binary) -> str:
+    return f"code/{binary.sha256}.cubin"
+
+
+def counters_bytes(binaries: Binaries) -> int:
+    """Semaphores at the start of the work arena; the CPU has none."""
+    return COUNTERS_BYTES if binaries else 0
 
 
 def record(
-    program: Program, nodes: Sequence[Node], bucket: Bucket, addresses: Addresses
+    program: Program,
+    nodes: Sequence[Node],
+    bucket: Bucket,
+    addresses: Addresses,
+    binaries: Binaries,
 ) -> tuple[LaunchPlan, int]:
     sizes = bucket_sizes(bucket)
     io = io_layout(program, sizes)
     work, work_bytes = place(work_blocks(program, nodes, sizes))
+    reserved = counters_bytes(binaries)
     arenas: dict[str, Mapping[str, int]] = {
         "weights": addresses.weights,
         "state": addresses.state,
-        "work": work,
+        "work": {name: offset + reserved for name, offset in work.items()},
         "io": io.offsets(),
     }
-    kernels = list(dict.fromkeys(node.kernel.entry for node in nodes))
-    names = {node.kernel.entry: node.kernel.name for node in nodes}
-    table = np.zeros(len(nodes), NODE)
-    rows: list[Parameter] = []
-    for index, node in enumerate(nodes):
-        table[index]["kernel"] = kernels.index(node.kernel.entry)
-        table[index]["first_param"] = len(rows)
-        table[index]["params"] = len(node.kernel.params)
-        rows += [parameter(program, node, index, slot, arenas) for slot in node.kernel.params]
+    launches = [(index, launch) for index, node in enumerate(nodes) for launch in node.launches]
+    refs = [_reference(nodes[index], launch, binaries) for index, launch in launches]
+    kernels = list(dict.fromkeys(refs))
+    table = np.zeros(len(launches), NODE)
+    rows: list[Row] = []
+    maps: list[TensorMap] = []
+    for position, (index, launch) in enumerate(launches):
+        row = table[position]
+        row["kernel"] = kernels.index(refs[position])
+        row["first_param"] = len(rows)
+        rows += _Parameters(program, nodes[index], index, launch, arenas, binaries, maps).rows()
+        row["params"] = len(rows) - int(row["first_param"])
+        if launch.source is not None:
+            binary = binaries[launch.source]
+            x, y, z = launch.grid
+            row["grid"], row["block"] = (x * binary.cluster, y, z), (binary.block, 1, 1)
+            row["cluster"], row["shared"] = (binary.cluster, 1, 1), binary.shared
+            if binary.pdl and position:
+                row["flags"] = FLAG_PROGRAMMATIC
     params = np.zeros(len(rows), PARAM)
-    params["size"] = 8
-    for field, column in zip(("kind", "arena", "value"), zip(*rows, strict=True), strict=True):
+    columns = ("kind", "arena", "size", "aux", "value")
+    for field, column in zip(columns, zip(*rows, strict=True), strict=True):
         params[field] = column
     header = PlanHeader(
         bucket=bucket,
         io=io.fields,
         upload_bytes=io.upload_bytes,
         io_bytes=io.io_bytes,
-        kernels=tuple(KernelRef(file="cpu", entry=entry, name=names[entry]) for entry in kernels),
-        labels=tuple(label(node.call) for node in nodes),
+        kernels=tuple(kernels),
+        labels=tuple(name for node in nodes for name in launch_labels(node)),
+        tensormaps=tuple(maps),
     )
-    return LaunchPlan(header=header, nodes=table, params=params), work_bytes
+    return LaunchPlan(header=header, nodes=table, params=params), work_bytes + reserved
 
 
-def parameter(
-    program: Program, node: Node, index: int, slot: str, arenas: Mapping[str, Mapping[str, int]]
-) -> Parameter:
-    """One slot of `Kernel.params` as (kind, arena, value)."""
-    kind, _, name = slot.partition(":")
-    if kind == "i64":
-        return PARAM_BYTES, 0, int.from_bytes(struct.pack("<q", node.scalars[name]), "little")
-    if kind == "f64":
-        return PARAM_BYTES, 0, int.from_bytes(struct.pack("<d", node.scalars[name]), "little")
-    if kind != "ptr":
-        raise ProgramError(
-            f"kernel {node.kernel.name} has the parameter {slot!r}; expected ptr:, i64: or f64:"
+def _reference(node: Node, launch: Launch, binaries: Binaries) -> KernelRef:
+    if launch.source is None:
+        return KernelRef(file="cpu", entry=launch.entry, name=node.kernel.name)
+    binary = binaries[launch.source]
+    return KernelRef(file=code_path(binary), entry=binary.entry, name=node.kernel.name)
+
+
+def value_of(node: Node, arg: str) -> str | None:
+    """The program's value for an argument, None for an optional one that is absent."""
+    return node.call.ins.get(arg, node.call.outs.get(arg))
+
+
+class _Parameters:
+    """The parameters of one launch, in ABI order, as rows of the plan's table."""
+
+    def __init__(
+        self,
+        program: Program,
+        node: Node,
+        index: int,
+        launch: Launch,
+        arenas: Mapping[str, Mapping[str, int]],
+        binaries: Binaries,
+        maps: list[TensorMap],
+    ) -> None:
+        self.program, self.node, self.index, self.launch = program, node, index, launch
+        self.arenas, self.binaries, self.maps = arenas, binaries, maps
+
+    def rows(self) -> Iterator[Row]:
+        if self.launch.source is None:
+            for slot in self.launch.slots.values():
+                if isinstance(slot, Descriptor):
+                    raise ProgramError(
+                        f"kernel {self.node.kernel.name}: the CPU has no tensor maps"
+                    )
+                yield self.number(slot, 8) if isinstance(slot, Number) else self.pointer(slot)
+            return
+        binary = self.binaries[self.launch.source]
+        if binary.scratch:
+            raise ProgramError(
+                f"kernel {self.node.kernel.name} needs {binary.scratch} bytes of global scratch a "
+                "program: make tensor descriptors on the host"
+            )
+        for parameter in binary.parameters:
+            yield self.device(parameter, binary)
+
+    def device(self, parameter: Parameter, binary: Binary) -> Row:
+        if parameter.kind in ("scratch", "null"):
+            return PARAM_BYTES, 0, parameter.size, 0, 0
+        slot = self.launch.slots[parameter.name]
+        if isinstance(slot, Pointer):
+            return self.pointer(slot)
+        if isinstance(slot, Number):
+            return self.number(slot, parameter.size)
+        if parameter.kind == "tensormap":
+            return self.descriptor(slot, parameter, binary)
+        axes = slot.shape if parameter.kind == "shape" else slot.strides
+        return PARAM_BYTES, 0, parameter.size, 0, axes[parameter.axis]
+
+    def number(self, slot: Number, size: int) -> Row:
+        data = struct.pack(PACK[slot.type], slot.value)
+        if len(data) != size:
+            raise ProgramError(
+                f"kernel {self.node.kernel.name}: a {slot.type} for a parameter of {size} bytes"
+            )
+        return PARAM_BYTES, 0, size, 0, int.from_bytes(data, "little")
+
+    def pointer(self, slot: Pointer) -> Row:
+        place = self.place(slot)
+        if place is None:
+            return PARAM_BYTES, 0, 8, 0, 0
+        return PARAM_ADDRESS, place[0], 8, 0, place[1]
+
+    def descriptor(self, slot: Descriptor, parameter: Parameter, binary: Binary) -> Row:
+        place, recipe = self.place(slot), binary.maps[parameter.name]
+        if place is None:
+            raise ProgramError(f"kernel {self.node.kernel.name}: {slot.arg} is absent")
+        map = TensorMap(
+            arena=place[0],
+            offset=place[1],
+            element_type=recipe.element_type,
+            element_size=recipe.element_size,
+            shape=slot.shape,
+            strides=slot.strides,
+            box=recipe.box,
+            swizzle=recipe.swizzle,
         )
-    if name == "workspace":
-        return (
-            (PARAM_ADDRESS, ARENAS.index("work"), arenas["work"][node_workspace(index)])
-            if node.workspace
-            else (PARAM_BYTES, 0, 0)
-        )
-    arg, _, field = name.partition(".")
-    value_name = node.call.ins.get(arg, node.call.outs.get(arg))
-    if value_name is None:
-        return PARAM_BYTES, 0, 0  # an optional argument that is absent
-    value = program.values[value_name]
-    key = f"{value_name}.{field or 'data'}" if value.kind == "weight" else value_name
-    arena = KIND_ARENA[value.kind]
-    if value.kind == "weight" and field and key not in arenas[arena]:
-        return PARAM_BYTES, 0, 0  # a field that this storage format does not have
-    return PARAM_ADDRESS, ARENAS.index(arena), arenas[arena][key]
+        if map not in self.maps:
+            self.maps.append(map)
+        return PARAM_TENSORMAP, 0, parameter.size, self.maps.index(map), 0
+
+    def place(self, slot: Pointer | Descriptor) -> tuple[int, int] | None:
+        """Arena and offset; None for what does not exist."""
+        if slot.arg == COUNTERS:
+            return ARENAS.index("work"), slot.offset
+        if slot.arg == WORKSPACE:
+            if not self.node.workspace:
+                return None
+            offset = self.arenas["work"][node_workspace(self.index)]
+            return ARENAS.index("work"), offset + slot.offset
+        name = value_of(self.node, slot.arg)
+        if name is None:
+            return None  # an optional argument that is absent
+        value = self.program.values[name]
+        arena = KIND_ARENA[value.kind]
+        key = f"{name}.{slot.field or 'data'}" if value.kind == "weight" else name
+        if value.kind == "weight" and slot.field and key not in self.arenas[arena]:
+            return None  # a field that this storage format does not have
+        return ARENAS.index(arena), self.arenas[arena][key] + slot.offset

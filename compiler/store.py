@@ -22,28 +22,34 @@ from compiler.program import Program, Value
 from compiler.quantize import register  # noqa: F401  (fills SCHEMES)
 from compiler.quantize.scheme import dequantize, parse_format
 from compiler.weights import Weights, rows, stored
-from kernels.cpu import layout
+from kernels.cpu import layout as cpu_layout
+from kernels.cuda import layout as cuda_layout
 from kernels.ops.mlp import GATED
 from runtime import weights_file
 from runtime.artifact import TensorEntry
 
 Constants = Mapping[str, np.ndarray]
+LAYOUTS: Mapping[str, Any] = {"cpu": cpu_layout, "cuda": cuda_layout}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredWeight:
-    """One weight of the program: `parts` are its logical weights, `arrays` what the file holds."""
+    """One weight of the program: `parts` are its logical weights, `arrays` what the file holds, in
+    the layout of `target`."""
 
     name: str
     format: str
     gated: bool
     parts: tuple[str, ...]
     arrays: tuple[Stored, ...]
+    target: str
 
 
-def stored_weights(program: Program, formats: Mapping[str, str]) -> tuple[StoredWeight, ...]:
+def stored_weights(
+    program: Program, formats: Mapping[str, str], target: str
+) -> tuple[StoredWeight, ...]:
     """In load order. `formats` knows the logical weights; everything else is a constant."""
-    return tuple(_stored_weight(program, value, formats) for value in program.weights())
+    return tuple(_stored_weight(program, value, formats, target) for value in program.weights())
 
 
 def weight_formats(weights: Sequence[StoredWeight]) -> dict[str, str]:
@@ -51,7 +57,9 @@ def weight_formats(weights: Sequence[StoredWeight]) -> dict[str, str]:
     return {weight.name: weight.format for weight in weights}
 
 
-def _stored_weight(program: Program, value: Value, formats: Mapping[str, str]) -> StoredWeight:
+def _stored_weight(
+    program: Program, value: Value, formats: Mapping[str, str], target: str
+) -> StoredWeight:
     parts = value.parts or (value.name,)
     kinds = {formats.get(part, "float32") for part in parts}
     acts = {
@@ -65,12 +73,14 @@ def _stored_weight(program: Program, value: Value, formats: Mapping[str, str]) -
     shape = tuple(dim for dim in value.dims if isinstance(dim, int))
     fields = {"data": ("float32", shape)}
     if len(shape) > 1:
-        fields = layout.stack_fields(format, shape, gated)
+        fields = LAYOUTS[target].stack_fields(format, shape, gated)
     arrays = tuple(
         Stored(name=f"{value.name}.{field}", dtype=dtype, shape=dims)
         for field, (dtype, dims) in fields.items()
     )
-    return StoredWeight(name=value.name, format=format, gated=gated, parts=parts, arrays=arrays)
+    return StoredWeight(
+        name=value.name, format=format, gated=gated, parts=parts, arrays=arrays, target=target
+    )
 
 
 def pack(weight: StoredWeight, source: Weights, constants: Constants) -> dict[str, np.ndarray]:
@@ -80,7 +90,7 @@ def pack(weight: StoredWeight, source: Weights, constants: Constants) -> dict[st
     logical = rows(source, weight.parts)
     if logical.dim() == 1:
         return {f"{weight.name}.data": stored(logical, "float32")}
-    quantized = parse_format(weight.format)
+    quantized, layout = parse_format(weight.format), LAYOUTS[weight.target]
     packed: Mapping[str, Any]
     if quantized is None:
         packed = layout.pack_linear(weight.format, stored(logical, weight.format), weight.gated)

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from kernels.launch import Launch, Number, Pointer, Slot
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallShape:
@@ -46,6 +48,25 @@ class Kernel:
     scalars: Callable[[CallShape], dict[str, int | float]] = field(default=lambda call: {})
     workspace: Callable[[CallShape], int] = field(default=lambda call: 0)
 
+    def launch(self, call: CallShape) -> Launch:
+        """The call as one entry of the native library; slots by their spelling in `params`."""
+        values = self.scalars(call)
+        slots: dict[str, Slot] = {}
+        for param in self.params:
+            kind, _, name = param.partition(":")
+            if kind == "ptr":
+                arg, _, part = name.partition(".")
+                slots[param] = Pointer(arg=arg, field=part)
+            elif kind in NUMBERS:
+                slots[param] = Number(type=NUMBERS[kind], value=values[name])
+            else:
+                raise ValueError(
+                    f"kernel {self.name} has the parameter {param!r}; expected ptr:, i64: or f64:"
+                )
+        return Launch(entry=self.entry, slots=slots)
+
+
+NUMBERS = {"i64": "i64", "f64": "fp64"}
 
 # "cpu": Kernel, "cuda": kernels.cuda.kernel.CudaKernel
 KERNELS: dict[str, list[Any]] = {"cpu": [], "cuda": []}

@@ -30,7 +30,7 @@ def parse_format(name: str) -> tuple[str, int]:
 
 
 def fields(
-    format: str, n: int, k: int, swiglu: bool = False
+    format: str, n: int, k: int, gated: bool = False
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """dtype and shape of every stored field of a packed [n, k] weight, without data."""
     kind, group = parse_format(format)
@@ -44,11 +44,21 @@ def fields(
     return {"data": ("uint8", (n, width)), "scale": ("float16", (n, k // group))}
 
 
+def stack_fields(
+    format: str, shape: tuple[int, ...], gated: bool = False
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The same for a weight [n, k], or a stack of them [count, n, k] one after the other."""
+    *count, n, k = shape
+    one = fields(format, n, k, gated)
+    return {name: (dtype, (*count, *dims)) for name, (dtype, dims) in one.items()}
+
+
 def pack_linear(
-    format: str, weight: Array | tuple[Array, Array], swiglu: bool = False
+    format: str, weight: Array | tuple[Array, Array], gated: bool = False
 ) -> dict[str, Array]:
-    """Pack float32 [N, K], bf16 bits uint16 [N, K], or (int8 q [N, K], float32 scale [N, K/G]).
-    Rows keep their order: a gated weight is gate rows, then up rows."""
+    """Pack float32 [N, K], bf16 bits uint16 [N, K], or (int8 q [N, K], float32 scale [N, K/G]); a
+    stack of matrices has one axis more in front. Rows keep their order: a gated weight is gate
+    rows, then up rows."""
     kind, _ = parse_format(format)
     if not isinstance(weight, tuple):
         return {"data": np.ascontiguousarray(weight)}
@@ -57,5 +67,5 @@ def pack_linear(
         data: Array = np.ascontiguousarray(codes).view(np.uint8)
     else:
         nibbles = np.add(codes, np.int8(8), dtype=np.int8).view(np.uint8)
-        data = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+        data = nibbles[..., 0::2] | nibbles[..., 1::2] << 4
     return {"data": data, "scale": np.ascontiguousarray(scale.astype(np.float16))}

@@ -38,7 +38,7 @@ class Subject:
         shape = StepShape(slots=4, edits=8, page_size=PAGE, kv_dtype="float32", context=64)
         self.program: Program = fuse(build(imported.spec, shape))
         self.edits = shape.edits
-        weights = {weight.name: weight for weight in stored_weights(self.program, {})}
+        weights = {weight.name: weight for weight in stored_weights(self.program, {}, "cpu")}
         fixed = constants(imported.spec, shape.context)
         self.weight: Callable[[str], torch.Tensor] = lambda name: exact(
             weights[name], imported.weights, fixed

@@ -12,8 +12,9 @@ from compiler.fuse import fuse
 from compiler.lower import lower
 from compiler.model import build
 from compiler.store import stored_weights, weight_formats
+from runtime.artifact import Bucket
 
-SIZES = {"tokens": 8, "seqs": 4, "pages": 4}
+BUCKET = Bucket(name="t8", tokens=8, seqs=4, pages=4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -25,8 +26,8 @@ def test_every_call_is_lowered(family: str, stage: str, format: str) -> None:
         program = fuse(program)
     matrices = {v.name for v in program.weights() if len(v.dims) == 2}
     parts = {part for name in matrices for part in program.values[name].parts or (name,)}
-    weights = stored_weights(program, dict.fromkeys(parts, format))
-    nodes = lower(program, SIZES, weight_formats(weights), "cpu")
+    weights = stored_weights(program, dict.fromkeys(parts, format), "cpu")
+    nodes = lower(program, BUCKET, weight_formats(weights), "cpu")
     assert [node.kernel.op for node in nodes] == [call.op for call in program.calls]
 
 
@@ -35,7 +36,7 @@ def test_refusal_lists_kernels_and_reasons() -> None:
     formats = {value.name: "float32" for value in program.weights()}
     formats["layers.0.qkv"] = "fp8"
     with pytest.raises(CompileError) as error:
-        lower(program, SIZES, formats, "cpu")
+        lower(program, BUCKET, formats, "cpu")
     text = str(error.value)
     assert "linear 0.qkv" in text and "linear_f32:" in text and "linear_int4:" in text
 
@@ -57,7 +58,7 @@ def test_few_buckets_cover_one_token_to_the_largest_step() -> None:
 def test_a_weight_stored_in_two_forms_is_refused() -> None:
     program = fuse(build(toy("llama"), SHAPE))
     with pytest.raises(Exception, match=r"layers\.0\.qkv"):
-        stored_weights(program, {"layers.0.q": "bfloat16"})
+        stored_weights(program, {"layers.0.q": "bfloat16"}, "cpu")
 
 
 def test_design_of_a_group_that_does_not_divide() -> None:

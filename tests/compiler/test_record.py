@@ -16,25 +16,25 @@ from runtime.artifact import ARENAS, PARAM_ADDRESS, LaunchPlan, decode_plan, enc
 MADE = design(toy("qwen3"), toy_config(toy("qwen3")))
 BUCKET = MADE.buckets[-1]
 PLAN = MADE.plans[BUCKET.name]
-NODES = nodes_of(MADE.program, MADE.weights, BUCKET)
+NODES = nodes_of(MADE.program, MADE.weights, BUCKET, "cpu")
 SIZES = arena_sizes(MADE)
 
 
 def check(plan: LaunchPlan, sizes: ArenaSizes = SIZES) -> None:
-    check_plan(plan, MADE.program, NODES, sizes)
+    check_plan(plan, MADE.program, NODES, sizes, {})
 
 
 def changed(node: int, slot: str, **fields: int) -> LaunchPlan:
     """The plan with one parameter of one node changed."""
     params = PLAN.params.copy()
-    row = int(PLAN.nodes[node]["first_param"]) + NODES[node].kernel.params.index(slot)
+    row = int(PLAN.nodes[node]["first_param"]) + list(NODES[node].launches[0].slots).index(slot)
     for name, value in fields.items():
         params[row][name] = value
     return LaunchPlan(header=PLAN.header, nodes=PLAN.nodes, params=params)
 
 
 def address(node: int, slot: str) -> int:
-    row = int(PLAN.nodes[node]["first_param"]) + NODES[node].kernel.params.index(slot)
+    row = int(PLAN.nodes[node]["first_param"]) + list(NODES[node].launches[0].slots).index(slot)
     return int(PLAN.params[row]["value"])
 
 

@@ -157,6 +157,7 @@ FAMILIES = (*PLAIN, "gemma", "phi", "cohere", "sinks", "olmo", *MOE)
 def toy_config(spec: ModelSpec, scheme: str = "none", dtype: str = "float32") -> CompileConfig:
     config = CompileConfig(name="toy", dtype=dtype)
     config.quant.scheme, config.kv.dtype = scheme, "float32"
+    config.target.name = config.target.kind = "cpu"
     config.shape.context, config.shape.max_seqs, config.shape.max_tokens = spec.context, 4, 24
     return config
 

@@ -1,0 +1,90 @@
+"""Tuning records: which kernel and configuration was measured to be best for a call on a GPU.
+
+Comes in: `kernels/tuned/<gpu>.json`, written by `compiler.tune`. Goes out: choices for lowering. A
+record names the versions it was measured with; a choice whose configuration the kernel no longer
+has is ignored and the call counts as not measured.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from compiler.errors import CompileError
+from kernels.cuda.kernel import CudaKernel
+from kernels.kernel import CallShape
+
+FOLDER = Path(__file__).parent.parent / "kernels" / "tuned"
+# Where a layer's data lies does not change how fast a kernel is.
+PLACES = ("layer_offset", "page_bytes", "live_index", "eps", "scale")
+SCHEMA = 1
+
+
+def call_key(shape: CallShape) -> str:
+    """What a measurement depends on, as text: op, kind, sizes, element types, formats, attributes
+    (those that only say where data lies left out)."""
+    arrays = [
+        f"{arg}:{shape.formats.get(arg) or shape.dtypes[arg]}{list(dims)}".replace(" ", "")
+        for arg, dims in sorted(shape.shapes.items())
+        if arg != "kv"
+    ]
+    attrs = [f"{k}={v}" for k, v in sorted(shape.attrs.items()) if k not in PLACES]
+    return " ".join((shape.op, shape.kind, *arrays, *attrs))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Records:
+    """`entries`: call key -> {kernel, config, us}. `versions`: what they were measured with."""
+
+    gpu: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    entries: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def choice(
+        self, shape: CallShape, kernels: Sequence[CudaKernel]
+    ) -> tuple[CudaKernel, Any] | None:
+        """The recorded kernel and configuration, if both still exist and are valid."""
+        entry = self.entries.get(call_key(shape))
+        for kernel in kernels if entry else ():
+            if kernel.name == entry["kernel"]:  # type: ignore[index]
+                for config in kernel.candidates(shape):
+                    if asdict(config) == entry["config"]:  # type: ignore[index]
+                        return kernel, config
+        return None
+
+
+NO_RECORDS = Records()
+
+
+def load_records(gpu: str, folder: Path = FOLDER) -> Records:
+    """Records of a GPU by its target name; empty when nothing was measured on it."""
+    path = folder / f"{gpu}.json"
+    if not path.exists():
+        return Records(gpu=gpu)
+    try:
+        data = json.loads(path.read_text("utf-8"))
+        if data["schema"] != SCHEMA:
+            raise CompileError(f"{path}: schema is {data['schema']}, expected {SCHEMA}; tune again")
+        return Records(gpu=gpu, versions=data["versions"], entries=data["entries"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CompileError(f"{path} is no tuning record: {error!r}; tune again") from error
+
+
+def save_records(records: Records, folder: Path = FOLDER) -> Path:
+    """Sorted, one entry a line: a diff shows what changed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [
+        f"    {json.dumps(key)}: {json.dumps(dict(entry), sort_keys=True)}"
+        for key, entry in sorted(records.entries.items())
+    ]
+    text = (
+        f'{{\n  "schema": {SCHEMA},\n  "gpu": {json.dumps(records.gpu)},\n  "versions": '
+        f"{json.dumps(dict(records.versions), sort_keys=True)},\n"
+        '  "entries": {\n' + ",\n".join(lines) + "\n  }\n}\n"
+    )
+    path = folder / f"{records.gpu}.json"
+    path.write_text(text, "utf-8")
+    return path
