@@ -143,6 +143,23 @@ def test_generation_is_refused_by_the_engine(tmp_path: Path) -> None:
     assert len(vector) == 64 and abs(float(vector @ vector) - 1) < 1e-5
 
 
+# --- named shapes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", toy_embedders.PUBLISHED)
+def test_named_embedding_models(name: str) -> None:
+    config = load(CompileConfig, "compile", [f"model={name}", "weights=random"]).config
+    spec = import_model(config).spec
+    millions = spec.parameters() / 1e6
+    assert millions == pytest.approx(toy_embedders.PUBLISHED[name], rel=0.01)
+    assert isinstance(spec.head, PoolSpec) and spec.head.normalise
+    assert spec.head.pooling == config.model.pooling
+    mixer = spec.layers[0].mixer
+    assert isinstance(mixer, Attention)
+    both_ways = spec.positions is not None or name == "gte-qwen2-7b"
+    assert mixer.causal is not both_ways
+
+
 # --- what the files say ---------------------------------------------------------------------------
 
 

@@ -29,6 +29,21 @@ MODES = {
     "last": "pooling_mode_lasttoken",
 }
 
+# Parameters in millions, as the publishers' weight files hold them (gte: without the head, which an
+# embedding model leaves; encoders: with a pooler of dim^2, which it leaves too).
+PUBLISHED = {
+    "bge-small-en": 33.36,
+    "bge-base-en": 109.48,
+    "bge-large-en": 335.14,
+    "bge-m3": 567.75,
+    "all-minilm-l6": 22.71,
+    "e5-base": 109.48,
+    "multilingual-e5-large": 559.89,
+    "e5-mistral-7b": 7110.66,
+    "gte-qwen2-1.5b": 1776.2 - 232.9,
+    "gte-qwen2-7b": 7613.0 - 543.5,
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Embedder:
