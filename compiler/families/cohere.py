@@ -23,6 +23,8 @@ from compiler.families.spec import LayerNorm, ModelSpec, RopeSpec
 
 def _shared(config: ConfigReader) -> dict[str, Any]:
     return {
+        # The 128k of Command-R stand beside the 8k it was first trained with.
+        "context": config.integer("model_max_length", context(config)),
         "norm": LayerNorm(eps=config.number("layer_norm_eps", 1e-5)),
         "placement": "parallel",
         "biases": QKVO if config.flag("attention_bias", False) else (),
@@ -76,7 +78,6 @@ COHERE = register(
         architectures=("CohereForCausalLM",),
         spec=spec_cohere,
         names=named(LLAMA_NAMES, norms_by_head),
-        spelling={"model_max_length": "max_position_embeddings"},
         defaults={"tie_word_embeddings": True},
     )
 )
