@@ -129,8 +129,8 @@ def limit(default: float) -> Any:
 @dataclass(slots=True)
 class LimitsConfig:
     """`limits` (docs/http.md): null is no limit, but for `waiting_requests` (4 x running sequences)
-    and `waiting_tokens` (4 x KV pool). `step_s`: an engine without progress for this long, or 20
-    p99 steps, is replaced.
+    and `waiting_tokens` (4 x KV pool), larger for embedding models. `step_s`: an engine without
+    progress for this long, or 20 p99 steps, is replaced.
     """
 
     waiting_requests: int | None = option(None, low=1)
