@@ -7,11 +7,11 @@ weights of an earlier artifact and takes its libraries from the cache.
 
 from __future__ import annotations
 
-import errno
+import math
 import os
 import platform
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 
 from compiler import report, weights_cache
+from compiler.code import Code, build_code
 from compiler.design import Design, design
 from compiler.families.by_length import length_rule
 from compiler.families.spec import PoolSpec
@@ -39,30 +40,20 @@ from compiler.verify import (
 )
 from conf.resolve import check_supported, resolve
 from conf.schema import CompileConfig
-from kernels.toolchain import (
-    ToolchainError,
-    build_cpu,
-    compiler_version,
-    find_compiler,
-    machine_levels,
-)
 from runtime.artifact import (
     SCHEMA,
     TOOL,
     Artifact,
-    CpuLibrary,
     EmbeddingInfo,
     Manifest,
     ModelInfo,
-    Target,
     TensorEntry,
     encode_plan,
     plan_path,
     weights_path,
 )
-from runtime.errors import NoSpace
+from runtime.device.machine import gpu_names
 
-ABI = 1  # HS_ABI_VERSION of kernels/cpu/abi.h
 NOT_INPUTS = ("out", "cache")  # where things go does not change what they are
 
 
@@ -82,57 +73,63 @@ def compile_model(config: CompileConfig, sources: Mapping[str, str], progress: P
         figures = report.fit(made.weights_bytes, made.state, made.work_bytes, made.io_bytes)
     progress.show(fit_report(made, figures, config))
     with Package(Path(config.out), str(config.name)) as package, ThreadPoolExecutor(1) as pool:
-        libraries = pool.submit(build_libraries, Path(config.cache))
+        building = pool.submit(build_code, made, config)
         with progress.stage("weights", made.weights_bytes) as advance:
             tensors = store_weights(package, model, made, config, advance)
         with progress.stage("accuracy"):
             measured = measure(made, model.weights)
             check_accuracy(measured.accuracy, config)
         with progress.stage("kernels"):
-            packed = pack_libraries(package, libraries)
+            code = building.result()
+            for name, data in sorted(code.files.items()):
+                package.add(name, "binary", data)
         for name, data in sorted(model.text.files.items()):
             package.add(f"text/{name}", "data", data)
         for bucket in made.buckets:
             package.add(plan_path(0, bucket.name), "data", encode_plan(made.plans[bucket.name]))
-        manifest = make_manifest(config, origins, model, made, figures, tensors, packed, package)
+        manifest = make_manifest(config, origins, model, made, figures, tensors, code, package)
         with progress.stage("verify"):
-            manifest = verified(package, manifest, made, measured)
+            if made.target == "cpu" or gpu_names():
+                manifest = verified(package, manifest, made, measured)
+        if made.target == "cuda":
+            progress.show(code_report(made, manifest))
         with progress.stage("publish"):
             path = package.publish(manifest)
     remember_weights(path, made, model, config)
     return path
 
 
-def build_libraries(cache: Path) -> list[tuple[CpuLibrary, bytes]]:
-    """One native library per instruction-set level of this machine's architecture, best last."""
-    built = []
-    for level in machine_levels():
-        try:
-            data = build_cpu(level.name, cache).read_bytes()
-        except (ToolchainError, OSError) as error:
-            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-            if full or "No space left on device" in str(error):
-                raise NoSpace(
-                    f"kernels: no space left in cache={cache} or the temporary folder; free some"
-                ) from error
-            raise
-        library = CpuLibrary(
-            level=level.name, path=f"code/{level.name}.so", requires=level.requires
-        )
-        built.append((library, data))
-    return built
-
-
 def fit_report(made: Design, figures: Mapping[str, int], config: CompileConfig) -> str:
     """What a person wants to know before memory is taken; NoSpace when it cannot run here."""
     assert config.shape.context is not None
-    bandwidth = report.read_bandwidth(len(os.sched_getaffinity(0)))
+    target = config.target
+    if made.target == "cuda":
+        assert target.memory_gib and target.bandwidth_gb_s and target.tflops
+        memory = int(target.memory_gib * report.GIB)
+        bandwidth, flops = target.bandwidth_gb_s * 1e9, target.tflops * 1e12
+    else:
+        memory, flops = report.memory_bytes(), math.inf
+        bandwidth = report.read_bandwidth(len(os.sched_getaffinity(0)))
     return "\n".join(
         (
-            report.check_fit(figures, config.shape.context, report.memory_bytes()),
-            report.render(made.buckets, made.costs, bandwidth),
+            report.check_fit(figures, config.shape.context, memory),
+            report.render(made.buckets, made.costs, bandwidth, flops),
         )
     )
+
+
+def code_report(made: Design, manifest: Manifest) -> str:
+    """What the cubins need, and which calls no measurement chose."""
+    lines = [report.binaries(manifest.kernels)]
+    if made.fallbacks:
+        gpu = manifest.target.levels[0]
+        lines.append(
+            f"tuning  {len(made.fallbacks)} calls have no record for {gpu} and take the "
+            f"heuristic's choice (python -m compiler.tune on the GPU measures them)"
+        )
+    if not manifest.golden:
+        lines.append("verify  not run: this machine has no GPU; `compiler.inspect verify` runs it")
+    return "\n".join(lines)
 
 
 def store_weights(
@@ -170,14 +167,6 @@ def remember_weights(path: Path, made: Design, model: Imported, config: CompileC
     )
 
 
-def pack_libraries(
-    package: Package, libraries: Future[list[tuple[CpuLibrary, bytes]]]
-) -> tuple[CpuLibrary, ...]:
-    for library, data in libraries.result():
-        package.add(library.path, "binary", data)
-    return tuple(library for library, _ in libraries.result())
-
-
 def verified(package: Package, manifest: Manifest, made: Design, measured: Measured) -> Manifest:
     """The manifest with what running the finished files on this machine showed."""
     session = golden_session(Artifact(package.path, manifest))
@@ -213,7 +202,7 @@ def make_manifest(
     made: Design,
     figures: Mapping[str, int],
     tensors: tuple[TensorEntry, ...],
-    libraries: tuple[CpuLibrary, ...],
+    code: Code,
     package: Package,
 ) -> Manifest:
     assert config.shape.context is not None
@@ -224,7 +213,7 @@ def make_manifest(
         versions={
             **{name: metadata.version(name) for name in ("numpy", "torch", "torchao")},
             "python": platform.python_version(),
-            "c++": compiler_version(find_compiler()),
+            **code.versions,
         },
         name=str(config.name),
         model=ModelInfo(
@@ -241,12 +230,7 @@ def make_manifest(
             embedding=embedding_info(model),
             rope_rule=length_rule(model.spec, config.shape.context),
         ),
-        target=Target(
-            kind="cpu",
-            machine=platform.machine(),
-            levels=tuple(library.level for library in libraries),
-            abi=ABI,
-        ),
+        target=code.target,
         dtype=config.dtype,
         quant=msgspec.to_builtins(config.quant),
         kv_dtype=config.kv.dtype,
@@ -263,7 +247,9 @@ def make_manifest(
         max_seqs=config.shape.max_seqs,
         max_tokens=config.shape.max_tokens,
         state=made.state,
-        libraries=libraries,
+        libraries=code.libraries,
+        kernels=code.kernels,
+        counters_bytes=code.counters_bytes,
         files=tuple(sorted(package.files, key=lambda entry: entry.path)),
         tensors=(tensors,),
         report={"fit": dict(figures), "steps": {k: dict(v) for k, v in made.costs.items()}},

@@ -7,6 +7,7 @@ Comes in: the plan of a compile (program, buckets, layouts). Goes out: figures f
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from compiler.memory import aligned
 from compiler.store import StoredWeight
 from kernels.op import OPS
 from runtime import weights_file
-from runtime.artifact import Bucket, StateLayout
+from runtime.artifact import Bucket, CudaBinary, StateLayout
 
 GIB = 1 << 30
 # What a process needs besides the arenas: interpreter, tokenizer, HTTP buffers.
@@ -42,7 +43,7 @@ def fit(weights: int, state: StateLayout, work: int, io: int) -> dict[str, int]:
 def step_cost(nodes: Sequence[Node], weights: Mapping[str, StoredWeight]) -> dict[str, int]:
     """Launches, bytes and operations of one full step. Op contracts count what flows between calls;
     weights are added here as they are stored."""
-    total = {"launches": len(nodes), "read": 0, "written": 0, "flops": 0}
+    total = {"launches": sum(len(n.launches) for n in nodes), "read": 0, "written": 0, "flops": 0}
     for node in nodes:
         cost = OPS[node.call.op].cost(dict(node.shape.shapes), dict(node.call.attrs))
         total["read"] += cost.read + _weight_bytes(node, weights)
@@ -88,9 +89,20 @@ def check_fit(figures: Mapping[str, int], context: int, memory: int) -> str:
     )
 
 
-def predict(cost: Mapping[str, int], bandwidth: float) -> float:
-    """Seconds a memory-bound step takes at `bandwidth` bytes per second."""
-    return (cost["read"] + cost["written"]) / bandwidth
+def predict(cost: Mapping[str, int], bandwidth: float, flops: float = math.inf) -> float:
+    """Seconds of a step at `bandwidth` bytes and `flops` operations per second: the larger of what
+    memory and arithmetic take."""
+    return max((cost["read"] + cost["written"]) / bandwidth, cost["flops"] / flops)
+
+
+def binaries(kernels: Sequence[CudaBinary]) -> str:
+    """Registers, spills and shared memory of the cubins, in one line."""
+    spilling = [k.entry for k in kernels if k.stack]
+    return (
+        f"kernels {len(kernels)} cubins: at most {max(k.registers for k in kernels)} registers and "
+        f"{size(max(k.shared for k in kernels))} of shared memory, "
+        + (f"spills in {', '.join(sorted(set(spilling)))}" if spilling else "no spills")
+    )
 
 
 def read_bandwidth(threads: int, size: int = 128 << 20) -> float:
@@ -116,7 +128,10 @@ def memory_bytes() -> int:
 
 
 def render(
-    buckets: Sequence[Bucket], costs: Mapping[str, Mapping[str, int]], bandwidth: float
+    buckets: Sequence[Bucket],
+    costs: Mapping[str, Mapping[str, int]],
+    bandwidth: float,
+    flops: float = math.inf,
 ) -> str:
     lines = []
     for bucket in buckets:
@@ -124,7 +139,7 @@ def render(
         lines.append(
             f"step {bucket.name} at full context: {cost['launches']} launches, "
             f"{size(cost['read'])} read, "
-            f"{cost['flops'] / 1e9:.2f} GFLOP, {predict(cost, bandwidth) * 1e3:.2f} ms at "
+            f"{cost['flops'] / 1e9:.2f} GFLOP, {predict(cost, bandwidth, flops) * 1e3:.2f} ms at "
             f"{bandwidth / 1e9:.1f} GB/s"
         )
     return "\n".join(lines)

@@ -28,6 +28,7 @@ CODE = (
     "compiler/quantize",
     "compiler/families",
     "kernels/cpu/layout.py",
+    "kernels/cuda/layout.py",
     "runtime/weights_file.py",
 )
 VERSIONS = ("numpy", "torch", "torchao")

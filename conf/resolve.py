@@ -19,11 +19,13 @@ DEFAULT_CONTEXT = 8192  # served context when none is asked for and the model ha
 def check_supported(config: CompileConfig) -> None:
     """Refuse what no stage of this version can do."""
     if config.target.kind == "cuda":
-        raise ConfigError(
-            f"target={config.target.name}: CUDA targets are not supported yet by this version; "
-            "choices: auto, cpu"
-        )
-    if config.quant.scheme == "fp8":
+        for key in ("arch", "memory_gib", "bandwidth_gb_s", "tflops"):
+            if getattr(config.target, key) is None:
+                raise ConfigError(
+                    f"target.{key}=null: a CUDA target needs it; take target=h200 or target=h100 "
+                    "as a pattern"
+                )
+    elif config.quant.scheme == "fp8":
         raise ConfigError(
             "quant=fp8: needs a GPU with fp8 tensor cores; choices for target=cpu: none, int8, int4"
         )
@@ -66,8 +68,10 @@ def resolve(
         settle(config.target, "target.kind", "cpu", "this machine")
         settle(config.target, "target.name", "cpu", "this machine")
     if config.dtype == "auto":
-        # float16 has no stored form here; float32 keeps every bit of it.
-        dtype = "bfloat16" if checkpoint_dtype == "bfloat16" else "float32"
+        # float16 has no stored form here. float32 keeps every bit of it; GPUs have matrix units
+        # for bfloat16 alone.
+        exact = checkpoint_dtype == "float32" or config.target.kind != "cuda"
+        dtype = "float32" if exact and checkpoint_dtype != "bfloat16" else "bfloat16"
         settle(config, "dtype", dtype, f"checkpoint ({checkpoint_dtype})")
     if config.kv.dtype == "auto":
         settle(config.kv, "kv.dtype", config.dtype, "dtype")

@@ -75,11 +75,16 @@ class KvConfig:
 
 @dataclass(slots=True)
 class TargetConfig:
-    """`kind`: auto | cpu | cuda."""
+    """`kind`: auto | cpu | cuda. Of a GPU also the architecture, its memory, and the rates that
+    predicted step times are made with: memory bandwidth and dense bfloat16 arithmetic.
+    """
 
     name: str = MISSING
     kind: str = option(MISSING, choices=("auto", "cpu", "cuda"))
     arch: str | None = None
+    memory_gib: float | None = option(None, low=1)
+    bandwidth_gb_s: float | None = option(None, low=1)
+    tflops: float | None = option(None, low=1)
 
 
 @dataclass(slots=True)

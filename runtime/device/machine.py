@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
+NVIDIA = Path("/proc/driver/nvidia/gpus")
 
 
 def cpu_features() -> frozenset[str]:
@@ -52,3 +53,15 @@ def available_memory() -> int:
     if limit.exists() and (most := limit.read_text().strip()) != "max":
         available = min(available, max(int(most) - int(used.read_text()), 0))
     return available
+
+
+def gpu_names() -> list[str]:
+    """Product names of the NVIDIA GPUs the kernel driver shows, e.g. `NVIDIA H200`; no library is
+    loaded for it."""
+    names = []
+    for path in sorted(NVIDIA.glob("*/information")):
+        for line in path.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "Model":
+                names.append(value.strip())
+    return names
