@@ -20,7 +20,7 @@ from conf.schema import CompileConfig, ServeConfig
 
 GROUPS = ("model", "quant", "parallel", "kv", "target", "shape")
 CHOICES = [(group, choice) for group in GROUPS for choice in group_choices(group)]
-REFUSED = {("quant", "fp8"), ("parallel", "tp2"), ("target", "h100"), ("target", "h200")}
+REFUSED = {("quant", "fp8"), ("parallel", "tp2")}
 
 
 def compose(*overrides: str) -> CompileConfig:
