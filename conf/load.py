@@ -105,6 +105,13 @@ def _run_one(
         return int(exit_code)
 
 
+def group_values(group: str, name: str) -> dict[str, Any]:
+    """One file of a group as it is written: `load` without the rest of a configuration."""
+    values = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{name}.yaml"))
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
 def load(schema: type[T], config_name: str, overrides: Sequence[str] = ()) -> Loaded[T]:
     """Compose `config_name`.yaml over `schema` with `overrides` (`key=value`) and check every
     value.

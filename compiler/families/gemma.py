@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 import torch
+from msgspec import structs
 
 from compiler.checkpoint import ConfigReader
 from compiler.families.decoder import (
@@ -77,7 +78,7 @@ def spec_gemma3(config: ConfigReader) -> ModelSpec:
 def spec_gemma3_multimodal(config: ConfigReader) -> ModelSpec:
     """The language half; its config is a section, its tensors lie beside the vision tower's."""
     text = config.section("text_config").translated(SPELLING, DEFAULTS["gemma3"])
-    spec = spec_gemma3(text)
+    spec = structs.replace(spec_gemma3(text), family="gemma3_multimodal")
     text.finish(IGNORABLE_KEYS.union(IGNORED.split()))
     return spec
 

@@ -20,10 +20,8 @@ from compiler.errors import CompileError, DamagedCheckpoint, ProgramError
 from compiler.families.family import FAMILIES, family_of
 from compiler.families.names import Source, bind, logical_weights
 from compiler.families.spec import ModelSpec
+from compiler.families.table import named_shapes, read_shape
 from compiler.weights import Weights, checkpoint_weights
-from conf.load import load
-from conf.options import group_choices
-from conf.schema import CompileConfig
 
 pytest.importorskip("transformers")
 CASES = [
@@ -174,14 +172,12 @@ PUBLISHED = {
 
 def test_every_named_shape_is_published() -> None:
     known = PUBLISHED.keys() | toy_embedders.PUBLISHED.keys()
-    assert set(group_choices("model")) - {"hf", "tiny"} == known
+    assert set(named_shapes()) == known
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_named_shapes(name: str) -> None:
-    values = load(CompileConfig, "compile", [f"model={name}"]).config.model.config
-    reader = ConfigReader(values, name)
-    spec = family_of(reader).read(reader)
+    _, spec = read_shape(name)
     assert spec.parameters() / 1e6 == pytest.approx(PUBLISHED[name], rel=0.01)
 
 
@@ -228,6 +224,62 @@ def test_refused_by_name(plain: Path, change: dict[str, Any], message: str) -> N
     with pytest.raises((CompileError, DamagedCheckpoint), match=message) as caught:
         family = family_of(reader)
         checkpoint_weights(family, family.read(reader), checkpoint)
+    assert "\n" not in str(caught.value)
+
+
+FAMILY_REFUSALS = [  # a family's first recipe, and a value it has never heard of
+    ("gemma", {"hidden_act": "silu"}, "hidden_act 'silu' is not supported.*gelu"),
+    ("gemma", {"attention_bias": True}, "attention_bias True"),
+    ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ("gemma2", {"layer_types": ["full_attention", "linear_attention"]}, "'linear_attention'"),
+    ("gemma3", {"attn_logit_softcapping": 30.0}, "attn_logit_softcapping 30.0"),
+    ("gemma3", {"layer_types": ["full_attention"]}, "layer_types has 1 entries for 4 layers"),
+    ("gemma3_multimodal", {"text_config": {"hidden_size": 64}}, "'intermediate_size' is missing"),
+    ("qwen", {"no_bias": False}, "no_bias False"),
+    ("qwen", {"rotary_pct": 0.5}, "rotary_pct 0.5"),
+    ("qwen", {"intermediate_size": 191}, "intermediate_size 191 is odd"),
+    ("qwen", {"n_embd": 32}, "n_embd is 32 and hidden_size is 64; they name the same"),
+    ("stablelm", {"rope_pct": 0.5, "partial_rotary_factor": 0.25}, "rope_pct is 0.5 and partial"),
+    ("cohere", {"logit_scale": "big"}, "logit_scale is 'big', expected float"),
+    ("cohere2", {"use_parallel_block": False}, "use_parallel_block False"),
+    ("cohere2", {"position_embedding_type": "alibi"}, "position_embedding_type 'alibi'"),
+    ("chatglm", {"interleaved_qkv": True}, "interleaved_qkv True"),
+    ("chatglm", {"multi_query_attention": False}, "multi_query_attention False"),
+    ("chatglm", {"rope_ratio": 0.0}, "rope_ratio is 0.0"),
+    ("chatglm", {"num_hidden_layers": 3}, "num_layers is 2 and num_hidden_layers is 3"),
+    ("glm", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    ("glm4", {"partial_rotary_factor": 0.01, "rope_parameters": None}, "0 of 32 dims"),
+    ("internlm2", {"rope_scaling": {"type": "ntk", "factor": 2.0}}, "rope type 'ntk'"),
+    ("internlm2", {"bias": True}, "attention.wqkv.bias is missing"),
+    ("exaone", {"activation_function": "relu"}, "hidden_act 'relu'"),
+    ("baichuan", {"hidden_size": 5120}, "5120 and max_position_embeddings present contradict"),
+    ("minicpm", {"num_experts": 8}, "'num_experts'"),
+    ("phi", {"qk_layernorm": True}, "qk_layernorm True"),
+    ("phi3", {"lm_head_bias": True}, "lm_head_bias True"),
+    ("smollm3", {"no_rope_layers": [1, 0, 1]}, "no_rope_layers has 3 entries, expected 4"),
+    ("smollm3", {"no_rope_layers": [1, 0, 1, 2]}, "expected 4 of 0 or 1"),
+]
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A checkpoint of each family that is asked for, made once."""
+    base = tmp_path_factory.mktemp("toys")
+    made = {}
+    for family in dict.fromkeys(family for family, _, _ in FAMILY_REFUSALS):
+        made[family] = base / family
+        toy_models.save(toy_models.RECIPES[family][0], made[family])
+    return made
+
+
+@pytest.mark.parametrize(("family", "change", "message"), FAMILY_REFUSALS, ids=str)
+def test_families_refuse_by_name(
+    toys: dict[str, Path], family: str, change: dict[str, Any], message: str
+) -> None:
+    checkpoint = Checkpoint.open(toys[family])
+    reader = ConfigReader(checkpoint.config | change, "config.json")
+    with pytest.raises((CompileError, DamagedCheckpoint), match=message) as caught:
+        checkpoint_weights(FAMILIES[family], FAMILIES[family].read(reader), checkpoint)
     assert "\n" not in str(caught.value)
 
 
