@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from kernels.cuda.kernel import Config
 from kernels.kernel import CallShape
 
+PROCESSORS = 132  # of an H100 or H200
 ACTIVATION_TYPES = ("bfloat16", "float32")
 
 
@@ -77,7 +78,7 @@ def tile_default(rows: int, width: int) -> TileConfig:
     one."""
     size = power(width)
     fit = max(1, 1024 // size)
-    while fit > 1 and rows // fit < 264:
+    while fit > 1 and rows // fit < PROCESSORS:
         fit //= 2
     warps = min(16, max(1, fit * size // 256))
     return TileConfig(rows=fit, warps=warps)

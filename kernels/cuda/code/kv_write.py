@@ -1,0 +1,214 @@
+"""Keys and values into pages, alone or with all that stands between the projection and the cache.
+
+A page of a layer is [2, KV heads, PAGE tokens, DIM]; latent attention's is [PAGE, LATENT + ROTARY].
+`kv_ptr` points at the layer in page 0, STRIDE is elements from page to page. Elements of a page are
+written once and read by later launches only.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kernels.cuda.code import pdl
+from kernels.cuda.code.rope import load_pairs, rotate, store_pairs
+
+
+@triton.jit
+def clipped(x, LIMIT: tl.constexpr):
+    return tl.where(x > LIMIT, LIMIT, tl.where(x < -LIMIT, -LIMIT, x))  # NaN stays
+
+
+@triton.jit
+def kv_write_kernel(
+    live_ptr,
+    k_ptr,
+    v_ptr,
+    slots_ptr,
+    kv_ptr,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A unit is one KV head of one token."""
+    pdl.wait()
+    units = tl.load(live_ptr) * KV_HEADS
+    if tl.program_id(0) * ROWS < units:
+        unit = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+        column = tl.arange(0, BLOCK)[None, :]
+        mask = (unit < units) & (column < DIM)
+        slot = tl.load(slots_ptr + unit // KV_HEADS, unit < units, 0)
+        to = (slot // PAGE).to(tl.int64) * STRIDE
+        to += (unit % KV_HEADS * PAGE + slot % PAGE) * DIM + column
+        at = unit.to(tl.int64) * DIM + column
+        type: tl.constexpr = kv_ptr.dtype.element_ty
+        k = tl.load(k_ptr + at, mask, 0.0).to(tl.float32)
+        v = tl.load(v_ptr + at, mask, 0.0).to(tl.float32)
+        tl.store(kv_ptr + to, k.to(type), mask)
+        tl.store(kv_ptr + to + KV_HEADS * PAGE * DIM, v.to(type), mask)
+    pdl.release()
+
+
+@triton.jit
+def head_weights(
+    q_norm_ptr,
+    k_norm_ptr,
+    h,
+    column,
+    mask,
+    OWN: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    """Norm weights at `column` of heads h (first query heads, then key heads); 1 where a head has
+    no norm."""
+    is_q = h < HEADS
+    w = tl.full(mask.shape, 1.0, tl.float32)
+    if q_norm_ptr is not None:
+        first = h * DIM if OWN else h * 0
+        w = tl.load(q_norm_ptr + first + column, mask & is_q, 1.0).to(tl.float32)
+    if k_norm_ptr is not None:
+        first = (h - HEADS) * DIM if OWN else h * 0
+        own = tl.load(k_norm_ptr + first + column, mask & (h >= HEADS), 1.0).to(tl.float32)
+        w = tl.where(is_q, w, own)
+    return w
+
+
+@triton.jit
+def rope_kv_kernel(
+    live_ptr,
+    qkv_ptr,
+    table_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    slots_ptr,
+    kv_ptr,
+    q_ptr,
+    EPS: tl.constexpr,
+    CENTRE: tl.constexpr,
+    OWN: tl.constexpr,
+    CLIP: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    ROTARY: tl.constexpr,
+    PAGE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    REST: tl.constexpr,
+):
+    """A unit is one head of one token: query heads, key heads, value heads. All units of a program
+    take the same instructions, what does not apply to a unit is masked: heads of every kind are
+    in flight together and no program waits for another."""
+    ALL: tl.constexpr = HEADS + 2 * KV_HEADS
+    HALF: tl.constexpr = ROTARY // 2
+    NORM: tl.constexpr = (q_norm_ptr is not None) or (k_norm_ptr is not None)
+    unit = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    t, h = unit // ALL, unit % ALL
+    is_q, is_v = h < HEADS, h >= HEADS + KV_HEADS
+    pair = tl.arange(0, PAIRS)[None, :]
+    column = ROTARY + tl.arange(0, REST)[None, :]
+    normed = is_q if q_norm_ptr is not None else is_q & False
+    if k_norm_ptr is not None:
+        normed = normed | ((h >= HEADS) & (h < HEADS + KV_HEADS))
+    pdl.wait()
+    units = tl.load(live_ptr) * ALL
+    if tl.program_id(0) * ROWS < units:
+        exists = unit < units
+        at = unit.to(tl.int64) * DIM
+        slot = tl.load(slots_ptr + t, exists & (h >= HEADS), 0)
+        in_pairs = exists & (pair < HALF)
+        in_rest = exists & (column < DIM)
+        square = tl.zeros((ROWS, 1), tl.float32)
+        mean = tl.zeros((ROWS, 1), tl.float32)
+        if ROTARY > 0:
+            a, b = load_pairs(qkv_ptr, at, pair, in_pairs, HALF, INTERLEAVED)
+            mean += tl.sum(a + b, axis=1, keep_dims=True)
+        if ROTARY < DIM:
+            x = tl.load(qkv_ptr + at + column, in_rest, 0.0).to(tl.float32)
+            mean += tl.sum(x, axis=1, keep_dims=True)
+        mean = mean / DIM if CENTRE else mean * 0.0
+        if NORM:
+            if ROTARY > 0:
+                ca, cb = tl.where(in_pairs, a - mean, 0.0), tl.where(in_pairs, b - mean, 0.0)
+                square += tl.sum(ca * ca + cb * cb, axis=1, keep_dims=True)
+            if ROTARY < DIM:
+                cx = tl.where(in_rest, x - mean, 0.0)
+                square += tl.sum(cx * cx, axis=1, keep_dims=True)
+            scale = tl.rsqrt(square / DIM + EPS)
+            if ROTARY > 0:
+                first = 2 * pair if INTERLEAVED else pair
+                second = 2 * pair + 1 if INTERLEAVED else pair + HALF
+                mask = in_pairs & normed
+                wa = head_weights(q_norm_ptr, k_norm_ptr, h, first, mask, OWN, HEADS, DIM)
+                wb = head_weights(q_norm_ptr, k_norm_ptr, h, second, mask, OWN, HEADS, DIM)
+                a = tl.where(normed, ca * scale * wa, a)
+                b = tl.where(normed, cb * scale * wb, b)
+            if ROTARY < DIM:
+                mask = in_rest & normed
+                w = head_weights(q_norm_ptr, k_norm_ptr, h, column, mask, OWN, HEADS, DIM)
+                x = tl.where(normed, cx * scale * w, x)
+        to_q = (t * HEADS + h).to(tl.int64) * DIM
+        to_kv = (slot // PAGE).to(tl.int64) * STRIDE + ((h - HEADS) * PAGE + slot % PAGE) * DIM
+        if ROTARY > 0:
+            if CLIP > 0.0:
+                a, b = clipped(a, CLIP), clipped(b, CLIP)
+            ra, rb = rotate(table_ptr, t, pair, in_pairs, a, b, HALF)
+            a, b = tl.where(is_v, a, ra), tl.where(is_v, b, rb)
+            store_pairs(q_ptr, to_q, pair, in_pairs & is_q, a, b, HALF, INTERLEAVED)
+            store_pairs(kv_ptr, to_kv, pair, in_pairs & (h >= HEADS), a, b, HALF, INTERLEAVED)
+        if ROTARY < DIM:
+            if CLIP > 0.0:
+                x = clipped(x, CLIP)
+            tl.store(q_ptr + to_q + column, x.to(q_ptr.dtype.element_ty), in_rest & is_q)
+            kept = x.to(kv_ptr.dtype.element_ty)
+            tl.store(kv_ptr + to_kv + column, kept, in_rest & (h >= HEADS))
+    pdl.release()
+
+
+@triton.jit
+def mla_kv_write_kernel(
+    live_ptr,
+    x_ptr,
+    norm_ptr,
+    table_ptr,
+    slots_ptr,
+    kv_ptr,
+    EPS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    LATENT: tl.constexpr,
+    ROTARY: tl.constexpr,
+    PAGE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """A row of x is the latent, to be normalised, then the key, to be rotated."""
+    WIDTH: tl.constexpr = LATENT + ROTARY
+    HALF: tl.constexpr = ROTARY // 2
+    column = tl.arange(0, BLOCK)[None, :]
+    w = tl.load(norm_ptr + column, column < LATENT, 0.0).to(tl.float32)
+    pdl.wait()
+    tokens = tl.load(live_ptr)
+    if tl.program_id(0) * ROWS < tokens:
+        t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+        exists = t < tokens
+        at = t.to(tl.int64) * WIDTH
+        slot = tl.load(slots_ptr + t, exists, 0)
+        to = (slot // PAGE).to(tl.int64) * STRIDE + slot % PAGE * WIDTH
+        mask = exists & (column < LATENT)
+        x = tl.load(x_ptr + at + column, mask, 0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / LATENT + EPS)
+        tl.store(kv_ptr + to + column, (x * scale * w).to(kv_ptr.dtype.element_ty), mask)
+        pair = tl.arange(0, PAIRS)[None, :]
+        mask = exists & (pair < HALF)
+        a, b = load_pairs(x_ptr, at + LATENT, pair, mask, HALF, INTERLEAVED)
+        a, b = rotate(table_ptr, t, pair, mask, a, b, HALF)
+        store_pairs(kv_ptr, to + LATENT, pair, mask, a, b, HALF, INTERLEAVED)
+    pdl.release()
