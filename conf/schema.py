@@ -163,7 +163,8 @@ class LimitsConfig:
 
 @dataclass(slots=True)
 class ServeConfig:
-    """`threads`: kernel threads (null: physical cores). `kv_tokens`: KV pool size in tokens (null:
+    """`threads`: kernel threads (CPU; null: physical cores). `gpu`: index of the GPU (CUDA; null:
+    the first). `kv_tokens`: KV pool size in tokens (null:
     from free memory, bounded). `max_running`, `max_step_tokens`: sequences and tokens in a step
     (null: what the artifact was compiled for). `policy`: lpm (longest cached prefix first) | fcfs.
     `device`: auto | null (no kernels: deterministic tokens, a step takes `null_step_s`; for load
@@ -180,6 +181,7 @@ class ServeConfig:
     admin_api_key: str | None = None
     device: str = option("auto", choices=("auto", "null"))
     threads: int | None = option(None, low=1)
+    gpu: int | None = option(None, low=0)
     kv_tokens: int | None = option(None, low=1)
     max_running: int | None = option(None, low=1)
     max_step_tokens: int | None = option(None, low=1)

@@ -226,16 +226,15 @@ class Artifact:
                     f"tensor {tensor.name}: expected crc32c {tensor.crc32c:08x}, found {crc:08x}",
                 )
 
-    def check_finite(self, rank: int, arena: npt.NDArray[np.uint8]) -> None:
-        """L1: norms, biases and scales hold no infinity and no NaN, whatever made them."""
-        for tensor in self.manifest.tensors[rank]:
-            small = len(tensor.shape) == 1 or tensor.name.endswith(".scale")
-            if not small or tensor.dtype not in ("float32", "float16"):
-                continue
-            values = arena[tensor.offset : tensor.offset + tensor.size].view(tensor.dtype)
-            if not np.isfinite(values).all():
-                what = f"tensor {tensor.name}: expected finite values, found others"
-                raise damaged(self.path, weights_path(rank), what)
+    def check_finite(self, rank: int, tensor: TensorEntry, part: npt.NDArray[np.uint8]) -> None:
+        """L1: norms, biases and scales hold no infinity and no NaN, whatever made them. `part`: the
+        tensor's bytes or whole elements of them."""
+        small = len(tensor.shape) == 1 or tensor.name.endswith(".scale")
+        if not small or tensor.dtype not in ("float32", "float16"):
+            return
+        if not np.isfinite(part.view(tensor.dtype)).all():
+            what = f"tensor {tensor.name}: expected finite values, found others"
+            raise damaged(self.path, weights_path(rank), what)
 
     def verify(self) -> None:
         """L2: the SHA-256 of every file."""

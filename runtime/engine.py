@@ -55,6 +55,7 @@ class Engine:
             self._artifact,
             device=self.options.device,
             threads=self.options.threads,
+            gpu=self.options.gpu,
             kv_tokens=self.options.kv_tokens,
             trust=self.options.trust_artifact,
             null_step_s=self.options.null_step_s,

@@ -24,6 +24,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     artifact: str
     device: str = "auto"
     threads: int | None = None
+    gpu: int | None = None
     kv_tokens: int | None = None
     max_running: int | None = None
     max_step_tokens: int | None = None
@@ -57,6 +58,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UsageError(f"{name}: expected a positive number or null, got {value}")
+        if self.gpu is not None and self.gpu < 0:
+            raise UsageError(f"gpu: expected an index from 0 on or null, got {self.gpu}")
 
 
 def engine_options(serve: ServeConfig) -> EngineOptions:
@@ -65,6 +68,7 @@ def engine_options(serve: ServeConfig) -> EngineOptions:
         artifact=serve.artifact,
         device=serve.device,
         threads=serve.threads,
+        gpu=serve.gpu,
         kv_tokens=serve.kv_tokens,
         max_running=serve.max_running,
         max_step_tokens=serve.max_step_tokens,

@@ -86,6 +86,7 @@ def open_loop(options: EngineOptions, phases: Phases) -> EngineLoop:
         artifact,
         device=options.device,
         threads=options.threads,
+        gpu=options.gpu,
         kv_tokens=options.kv_tokens,
         trust=options.trust_artifact,
         null_step_s=options.null_step_s,

@@ -1,7 +1,7 @@
-"""The memory of a CPU session: four arenas, and what fits.
+"""The memory of a CPU session: four arenas; and what fits, on any device.
 
 An arena is anonymous memory in huge pages, zero until touched: nothing here writes to one, so state
-costs what is used of it. `kv_pages` decides the only size chosen at load. Called by cpu.py.
+costs what is used of it. `kv_pages` decides the only size chosen at load. Called by the sessions.
 """
 
 from __future__ import annotations
@@ -34,8 +34,11 @@ class Arena:
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
 
 
-def kv_pages(manifest: Manifest, kv_tokens: int | None, available: int) -> int:
-    """Pages of the KV pool. Asked for more than fits: refused with both numbers."""
+def kv_pages(
+    manifest: Manifest, kv_tokens: int | None, available: int, share: float = DEFAULT_SHARE
+) -> int:
+    """Pages of the KV pool; unless told, at most `share` of the available memory and what the
+    longest sequences can fill. Asked for more than fits: refused with both numbers."""
     state, model = manifest.state, manifest.model
     fixed = manifest.weights_bytes + state.pages_offset + manifest.work_bytes + manifest.io_bytes
     room = available - fixed
@@ -49,7 +52,7 @@ def kv_pages(manifest: Manifest, kv_tokens: int | None, available: int) -> int:
         raise UsageError(f"kv_tokens: {kv_tokens} is less than one page of {state.page_size}")
     least = -(-model.context // state.page_size)
     if kv_tokens is None:
-        wanted = max(int(available * DEFAULT_SHARE) // state.page_bytes, least)
+        wanted = max(min(int(available * share), room) // state.page_bytes, least)
         pages = min(wanted, least * manifest.max_seqs)
     else:
         pages = kv_tokens // state.page_size

@@ -130,13 +130,15 @@ def open_session(
     *,
     device: str = "auto",
     threads: int | None = None,
+    gpu: int | None = None,
     kv_tokens: int | None = None,
     trust: str | None = None,
     null_step_s: float = 0.0,
     mark: Callable[[str], None] = lambda phase: None,
 ) -> Session:
     """The session for an artifact on this machine. `device`: auto (what the artifact was compiled
-    for) or null (no kernels; then `artifact` may be None). `mark` hears the phases of the start.
+    for) or null (no kernels; then `artifact` may be None). `threads` concerns the CPU alone, `gpu`
+    (its index, null: 0) a GPU alone. `mark` hears the phases of the start.
     """
     if device == "null":
         from runtime.device.null import NullSession, null_capacity
@@ -151,9 +153,24 @@ def open_session(
             "runtime drives 1; compile it with "
             "parallel.tp=1"
         )
+    if artifact.manifest.target.kind == "cuda":
+        if threads is not None:
+            raise _no_effect("threads", threads, artifact)
+        from runtime.device.cuda import CudaSession
+
+        return CudaSession(artifact, gpu=gpu or 0, kv_tokens=kv_tokens, mark=mark)
+    if gpu is not None:
+        raise _no_effect("gpu", gpu, artifact)
     from runtime.device.cpu import CpuSession
 
     return CpuSession(artifact, threads=threads, kv_tokens=kv_tokens, mark=mark)
+
+
+def _no_effect(option: str, value: int, artifact: Artifact) -> UsageError:
+    kind = artifact.manifest.target.kind
+    return UsageError(
+        f"{option}={value} has no effect: artifact {artifact.path} is for {kind}; leave it out"
+    )
 
 
 def check_trust(artifact: Artifact, trust: str | None) -> None:

@@ -164,7 +164,10 @@ class CpuSession:
             )
             first = last
         artifact.check_crcs(0, found.tolist())
-        artifact.check_finite(0, arena.bytes)
+        for tensor in tensors:
+            artifact.check_finite(
+                0, tensor, arena.bytes[tensor.offset : tensor.offset + tensor.size]
+            )
 
     def _instantiate(self, plan: LaunchPlan) -> Plan:
         header = plan.header

@@ -308,13 +308,13 @@ def test_level_one_names_the_tensor(path: Path) -> None:
     artifact.check_crcs(0, [7, 7])
     with pytest.raises(DamagedArtifact, match=r"n\.data.*00000007.*00000008"):
         artifact.check_crcs(0, [7, 8])
-    arena = np.zeros(artifact.manifest.weights_bytes, np.uint8)
-    artifact.check_finite(0, arena)
-    arena.view(np.float32)[0] = np.inf  # of a matrix: too large to scan, its checksum must do
-    artifact.check_finite(0, arena)
-    arena.view(np.float32)[-1] = np.nan
-    with pytest.raises(DamagedArtifact, match=r"n\.data: expected finite"):
-        artifact.check_finite(0, arena)
+    matrix, norm = artifact.manifest.tensors[0]
+    infinite, not_a_number = (np.float32([1, x]).view(np.uint8) for x in (np.inf, np.nan))
+    artifact.check_finite(0, matrix, infinite)  # too large to scan, its checksum must do
+    artifact.check_finite(0, norm, np.zeros(8, np.uint8))
+    for part in (infinite, not_a_number):
+        with pytest.raises(DamagedArtifact, match=r"n\.data: expected finite"):
+            artifact.check_finite(0, norm, part)
 
 
 def test_manifest_encoding_is_canonical() -> None:
