@@ -20,11 +20,8 @@ from compiler.families.spec import Attention, ModelSpec, PoolSpec
 from conf.schema import ModelConfig
 
 Pooling = Literal["last", "cls", "mean"]
-MODES: dict[str, Pooling] = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_lasttoken": "last",
-}
+CLS, MEAN, LAST = "pooling_mode_cls_token", "pooling_mode_mean_tokens", "pooling_mode_lasttoken"
+MODES: dict[str, Pooling] = {CLS: "cls", MEAN: "mean", LAST: "last"}
 OTHER_MODES = (
     "pooling_mode_max_tokens",
     "pooling_mode_mean_sqrt_len_tokens",
@@ -71,6 +68,9 @@ def read_sentence_files(directory: Path) -> SentenceFiles | None:
 
 def _pooling(path: Path) -> Pooling:
     values = read_json(path)
+    mode = values.get("pooling_mode")  # newer files
+    if isinstance(mode, str):
+        values[{"lasttoken": LAST, "cls": CLS, "mean": MEAN}.get(mode, mode)] = True
     wanted = [key for key in (*MODES, *OTHER_MODES) if values.get(key) is True]
     if len(wanted) != 1 or wanted[0] not in MODES:
         raise CompileError(

@@ -115,7 +115,10 @@ def made_up_text(config: Mapping[str, Any], vocab: int, template: str | None) ->
 
 def _load(data: bytes, directory: Path) -> tokenizers.Tokenizer:
     try:
-        return tokenizers.Tokenizer.from_buffer(data)
+        tokenizer = tokenizers.Tokenizer.from_buffer(data)
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        return tokenizer
     except Exception as e:  # the library raises bare Exception
         raise DamagedCheckpoint(f"{directory / 'tokenizer.json'}: cannot be read ({e})") from e
 

@@ -37,6 +37,12 @@ def tokenizer_json(directory: Path, settings: Mapping[str, Any]) -> bytes | None
             return _convert(path, settings)
     if any(any(directory.glob(pattern)) for pattern in OTHERS):
         return _by_transformers(directory)
+    if "AutoTokenizer" in (settings.get("auto_map") or {}):
+        raise CompileError(
+            f"{directory}: the tokenizer is Python code ({settings.get('tokenizer_class')}), which "
+            "is never run, and there is no file we can read; put a tokenizer.json beside "
+            "config.json"
+        )
     return None
 
 

@@ -85,14 +85,31 @@ def checkpoint_weights(
     family: Family, spec: ModelSpec, checkpoint: Checkpoint
 ) -> CheckpointWeights:
     """Weights of a checkpoint, after every name and shape in it has been checked."""
-    names = family.names(spec)
-    if family.prefix and not any(name.startswith(family.prefix) for name in checkpoint.names()):
-        names = {
-            name: tuple(replace(s, tensor=s.tensor.removeprefix(family.prefix)) for s in sources)
-            for name, sources in names.items()
-        }
+    names = _as_spelled(family.names(spec), family.prefix, frozenset(checkpoint.names()))
     bind(spec, names, checkpoint, family.ignorable_tensors(spec))
     return CheckpointWeights(checkpoint, logical_weights(spec), names)
+
+
+def _as_spelled(names: NameMap, prefix: str, present: frozenset[str]) -> NameMap:
+    """The map with the names this checkpoint uses: without the prefix where none has it, and with
+    the old names of a norm's weight and bias (TensorFlow's gamma and beta)."""
+    bare = bool(prefix) and not any(name.startswith(prefix) for name in present)
+
+    def spelled(tensor: str) -> str:
+        tensor = tensor.removeprefix(prefix) if bare else tensor
+        for new, old in (
+            ("LayerNorm.weight", "LayerNorm.gamma"),
+            ("LayerNorm.bias", "LayerNorm.beta"),
+        ):
+            if tensor.endswith(new) and tensor not in present:
+                other = tensor.removesuffix(new) + old
+                return other if other in present else tensor
+        return tensor
+
+    return {
+        name: tuple(replace(s, tensor=spelled(s.tensor)) for s in sources)
+        for name, sources in names.items()
+    }
 
 
 def random_weights(spec: ModelSpec, seed: int) -> RandomWeights:

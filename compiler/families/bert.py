@@ -6,6 +6,9 @@ How hidden states are pooled is no matter of the encoder: `compiler.embedding` d
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+
 from compiler.checkpoint import ConfigReader
 from compiler.errors import DamagedCheckpoint
 from compiler.families.decoder import QKVO
@@ -37,7 +40,28 @@ NAMES = {
     "down": "output.dense",
     "ffn_norm": "output.LayerNorm",
 }
-UNUSED = (r"pooler\..*", r"embeddings\.position_ids", r"embeddings\.token_type_ids")
+OUTSIDE = ("embed", "position_table", "token_types", "embed_norm", "layer")  # of a layer
+
+
+def encoder_family(
+    name: str, bases: tuple[str, ...], prefix: str, spec: Callable[[ConfigReader], ModelSpec]
+) -> Family:
+    """`prefix`: what names begin with in files saved from a class with a head."""
+    modules = {key: (prefix if key in OUTSIDE else "") + module for key, module in NAMES.items()}
+    own = rf"(?:{re.escape(prefix)})?"
+    return Family(
+        name=name,
+        architectures=(),
+        bases=bases,
+        spec=spec,
+        names=named(modules),
+        prefix=prefix,
+        unused=(
+            rf"{own}pooler\..*",
+            rf"{own}embeddings\.(?:position|token_type)_ids",
+            r"(?:cls|lm_head)\..*",
+        ),
+    )
 
 
 def encoder(config: ConfigReader, name: str, offset: int) -> ModelSpec:
@@ -94,23 +118,7 @@ def spec_xlm_roberta(config: ConfigReader) -> ModelSpec:
     return encoder(config, "xlm-roberta", config.value("pad_token_id", int, 1) + 1)
 
 
-BERT = register(
-    Family(
-        name="bert",
-        architectures=(),
-        bases=("BertModel",),
-        spec=spec_bert,
-        names=named(NAMES),
-        unused=UNUSED,
-    )
-)
+BERT = register(encoder_family("bert", ("BertModel",), "bert.", spec_bert))
 XLM_ROBERTA = register(
-    Family(
-        name="xlm-roberta",
-        architectures=(),
-        bases=("XLMRobertaModel", "RobertaModel"),
-        spec=spec_xlm_roberta,
-        names=named(NAMES),
-        unused=UNUSED,
-    )
+    encoder_family("xlm-roberta", ("XLMRobertaModel", "RobertaModel"), "roberta.", spec_xlm_roberta)
 )

@@ -11,10 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import toy_embedders
+from safetensors.torch import load_file, save_file
 from toy_embedders import EMBEDDERS, Embedder
 
 from compiler.errors import CompileError
+from compiler.families.names import logical_weights
 from compiler.families.spec import Attention, PoolSpec
 from compiler.importer import Imported, import_model
 from compiler.inspect import verify
@@ -108,6 +111,33 @@ def test_quantized_and_bfloat16_vectors_stay_close(tmp_path: Path) -> None:
         assert artifact.manifest.accuracy.keys() == {"vector_error", "vector_max", "device_error"}
         got = np.frombuffer(embed(artifact, PROMPTS[:1])[0].embedding, "<f4")
         assert float(got @ want) > 0.99
+    with pytest.raises(CompileError, match=r"relative vector error .* exceeds accuracy.max_delta"):
+        compiled(tmp_path / "toy", tmp_path / "x", "quant=int4", "accuracy.max_delta=1e-4")
+
+
+@pytest.mark.parametrize("prefix", ["", "bert."])
+def test_old_spellings_of_encoder_files(prefix: str, tmp_path: Path) -> None:
+    """With or without the prefix of a class with a head, gamma and beta, buffers and heads."""
+    toy_embedders.save(EMBEDDERS[0], tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    new = imported(tmp_path)
+    want = {name: new.weights.fetch(name).clone() for name in logical_weights(new.spec)}
+    renamed = {
+        prefix
+        + name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): tensor
+        for name, tensor in tensors.items()
+    }
+    renamed[f"{prefix}embeddings.position_ids"] = torch.arange(80)[None]
+    renamed["cls.predictions.bias"] = torch.zeros(160)
+    save_file(renamed, path)
+    model = imported(tmp_path)
+    assert model.dtype == "float32"
+    assert want.keys() == logical_weights(model.spec).keys()
+    for name, weight in want.items():
+        assert torch.equal(model.weights.fetch(name), weight)
 
 
 # --- the scheduler --------------------------------------------------------------------------------
@@ -192,6 +222,15 @@ def test_unknown_modules_and_modes_are_named(bert: Path) -> None:
     toy_embedders.write_sentence_files(bert, "cls", True)
     (bert / "modules.json").write_text(json.dumps(modules))
     with pytest.raises(CompileError, match="module 'Dense' is not supported"):
+        imported(bert)
+
+
+def test_newer_pooling_files_name_their_mode(bert: Path) -> None:
+    path = bert / "1_Pooling" / "config.json"
+    path.write_text('{"embedding_dimension": 64, "pooling_mode": "mean"}')
+    assert imported(bert).spec.head == PoolSpec(pooling="mean", normalise=True)
+    path.write_text('{"pooling_mode": "weightedmean"}')
+    with pytest.raises(CompileError, match="pooling"):
         imported(bert)
 
 

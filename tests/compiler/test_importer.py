@@ -46,7 +46,11 @@ def test_tiny_has_learnt_something() -> None:
 
 @pytest.mark.parametrize("name", NAMED)
 def test_named_shapes_import_without_a_checkpoint(name: str) -> None:
-    model = imported(f"model={name}", "weights=random")
+    config = load(CompileConfig, "compile", [f"model={name}", "weights=random"]).config
+    model = import_model(config)
+    eos = config.model.config.get("eos_token_id", model.spec.vocab - 1)  # encoders have none
+    ends = eos if isinstance(eos, list) else [eos]
+    assert list(model.text.eos_token_ids) == ends and max(ends) < model.spec.vocab
     assert model.name == name and model.dtype in ("bfloat16", "float16", "float32")
     norm = model.weights.fetch("layers.0.attn_norm")
     assert tuple(norm.shape) == (model.spec.dim,)
