@@ -121,12 +121,18 @@ class _Scrape(Collector):
     """One scrape: the numbers as they are now."""
 
     def __init__(
-        self, metrics: RequestMetrics, model: str, stats: Stats | None, ready: Ready | None
+        self,
+        metrics: RequestMetrics,
+        model: str,
+        stats: Stats | None,
+        ready: Ready | None,
+        throughput: float,
     ) -> None:
         self._metrics = metrics
         self._model = model
         self._stats = stats
         self._ready = ready
+        self._throughput = throughput
 
     def collect(self) -> Iterable[Metric]:
         m = self._metrics
@@ -155,6 +161,7 @@ class _Scrape(Collector):
         for name, text, value in (
             ("num_running_reqs", "Sequences in the running batch.", s.running),
             ("num_queue_reqs", "Requests waiting.", s.waiting),
+            ("gen_throughput", "Tokens generated per second, last heartbeat.", self._throughput),
             ("utilization", "Running sequences, of those that fit.", s.running / ready.max_seqs),
             ("token_usage", "Share of the KV pool in use.", used / total if total else 0.0),
             ("num_used_tokens", "KV slots referenced by running sequences.", used),
@@ -210,8 +217,13 @@ class _Scrape(Collector):
 
 
 def prometheus_text(
-    metrics: RequestMetrics, model: str, stats: Stats | None, ready: Ready | None
+    metrics: RequestMetrics,
+    model: str,
+    stats: Stats | None,
+    ready: Ready | None,
+    throughput: float = 0.0,
 ) -> bytes:
+    """`throughput`: generated tokens per second between the engine's last two heartbeats."""
     registry = CollectorRegistry()
-    registry.register(_Scrape(metrics, model, stats, ready))
+    registry.register(_Scrape(metrics, model, stats, ready, throughput))
     return generate_latest(registry)

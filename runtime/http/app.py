@@ -52,7 +52,8 @@ class Route:
 
 async def metrics(server: Server, request: web.Request) -> web.StreamResponse:
     link = server.link
-    text = prometheus_text(server.metrics, server.model.name, link.stats, link.capacity)
+    name = server.model.name
+    text = prometheus_text(server.metrics, name, link.stats, link.capacity, link.throughput)
     return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4"})
 
 

@@ -73,6 +73,8 @@ class EngineLink:
         self.up = False
         self.failed: Failed | None = None
         self.stats: Stats | None = None
+        self.throughput = 0.0  # tokens generated per second between the last two heartbeats
+        self._beat_at = 0.0
         self.restarts = 0
         self.changed = asyncio.Event()  # set whenever `up` or `failed` changes
         self.dirty: list[Callable[[], None]] = []  # streams to flush once a frame is handed out
@@ -185,12 +187,16 @@ class EngineLink:
         if before is None or stats.steps > before.steps or not stats.running + stats.waiting:
             self._progress = time.monotonic()
             self._step_ms.append(stats.last_step_ms)
-        self.stats = stats
+        now = time.monotonic()
+        if before is not None and now > self._beat_at:
+            made = stats.generation_tokens - before.generation_tokens
+            self.throughput = made / (now - self._beat_at)
+        self.stats, self._beat_at = stats, now
 
     def _set_ready(self, ready: Ready) -> None:
         self.capacity = ready
         self.failed = None
-        self.stats = None
+        self.stats, self.throughput = None, 0.0
         self.up = True
         self._ready_at = time.monotonic()
         self._failures = min(self._failures, CAN_START)

@@ -17,17 +17,16 @@ from runtime.manifest import EmbeddingInfo
 from runtime.request import SamplingParams
 from runtime.text.call import Call, Logprobs, Prompt, salt
 from runtime.text.generate import (
-    IGNORED,
-    UNSUPPORTED,
     check_count,
     each,
     read_priority,
     read_rids,
     split_prompts,
+    supported,
 )
 from runtime.text.model import TextModel
 from runtime.text.sampling import Sampling
-from runtime.text.schema import check_unsupported, convert, show
+from runtime.text.schema import convert, show
 from runtime.text.sequence import Sequence
 
 NOT_EMBEDDING = (
@@ -60,8 +59,7 @@ def read_encode(body: Any, model: TextModel, tenant: bytes = b"") -> tuple[Call,
     embedding_of(model)
     if not isinstance(body, dict):
         raise InvalidRequest("The body must be a JSON object.")
-    known = {k: v for k, v in body.items() if k not in IGNORED}
-    parsed = convert(check_unsupported(known, UNSUPPORTED), EncodeBody)
+    parsed = convert(supported(body), EncodeBody)
     if (parsed.text is None) == (parsed.input_ids is None):
         raise InvalidRequest("Either text or input_ids should be provided.")
     param = "input_ids" if parsed.text is None else "text"

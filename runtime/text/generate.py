@@ -35,8 +35,9 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = dict.fromkeys(
     ([], {}, ""),
 ) | {"routed_experts_start_len": (0,)}
 
-# Hints for routers and logs that cannot change an answer: accepted from anyone.
-IGNORED = ("routing_key", "conversation_id", "log_metrics", "no_logs")
+# Hints for routers that cannot change an answer, and a wish that always holds: no request is ever
+# logged.
+IGNORED = ("routing_key", "conversation_id", "no_logs")
 
 
 class GenerateBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -55,12 +56,21 @@ class GenerateBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     cache_salt: str | list[str] | None = None
 
 
+def supported(body: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a native request that ask for something; refuses those we cannot give."""
+    known = {k: v for k, v in body.items() if k not in IGNORED}
+    if known.pop("log_metrics", None) not in (None, True):
+        raise InvalidRequest(
+            "log_metrics must be true: every request is counted; leave it out.", param="log_metrics"
+        )
+    return check_unsupported(known, UNSUPPORTED)
+
+
 def read_generate(body: Any, model: TextModel, tenant: bytes = b"") -> Call:
     if not isinstance(body, dict):
         raise InvalidRequest("The body must be a JSON object.")
     refuse_embedding(model)
-    known = {k: v for k, v in body.items() if k not in IGNORED}
-    parsed = convert(check_unsupported(known, UNSUPPORTED), GenerateBody)
+    parsed = convert(supported(body), GenerateBody)
     sources, single = _sources(parsed)
     count = len(sources)
     check_count(count, model, "text")

@@ -317,6 +317,11 @@ def test_neutral_values_of_unsupported_fields_are_accepted(server: ServerProcess
     assert server.generate(text="a", sampling_params=params, **neutral).status == 200
 
 
+def test_a_request_cannot_ask_not_to_be_counted(server: ServerProcess):
+    reply = server.generate(text="a", sampling_params=GREEDY, log_metrics=False)
+    assert reply.status == 400 and "log_metrics" in text_of(reply)
+
+
 def test_64_streams_at_once_equal_the_serial_run(toy_artifact):
     """More than fit into the batch at once, some sampled, against one at a time."""
     bodies = [

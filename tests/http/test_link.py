@@ -5,8 +5,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
+
 from runtime.http.link import BACKOFF_S, START_S, EngineLink
-from runtime.request import Ready
+from runtime.request import Ready, Stats
 
 READY = Ready(
     context=64,
@@ -30,6 +32,15 @@ def test_an_engine_that_becomes_ready_is_never_waited_for_longer_than_five_secon
         assert BACKOFF_S[min(lost._failures, len(BACKOFF_S) - 1)] <= 2.0
         lost._failures += 1  # as _restart does
         lost._set_ready(READY)
+
+
+def test_throughput_is_what_came_between_two_heartbeats(monkeypatch: pytest.MonkeyPatch):
+    beats = link()
+    at = {name: 0 for name in Stats.__struct_fields__}
+    for second, tokens, expected in ((10.0, 40, 0.0), (12.0, 100, 30.0), (13.0, 100, 0.0)):
+        monkeypatch.setattr("runtime.http.link.time.monotonic", lambda second=second: second)
+        beats._heartbeat(Stats(**(at | {"generation_tokens": tokens})))
+        assert beats.throughput == expected
 
 
 def test_a_restart_has_a_deadline_and_the_first_start_has_none():
