@@ -18,7 +18,7 @@ import torch
 
 from compiler.design import Design
 from compiler.errors import CompileError
-from compiler.families.spec import PoolSpec
+from compiler.families.spec import MoeFfn, PoolSpec
 from compiler.interpret import Chunk, greedy_step, new_state, run
 from compiler.model import constants
 from compiler.store import exact, rounded
@@ -33,6 +33,9 @@ LOGPROB_WANTED = 2  # StepInput.row_flags
 # Largest root-mean-square difference of logprobs between device and reference, in units of their
 # spread. Kernels may round activations (to bfloat16, or to int8 per group), never more than that.
 DEVICE_LIMIT = {"float32": 0.01, "bfloat16": 0.05, "int8": 0.1, "int4": 0.2}
+# Times this where tokens choose experts: a rounded activation sends some to others, in a different
+# place than the reference's rounded weights do. A defect is off by the spread itself.
+EXPERTS_SLACK = 3.0
 WeightOf = Callable[[str], torch.Tensor]
 
 
@@ -136,10 +139,13 @@ def check_device(made: Design, measured: Measured, session: Session, scheme: str
         found = _step(session, [tokens], [0], rows=rows, targets=tokens[1:]).logprob
     difference = found.astype(np.float64) - measured.reference
     error = float(np.sqrt(np.mean(difference**2)) / max(float(measured.reference.std()), 1e-9))
-    if not error <= DEVICE_LIMIT[scheme]:
+    limit = DEVICE_LIMIT[scheme]
+    if scheme != "float32" and any(isinstance(layer.ffn, MoeFfn) for layer in made.spec.layers):
+        limit *= EXPERTS_SLACK
+    if not error <= limit:
         raise CompileError(
             f"the compiled model and the reference disagree: {what} error {error:.3g} exceeds "
-            f"{DEVICE_LIMIT[scheme]:g} for {scheme}; this is a defect of a kernel, please report it"
+            f"{limit:g} for {scheme}; this is a defect of a kernel, please report it"
         )
     return error
 

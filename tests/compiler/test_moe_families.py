@@ -19,7 +19,12 @@ from compiler.checkpoint import Checkpoint, ConfigReader
 from compiler.errors import CompileError, DamagedCheckpoint
 from compiler.families.family import family_of
 from compiler.families.spec import ModelSpec, MoeFfn
+from compiler.pipeline import compile_model
+from compiler.progress import Progress
 from compiler.weights import Weights, checkpoint_weights
+from conf.load import load
+from conf.schema import CompileConfig
+from runtime.artifact import Artifact
 
 pytest.importorskip("transformers")
 
@@ -145,3 +150,46 @@ def test_dense_and_sparse_layers_are_where_the_file_says(saved: Callable[[str], 
     assert sparse() == [0, 1, 2, 3, 4, 5]
     assert sparse(decoder_sparse_step=2) == [1, 3, 5]
     assert sparse(decoder_sparse_step=2, mlp_only_layers=[3]) == [1, 5]
+
+
+SMALL = {
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 512,
+    "eos_token_id": 2,
+}
+MADE_SMALL: dict[str, dict[str, Any]] = {
+    "deepseek-v3": {
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 64,
+        "n_routed_experts": 16,
+        "q_lora_rank": 64,
+        "first_k_dense_replace": 1,
+    },
+    "gpt-oss-20b": {
+        "num_key_value_heads": 2,
+        "num_local_experts": 8,
+        "pad_token_id": 0,
+        "layer_types": "[sliding_attention,full_attention]",
+    },
+}
+
+
+@pytest.mark.parametrize("name", MADE_SMALL)
+@pytest.mark.parametrize(
+    ("dtype", "quant"), [("bfloat16", "none"), ("bfloat16", "int8"), ("float32", "int4")]
+)
+def test_stacks_of_matrices_are_quantized_and_run(
+    name: str, dtype: str, quant: str, tmp_path: Path
+) -> None:
+    """A published shape made small: the finished artifact is compared with the reference that has
+    the same stored numbers, on the device."""
+    keys = SMALL | MADE_SMALL[name]
+    overrides = [f"model={name}", "weights=random", f"dtype={dtype}", f"quant={quant}"]
+    overrides += [f"model.config.{key}={value}" for key, value in keys.items()]
+    shape = ["shape.context=128", "shape.max_tokens=32", "shape.max_seqs=4", f"out={tmp_path}"]
+    loaded = load(CompileConfig, "compile", overrides + shape)
+    artifact = Artifact.open(compile_model(loaded.config, loaded.sources, Progress()))
+    assert 0 < artifact.manifest.accuracy["logit_error"] < 0.6
