@@ -1,3 +1,3 @@
 """Importing this module fills KERNELS["cuda"]."""
 
-from kernels.cuda import elementwise, embed, kv_write, norm, pool, rope  # noqa: F401
+from kernels.cuda import attention, elementwise, embed, kv_write, norm, pool, rope  # noqa: F401

@@ -51,7 +51,19 @@ def matrix_formats(op: Op) -> list[str]:
 def cases(op: Op, dtype: str) -> Iterator[tuple[str, Case]]:
     for sample in op.samples():
         for fmt in matrix_formats(op):
-            yield f"{sample.label} {fmt} {dtype}".strip(), make_case(op, sample, dtype, fmt)
+            for kind in kinds(sample):
+                label = " ".join(filter(None, (sample.label, fmt, dtype, kind)))
+                yield label, make_case(op, sample, dtype, fmt, kind)
+
+
+def kinds(sample: Sample) -> tuple[str, ...]:
+    """The kinds of bucket the sample can stand in: decode too, where every sequence has one
+    token."""
+    start = sample.args.get("seq_start")
+    if start is None:
+        return ("mixed",)
+    news = start[: int(sample.args["live"][1]) + 1].diff()
+    return ("mixed", "decode") if bool((news == 1).all()) else ("mixed",)
 
 
 def quantized(weight: torch.Tensor, fmt: str) -> tuple[Any, torch.Tensor]:
