@@ -42,6 +42,7 @@ def read_text(directory: Path, config: Mapping[str, Any], vocab: int, template: 
     settings = _optional_json(directory / "tokenizer_config.json")
     data = tokenizer_json(directory, settings)
     files, ids = {}, dict[str, int | None]()
+    ends: list[int | None] = []
     generation = _optional_json(directory / "generation_config.json")
     if data is not None:
         tokenizer = _load(data, directory)
@@ -54,7 +55,8 @@ def read_text(directory: Path, config: Mapping[str, Any], vocab: int, template: 
         files["tokenizer.json"] = data
         # A tokenizer.json says itself what its class adds by default; a bare model file does not.
         ready = (directory / "tokenizer.json").is_file()
-        flags = _flags(settings, rules_of(settings), defaults=not ready)
+        rules = rules_of(settings)
+        flags = _flags(settings, rules, defaults=not ready)
         files["tokenizer_config.json"] = _json(
             {
                 **tokens,
@@ -66,10 +68,11 @@ def read_text(directory: Path, config: Mapping[str, Any], vocab: int, template: 
         source = chat_template(directory, settings, named, template)
         if source is not None:
             files["chat_template.jinja"] = source.encode()
+            ends = [tokenizer.token_to_id(text) for text in rules.ends]
     eos = _ids(config, generation, "eos_token_id", vocab)
-    own = ids.get("eos_token")
-    if own is not None and own not in eos:
-        eos.append(own)
+    for own in (ids.get("eos_token"), *ends):
+        if own is not None and own not in eos:
+            eos.append(own)
     bos = _ids(config, generation, "bos_token_id", vocab)
     defaults = {k: generation[k] for k in SAMPLING if generation.get(k) is not None}
     files["generation_config.json"] = _json({"eos_token_id": eos, **defaults})

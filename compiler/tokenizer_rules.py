@@ -31,7 +31,8 @@ class Rules:
     normalised first. `specials`: control tokens of the class, at the ids after the file's own.
     `words`: those of them that are words of a language too, matched only when they stand alone.
     `prefix`: tokens before every text. `adds_bos`: add_bos_token when the file leaves it out.
-    `flags`: add_bos_token and add_eos_token of the file count.
+    `flags`: add_bos_token and add_eos_token of the file count. `ends`: tokens that end an answer
+    in a chat, where the class's code says so and no file does.
     """
 
     pattern: str | None = None
@@ -41,6 +42,7 @@ class Rules:
     prefix: tuple[str, ...] = ()
     adds_bos: bool = False
     flags: bool = True
+    ends: tuple[str, ...] = ()
 
 
 LLAMA = Rules(adds_bos=True)
@@ -59,6 +61,7 @@ CHATGLM = Rules(
     words=("sop", "eop"),
     prefix=("[gMASK]", "sop"),
     flags=False,
+    ends=("<|user|>", "<|observation|>"),
 )
 CLASSES = {
     "Llama": LLAMA,
@@ -78,6 +81,7 @@ CLASSES = {
             *tuple(f"<|extra_{i}|>" for i in range(205)),
         ),
         flags=False,
+        ends=("<|im_end|>",),
     ),
     "TiktokenTokenizerWrapper": Rules(pattern=CL100K, flags=False),  # DBRX
     "GPT4": Rules(pattern=CL100K, flags=False),

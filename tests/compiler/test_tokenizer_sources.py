@@ -377,6 +377,20 @@ def test_qwen_numbers_its_tokens_itself(folder: Callable[[], Path]) -> None:
     assert ours.special[n + 207] == "<|extra_204|>" and n + 208 not in ours.special
 
 
+def test_chats_end_where_the_code_of_their_class_ends_them(tmp_path: Path) -> None:
+    """Qwen stops at <|im_end|>, ChatGLM3 at the next role; their files say only the end of text."""
+    n = len(ranks(QWEN))
+    write(tmp_path, {"tokenizer_class": "QWenTokenizer"}, "qwen.tiktoken", rank_file(ranks(QWEN)))
+    assert read_text(tmp_path, {"eos_token_id": n}, 4096, "qwen").eos_token_ids == (n, n + 2)
+    assert read_text(tmp_path, {"eos_token_id": n}, 4096, None).eos_token_ids == (n,)
+    (tmp_path / "qwen.tiktoken").unlink()
+    data = spm_model("chatglm")
+    write(tmp_path, {"tokenizer_class": "ChatGLMTokenizer"}, "tokenizer.model", data)
+    n = sentencepiece.SentencePieceProcessor(model_proto=data).get_piece_size()
+    text = read_text(tmp_path, {"eos_token_id": 2}, 4096, "chatglm3")
+    assert text.eos_token_ids == (2, n + 6, n + 8)
+
+
 def test_patterns_are_three() -> None:
     assert {rules.pattern for rules in CLASSES.values() if rules.pattern} == {CL100K, QWEN, O200K}
 
