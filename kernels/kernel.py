@@ -31,7 +31,8 @@ class CallShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernel:
-    """`params` is the ordered parameter layout of `entry`; each slot is eight bytes on CPU:
+    """`params` is the ordered parameter layout of `entry`, each named once; a slot is eight bytes
+    on CPU:
 
     - `"ptr:<arg>"`            address of an argument (0 when an optional argument is absent)
     - `"ptr:<arg>.<field>"`    address of a stored field of a matrix weight (`w.data`, `w.scale`)
@@ -73,6 +74,8 @@ KERNELS: dict[str, list[Any]] = {"cpu": [], "cuda": []}
 
 
 def register(kernel: Kernel) -> Kernel:
+    if len(set(kernel.params)) != len(kernel.params):
+        raise ValueError(f"kernel {kernel.name!r} names a parameter twice: {kernel.params}")
     if any(k.name == kernel.name for k in KERNELS[kernel.target]):
         raise ValueError(f"kernel {kernel.name!r} is registered twice for {kernel.target}")
     KERNELS[kernel.target].append(kernel)

@@ -11,7 +11,10 @@ from compiler.families.spec import ModelSpec
 
 def spec(config: ConfigReader) -> ModelSpec:
     config.require("attention_bias", (False,), False)
-    config.require("lm_head_bias", (False,), False)
+    for key in ("lm_head_bias", "mlp_bias"):
+        config.require(key, (False,), False)
+    for key in ("full_attn_mod", "interpolate_factor"):  # of other Phi-4 models
+        config.require(key, (1,), 1)
     config.value("original_max_position_embeddings", int, None)  # of LongRoPE, where it is used
     window = config.value("sliding_window", int, None)
     if window is not None and window >= context(config):

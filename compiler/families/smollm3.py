@@ -59,5 +59,6 @@ SMOLLM3 = register(
         spec=spec,
         names=llama_names,
         defaults={"num_key_value_heads": 4, "tie_word_embeddings": True},
+        ignored="max_window_layers",
     )
 )

@@ -13,6 +13,7 @@ from compiler.families.spec import Attention, LayerNorm, ModelSpec
 
 
 def spec(config: ConfigReader) -> ModelSpec:
+    config.require("rotary_scaling_factor", (None, 1.0), None)
     rope = rope_spec(config, head_dim(config), context(config), partial=0.25)
     return decoder_spec(
         config,
@@ -44,6 +45,5 @@ STABLELM = register(
         spec=spec,
         names=named(LLAMA_NAMES, norms_by_head),
         spelling={"rope_pct": "partial_rotary_factor", "norm_eps": "layer_norm_eps"},
-        ignored="rotary_scaling_factor",
     )
 )

@@ -16,16 +16,15 @@ Piece share(const hs_ctx* ctx, int64_t n) { return {n * ctx->thread / ctx->threa
 
 int64_t live(const hs_arg& a, int index) { return ((const int32_t*)a.p)[index]; }
 
-// out[i] = f(x[i], y[i]) over the live rows, split without regard to row ends. A call with one input gives it twice.
+// out[i] = f(x[i], y[i]) over the first n numbers, split without regard to row ends.
 template <class F>
-void elementwise(const hs_ctx* ctx, const hs_arg* a, F f) {
-    enum { LIVE, FIRST, SECOND, OUT, D };
-    const float *x = (const float*)a[FIRST].p, *y = (const float*)a[SECOND].p;
-    float* out = (float*)a[OUT].p;
-    Piece piece = share(ctx, live(a[LIVE], 0) * a[D].i);
+void elementwise(const hs_ctx* ctx, int64_t n, const void* first, const void* second, void* result, F f) {
+    const float *x = (const float*)first, *y = (const float*)second;
+    float* out = (float*)result;
+    Piece piece = share(ctx, n);
     int64_t i = piece.begin;
     for (; i + VL <= piece.end; i += VL) store(out + i, f(loadf(x + i), loadf(y + i)));
-    if (int n = (int)(piece.end - i)) store_part(out + i, f(load_part(x + i, n), load_part(y + i, n)), n);
+    if (int rest = (int)(piece.end - i)) store_part(out + i, f(load_part(x + i, rest), load_part(y + i, rest)), rest);
 }
 
 }  // namespace
@@ -122,20 +121,25 @@ HS_EXPORT void hs_norm(const hs_ctx* ctx, const hs_arg* a) {
 }
 
 HS_EXPORT void hs_gated(const hs_ctx* ctx, const hs_arg* a) {
-    int64_t act = a[5].i;
-    elementwise(ctx, a, [=](vf gate, vf up) { return activate(act, gate) * up; });
+    enum { LIVE, GATE, UP, OUT, D, ACT };
+    int64_t act = a[ACT].i, n = live(a[LIVE], 0) * a[D].i;
+    elementwise(ctx, n, a[GATE].p, a[UP].p, a[OUT].p, [=](vf gate, vf up) { return activate(act, gate) * up; });
 }
 
 HS_EXPORT void hs_activation(const hs_ctx* ctx, const hs_arg* a) {
-    int64_t act = a[5].i;
-    elementwise(ctx, a, [=](vf x, vf) { return activate(act, x); });
+    enum { LIVE, X, OUT, D, ACT };
+    int64_t act = a[ACT].i, n = live(a[LIVE], 0) * a[D].i;
+    elementwise(ctx, n, a[X].p, a[X].p, a[OUT].p, [=](vf x, vf) { return activate(act, x); });
 }
 
 HS_EXPORT void hs_clip(const hs_ctx* ctx, const hs_arg* a) {
-    float limit = (float)a[5].f;
-    elementwise(ctx, a, [=](vf x, vf) { return vmax(vmin(x, splat(limit)), splat(-limit)); });
+    enum { LIVE, X, OUT, D, LIMIT };
+    float limit = (float)a[LIMIT].f;
+    int64_t n = live(a[LIVE], 0) * a[D].i;
+    elementwise(ctx, n, a[X].p, a[X].p, a[OUT].p, [=](vf x, vf) { return vmax(vmin(x, splat(limit)), splat(-limit)); });
 }
 
 HS_EXPORT void hs_add(const hs_ctx* ctx, const hs_arg* a) {
-    elementwise(ctx, a, [](vf x, vf y) { return x + y; });
+    enum { LIVE, A, B, OUT, D };
+    elementwise(ctx, live(a[LIVE], 0) * a[D].i, a[A].p, a[B].p, a[OUT].p, [](vf x, vf y) { return x + y; });
 }

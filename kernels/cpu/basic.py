@@ -175,12 +175,12 @@ def _elementwise(call: CallShape) -> dict[str, int | float]:
     }
 
 
-# Name, its two inputs (one input stands twice), what it reads beyond them.
-for _name, _first, _second, _more in (
-    ("add", "a", "b", ()),
-    ("gated", "gate", "up", ("i64:act",)),
-    ("activation", "x", "x", ("i64:act",)),
-    ("clip", "x", "x", ("f64:limit",)),
+# Name, its inputs, what it reads beyond them.
+for _name, _inputs, _more in (
+    ("add", ("a", "b"), ()),
+    ("gated", ("gate", "up"), ("i64:act",)),
+    ("activation", ("x",), ("i64:act",)),
+    ("clip", ("x",), ("f64:limit",)),
 ):
     register(
         Kernel(
@@ -188,7 +188,7 @@ for _name, _first, _second, _more in (
             op=_name,
             target="cpu",
             entry=f"hs_{_name}",
-            params=("ptr:live", f"ptr:{_first}", f"ptr:{_second}", "ptr:out", "i64:d", *_more),
+            params=("ptr:live", *(f"ptr:{n}" for n in _inputs), "ptr:out", "i64:d", *_more),
             accepts=not_float32,
             scalars=_elementwise,
         )

@@ -40,6 +40,11 @@ class Subject:
     reference: Reference
     artifact: Artifact
 
+    def check_greedy(self, prompt: list[int], tokens: list[int]) -> None:
+        """Each token is the best one after those before it."""
+        table = self.reference.logits([*prompt, *tokens], len(prompt))
+        assert tokens == table[len(prompt) - 1 : -1].argmax(-1).tolist()
+
 
 @pytest.fixture(scope="module", params=CASES)
 def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
@@ -56,14 +61,14 @@ def compiled(recipe: toy_models.Recipe, directory: Path) -> Subject:
     return Subject(reference, Artifact.open(path))
 
 
-def open_loop(artifact: Artifact, *, prefix_cache: bool) -> EngineLoop:
-    session = open_session(artifact, kv_tokens=1024)
+def open_loop(artifact: Artifact, *, prefix_cache: bool, kv_tokens: int = 1024) -> EngineLoop:
+    session = open_session(artifact, kv_tokens=kv_tokens)
     options = EngineOptions(artifact=str(artifact.path), prefix_cache=prefix_cache)
     return EngineLoop(session, options, eos=())
 
 
-def request(id: int, tokens: list[int], *, score: bool = False) -> Request:
-    sampling = SamplingParams(max_new_tokens=NEW, temperature=0.0)
+def request(id: int, tokens: list[int], *, score: bool = False, new: int = NEW) -> Request:
+    sampling = SamplingParams(max_new_tokens=new, temperature=0.0)
     start = 0 if score else -1
     return Request(
         id=id, tokens=tokens, sampling=sampling, logprobs=True, prompt_logprobs_from=start
@@ -120,13 +125,30 @@ def test_prefixes_are_reused_where_their_keys_are_the_same(subject: Subject) -> 
     cases = [long, long[:20], [*long[:33], 7, 7, 7], [*long, 5]]
     loop = open_loop(subject.artifact, prefix_cache=True)
     for id, prompt in enumerate(cases):
-        heard = hear(loop, [request(id, prompt)])[0]
-        assert heard.tokens == subject.reference.greedy(prompt, NEW)
+        subject.check_greedy(prompt, hear(loop, [request(id, prompt)])[0].tokens)
     # Where rope depends on the length, only prompts with the same rope share pages.
     reused = loop.scheduler.count.cached_tokens
     rule = subject.artifact.manifest.model.rope_rule
     expected = {None: 16 + 32 + 32, "prompt": 32 + 32, "sequence": 32 + 32, "token": 0}
     assert reused == expected[rule.of if rule else None]
+    loop.close()
+
+
+BY_LENGTH = [case for case in CASES if case.id in ("llama-dynamic", "phi3-longrope")]
+
+
+@pytest.mark.parametrize("recipe", BY_LENGTH)
+def test_a_preempted_sequence_is_computed_again_with_its_own_rope(
+    recipe: toy_models.Recipe, tmp_path: Path
+) -> None:
+    subject = compiled(recipe, tmp_path)
+    loop = open_loop(subject.artifact, prefix_cache=True, kv_tokens=96)
+    prompts = [PROMPTS[0][i : i + 14] for i in range(3)]
+    heard = hear(loop, [request(id, prompt, new=40) for id, prompt in enumerate(prompts)])
+    assert loop.scheduler.count.retractions, "the pool was too large for this test"
+    for prompt, event in zip(prompts, heard, strict=True):
+        subject.check_greedy(prompt, event.tokens)
+    loop.idle()
     loop.close()
 
 

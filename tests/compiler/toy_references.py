@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 Forward = Callable[[list[int], int], Tensor]
+torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
 
 
 @dataclass

@@ -136,6 +136,9 @@ def call(
     residual: np.ndarray | None = None,
     in_place: bool = False,
     swiglu: bool = False,
+    act: str = "",
+    scale: float = 1.0,
+    softcap: float = 0.0,
 ) -> np.ndarray:
     """One kernel call through its registration; untouched output stays NaN."""
     bucket = len(x) if rows is None else len(rows)
@@ -153,9 +156,9 @@ def call(
         formats={"w": weight.format},
         attrs={
             "eps": EPS,
-            "act": "swiglu" if swiglu else "",
-            "scale": 1.0,
-            "softcap": 0.0,
+            "act": act or ("swiglu" if swiglu else ""),
+            "scale": scale,
+            "softcap": softcap,
             "live_index": 0 if rows is None else 2,
         },
     )
@@ -255,6 +258,20 @@ def test_against_float64(teams: dict[int, Team], level: str, fmt: str, epilogue:
         check(got, want, 2e-3 if loose else 2e-5 if swiglu else 5e-6)
         exact = expected(weight, x, swiglu=swiglu, rounded=False, **extra)
         check(got, exact, 0.04 if swiglu else 0.02)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_row_with_an_epilogue_does_not_depend_on_its_batch(
+    teams: dict[int, Team], fmt: str
+) -> None:
+    rng = np.random.default_rng(9)
+    for act, gated in (("geglu_tanh", True), ("geglu", True), ("gelu", False), ("relu2", False)):
+        weight = Weight(fmt, 96, 128, rng, gated)
+        x, bias = rng.standard_normal((30, 128), np.float32), rng.standard_normal(96, np.float32)
+        more = {"bias": bias, "swiglu": gated, "act": act, "scale": 0.3, "softcap": 2.0}
+        alone = np.concatenate([call(teams[1], weight, x[i : i + 1], **more) for i in range(30)])
+        for t in (2, 5, 9, 17, 30):
+            assert np.array_equal(call(teams[1 + t % 3], weight, x[:t], **more), alone[:t])
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
