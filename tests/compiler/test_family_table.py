@@ -5,16 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
+import kernels.cpu.register  # noqa: F401  (fills KERNELS)
 from compiler.errors import CompileError
 from compiler.families.__main__ import DEGREES, fit, main, written
 from compiler.families.family import FAMILIES
 from compiler.families.names import logical_weights
 from compiler.families.table import named_shapes, read_shape, rows, text
-from compiler.model import StepShape
+from compiler.fuse import fuse
+from compiler.lower import accepting, call_shape, label
+from compiler.model import StepShape, build
 from compiler.quantize.scheme import storage_formats
 from compiler.ranks import rank_fit, rank_spec
 from compiler.report import size
+from compiler.store import stored_weights, weight_formats
+from runtime.artifact import Bucket
 from runtime.errors import UsageError
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -102,3 +108,19 @@ def test_what_cannot_be_cut_says_so() -> None:
     formats = storage_formats(spec, dtype="bfloat16", scheme="int8", group=256, head=False)
     with pytest.raises(CompileError, match="group_size=256 does not divide the 128 inputs"):
         rank_fit(spec, formats, step_shape(), 32)
+
+
+@pytest.mark.parametrize("name", named_shapes())
+def test_every_named_shape_has_kernels(name: str) -> None:
+    """One layer of every kind, at the sizes of the real model."""
+    _, spec = read_shape(name)
+    spec = structs.replace(spec, layers=tuple(dict.fromkeys(spec.layers)))
+    shape = StepShape(
+        slots=8, edits=100, page_size=16, kv_dtype="bfloat16", context=min(spec.context, 8192)
+    )
+    program = fuse(build(spec, shape))
+    formats = storage_formats(spec, dtype="bfloat16", scheme="none", group=64, head=False)
+    stored = weight_formats(stored_weights(program, formats, "cpu"))
+    bucket = Bucket(name="t64", tokens=64, seqs=8, pages=512)
+    for call in program.calls:
+        assert accepting(call_shape(program, call, bucket, stored), "cpu", label(call))
