@@ -16,6 +16,7 @@ import msgspec
 
 from compiler.checkpoint import read_json, read_json_value
 from compiler.errors import CompileError, DamagedCheckpoint
+from compiler.families.family import Family
 from compiler.families.spec import Attention, ModelSpec, PoolSpec
 from conf.schema import ModelConfig
 
@@ -80,6 +81,21 @@ def _pooling(path: Path) -> Pooling:
     if values.get("include_prompt") is False:
         raise CompileError(f"{path}: include_prompt false is not supported")
     return MODES[wanted[0]]
+
+
+def as_configured(
+    spec: ModelSpec,
+    family: Family,
+    options: ModelConfig,
+    files: SentenceFiles | None,
+    values: Mapping[str, Any],
+    where: str,
+) -> ModelSpec:
+    """What `family` read from `values` (a config.json), as an embedding model if it is one.
+    `is_causal` is how gte-Qwen2 files say their direction."""
+    has_head = values["architectures"][0] not in family.bases
+    causal = values.get("is_causal")
+    return as_embedding(spec, options, files, has_head=has_head, causal=causal, where=where)
 
 
 def as_embedding(

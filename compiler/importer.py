@@ -14,9 +14,9 @@ from typing import Any
 import compiler.families.register
 import compiler.quantize.register  # noqa: F401 - fills the registry
 from compiler.checkpoint import Checkpoint, ConfigReader, read_json
-from compiler.embedding import SentenceFiles, as_embedding, matryoshka, read_sentence_files
+from compiler.embedding import as_configured, matryoshka, read_sentence_files
 from compiler.errors import CompileError
-from compiler.families.family import Family, family_of
+from compiler.families.family import family_of
 from compiler.families.spec import ModelSpec
 from compiler.hub import locate
 from compiler.text import Text, made_up_text, read_text
@@ -50,7 +50,7 @@ def import_model(config: CompileConfig) -> Imported:
     reader = ConfigReader(checkpoint.config, where)
     family = family_of(reader)
     files = read_sentence_files(directory)
-    spec = _pooled(family.read(reader), family, config, files, checkpoint.config, where)
+    spec = as_configured(family.read(reader), family, config.model, files, checkpoint.config, where)
     if config.model.config:
         _check_shape(config, spec, checkpoint.config)
     weights = checkpoint_weights(family, spec, checkpoint)
@@ -69,20 +69,6 @@ def import_model(config: CompileConfig) -> Imported:
     )
 
 
-def _pooled(
-    spec: ModelSpec,
-    family: Family,
-    config: CompileConfig,
-    files: SentenceFiles | None,
-    values: dict[str, Any],
-    where: str,
-) -> ModelSpec:
-    """As an embedding model, if it is one. `is_causal` is how gte-Qwen2 files say it."""
-    has_head = values["architectures"][0] not in family.bases
-    causal = values.get("is_causal")
-    return as_embedding(spec, config.model, files, has_head=has_head, causal=causal, where=where)
-
-
 def _random(config: CompileConfig) -> Imported:
     """A shape without its weights: from the named config, or from the config.json of the source."""
     values, text_from = dict(config.model.config), None
@@ -93,7 +79,7 @@ def _random(config: CompileConfig) -> Imported:
     files = read_sentence_files(text_from) if text_from is not None else None
     where = f"model={config.model.name}"
     family = family_of(reader)
-    spec = _pooled(family.read(reader), family, config, files, values, where)
+    spec = as_configured(family.read(reader), family, config.model, files, values, where)
     template = config.model.chat_template
     text: Text | None = None
     if text_from is not None:
@@ -123,10 +109,10 @@ def _check_shape(config: CompileConfig, spec: ModelSpec, found: dict[str, Any]) 
     """
     reader = ConfigReader(found | config.model.config, f"model={config.model.name}")
     family = family_of(reader)
-    expected = _pooled(
+    expected = as_configured(
         family.read(reader),
         family,
-        config,
+        config.model,
         None,
         found | config.model.config,
         f"model={config.model.name}",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import compiler.families.register  # noqa: F401  (fills FAMILIES)
 from compiler.checkpoint import ConfigReader
+from compiler.embedding import as_configured
 from compiler.families.family import FAMILIES, Family, family_of
 from compiler.families.spec import (
     Attention,
@@ -26,6 +27,7 @@ from compiler.families.spec import (
 )
 from conf.load import group_values
 from conf.options import group_choices
+from conf.schema import ModelConfig
 
 ACTS = {
     "silu": "SwiGLU",
@@ -51,9 +53,12 @@ def named_shapes() -> list[str]:
 
 def read_shape(name: str) -> tuple[Family, ModelSpec]:
     """A named shape of conf/model."""
-    reader = ConfigReader(group_values("model", name)["config"], f"model={name}")
+    options = ModelConfig(**group_values("model", name))
+    where = f"model={name}"
+    reader = ConfigReader(options.config, where)
     family = family_of(reader)
-    return family, family.read(reader)
+    spec = family.read(reader)
+    return family, as_configured(spec, family, options, None, options.config, where)
 
 
 def rows() -> list[Row]:
@@ -74,7 +79,11 @@ def _row(name: str, shapes: dict[str, ModelSpec]) -> Row:
             _joined((*family.architectures, *family.bases)),
             _joined(_norm(layer) for layer in layers),
             _joined(axis for layer in layers for axis in _attention(layer.mixer)),
-            _joined(_positions(layer.mixer) for layer in layers),
+            _joined(
+                "learned" if spec.positions else _positions(layer.mixer)
+                for spec in shapes.values()
+                for layer in spec.layers
+            ),
             _joined(_ffn(layer) for layer in layers),
             _joined(axis for spec in shapes.values() for axis in _scales(spec)),
         ),
