@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 
 import compiler.families.register  # noqa: F401 - fills FAMILIES
 from compiler.checkpoint import Checkpoint, ConfigReader
+from compiler.design import design
 from compiler.errors import CompileError, DamagedCheckpoint
 from compiler.families.family import family_of
 from compiler.families.spec import ModelSpec, MoeFfn
+from compiler.importer import import_model
 from compiler.pipeline import compile_model
 from compiler.progress import Progress
 from compiler.weights import Weights, checkpoint_weights
@@ -193,3 +195,13 @@ def test_stacks_of_matrices_are_quantized_and_run(
     loaded = load(CompileConfig, "compile", overrides + shape)
     artifact = Artifact.open(compile_model(loaded.config, loaded.sources, Progress()))
     assert 0 < artifact.manifest.accuracy["logit_error"] < 0.6
+
+
+@pytest.mark.parametrize(("name", "active"), [("deepseek-v3", 37e9), ("mixtral-8x7b", 12.9e9)])
+def test_a_token_reads_the_parameters_its_publisher_calls_active(name: str, active: float) -> None:
+    """The static cost of a step, without reading or making a weight."""
+    overrides = [f"model={name}", "weights=random", "dtype=bfloat16", "kv=bf16", "target=cpu"]
+    shape = ["shape.context=64", "shape.max_tokens=8", "shape.max_seqs=1"]
+    config = load(CompileConfig, "compile", overrides + shape).config
+    made = design(import_model(config).spec, config)
+    assert made.costs["t1"]["read"] / 2 == pytest.approx(active, rel=0.03)
