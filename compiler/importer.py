@@ -14,7 +14,7 @@ from typing import Any
 import compiler.families.register
 import compiler.quantize.register  # noqa: F401 - fills the registry
 from compiler.checkpoint import Checkpoint, ConfigReader, read_json
-from compiler.embedding import as_configured, matryoshka, read_sentence_files
+from compiler.embedding import SentenceFiles, as_configured, matryoshka, read_sentence_files
 from compiler.errors import CompileError
 from compiler.families.family import family_of
 from compiler.families.spec import ModelSpec
@@ -52,7 +52,7 @@ def import_model(config: CompileConfig) -> Imported:
     files = read_sentence_files(directory)
     spec = as_configured(family.read(reader), family, config.model, files, checkpoint.config, where)
     if config.model.config:
-        _check_shape(config, spec, checkpoint.config)
+        _check_shape(config, spec, checkpoint.config, files)
     weights = checkpoint_weights(family, spec, checkpoint)
     text = read_text(directory, checkpoint.config, spec.vocab, config.model.chat_template)
     digests = checkpoint.digests()
@@ -103,7 +103,12 @@ def _random(config: CompileConfig) -> Imported:
     )
 
 
-def _check_shape(config: CompileConfig, spec: ModelSpec, found: dict[str, Any]) -> None:
+def _check_shape(
+    config: CompileConfig,
+    spec: ModelSpec,
+    found: dict[str, Any],
+    files: SentenceFiles | None,
+) -> None:
     """The published config of a named shape, and any key given by hand, must describe the
     checkpoint that is there.
     """
@@ -113,7 +118,7 @@ def _check_shape(config: CompileConfig, spec: ModelSpec, found: dict[str, Any]) 
         family.read(reader),
         family,
         config.model,
-        None,
+        files,
         found | config.model.config,
         f"model={config.model.name}",
     )

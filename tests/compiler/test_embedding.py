@@ -237,6 +237,10 @@ def test_newer_pooling_files_name_their_mode(bert: Path) -> None:
 def test_context_is_the_shorter_of_both_files(bert: Path) -> None:
     (bert / "sentence_bert_config.json").write_text('{"max_seq_length": 32}')
     assert imported(bert).spec.context == 32
+    # The checks of a named shape know of both.
+    assert imported(bert, "model.config.hidden_size=64").spec.context == 32
+    with pytest.raises(CompileError, match="disagree about layers"):
+        imported(bert, "model.config.num_hidden_layers=2")
 
 
 def test_dimensions_are_checked(bert: Path) -> None:
