@@ -330,7 +330,7 @@ MOE_RECIPES: dict[str, list[Recipe]] = {
                 "rope_type": "longrope",
                 "short_factor": [1.1, 1.3, 2.0, 5.0],
                 "long_factor": [1.1, 1.3, 2.0, 5.0],
-                "original_max_position_embeddings": 64,
+                "original_max_position_embeddings": 32,
             },
         ),
     ],

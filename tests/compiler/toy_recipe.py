@@ -29,9 +29,9 @@ LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
+    "original_max_position_embeddings": 32,
 }
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}
 DYNAMIC = {"rope_type": "dynamic", "factor": 8.0}
 # Prompts of 40 and of 23 tokens stand on both sides of it, and 23 + 8 generated ones cross it.
 SHORT = 26
