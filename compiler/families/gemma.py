@@ -77,7 +77,9 @@ def spec_gemma3(config: ConfigReader) -> ModelSpec:
 
 def spec_gemma3_multimodal(config: ConfigReader) -> ModelSpec:
     """The language half; its config is a section, its tensors lie beside the vision tower's."""
-    text = config.section("text_config").translated(SPELLING, DEFAULTS["gemma3"])
+    dtype = config.text("torch_dtype", config.text("dtype", "float32"))
+    assumed = {**DEFAULTS["gemma3"], "torch_dtype": dtype}
+    text = config.section("text_config").translated(SPELLING, assumed)
     spec = structs.replace(spec_gemma3(text), family="gemma3_multimodal")
     text.finish(IGNORABLE_KEYS.union(IGNORED.split()))
     return spec

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 import toy_embedders
@@ -182,6 +183,17 @@ def test_every_named_shape_is_published() -> None:
 def test_named_shapes(name: str) -> None:
     _, spec = read_shape(name)
     assert spec.parameters() / 1e6 == pytest.approx(PUBLISHED[name], rel=0.01)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_specs_survive_the_manifest(name: str) -> None:
+    _, spec = read_shape(name)
+    assert msgspec.convert(msgspec.json.decode(msgspec.json.encode(spec)), ModelSpec) == spec
+
+
+def test_gemma_scales_are_rounded_as_the_checkpoint_is_stored() -> None:
+    scales = {n: read_shape(n)[1].embed_scale for n in ("gemma-7b", "gemma2-2b", "gemma3-4b")}
+    assert scales == {"gemma-7b": 55.5, "gemma2-2b": 48.0, "gemma3-4b": 50.5}
 
 
 # --- what is refused ------------------------------------------------------------------------------
