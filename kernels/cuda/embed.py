@@ -15,24 +15,26 @@ from kernels.launch import Constant, Launch, Slot
 STORED: Mapping[str, tuple[str, int]] = {
     "float32": ("fp32", 0),
     "bfloat16": ("bf16", 0),
-    "int8": ("i8", 8),
-    "int4": ("u8", 4),
+    "fp8": ("fp8e4nv", 0),
+    "int8": ("i32", 8),
+    "int4": ("i32", 4),
 }
 
 
 def _table(call: CallShape, arg: str) -> dict[str, Slot | Constant]:
     kind, group = parse_format(call.formats[arg])
     type, _ = STORED[kind]
+    scale = "fp16" if group else "fp32" if kind == "fp8" else ""
     return {
         "data": stored(arg, "data", type),
-        "scale": stored(arg, "scale", "fp16") if group else None,
+        "scale": stored(arg, "scale", scale) if scale else None,
     }
 
 
 def _codes(call: CallShape) -> tuple[int, int]:
-    """Bits of a code and columns per scale, 0 for float formats."""
+    """Bits of a code, 0 for float formats, and columns per scale."""
     kind, group = parse_format(call.formats["table"])
-    return STORED[kind][1], group
+    return STORED[kind][1], group or call.shapes["table"][1]
 
 
 def _accepts_table(call: CallShape) -> str | None:

@@ -1,3 +1,12 @@
 """Importing this module fills KERNELS["cuda"]."""
 
-from kernels.cuda import attention, elementwise, embed, kv_write, norm, pool, rope  # noqa: F401
+from kernels.cuda import (  # noqa: F401
+    attention,
+    elementwise,
+    embed,
+    kv_write,
+    linear,
+    norm,
+    pool,
+    rope,
+)

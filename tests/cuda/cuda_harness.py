@@ -45,7 +45,8 @@ class Case:
 def matrix_formats(op: Op) -> list[str]:
     if not any(a.role == "weight" and len(a.dims) >= 2 for a in op.args):
         return [""]
-    return [f"{kind}g{GROUP}" if kind.startswith("int") else kind for kind in FORMATS]
+    named = {"int8": f"int8g{GROUP}", "int4": f"int4g{GROUP}", "fp8": "fp8r"}
+    return [named.get(kind, kind) for kind in FORMATS]
 
 
 def cases(op: Op, dtype: str) -> Iterator[tuple[str, Case]]:
@@ -74,6 +75,10 @@ def quantized(weight: torch.Tensor, fmt: str) -> tuple[Any, torch.Tensor]:
     if kind == "bfloat16":
         rounded = weight.bfloat16()
         return rounded.view(torch.int16).numpy().view(np.uint16), rounded.float()
+    if kind == "fp8":
+        scale = weight.abs().amax(-1).clamp(min=1e-6) / 448
+        low = (weight / scale[..., None]).to(torch.float8_e4m3fn)
+        return (low.view(torch.uint8).numpy(), scale.numpy()), low.float() * scale[..., None]
     limit = 127 if kind == "int8" else 7
     groups = weight.reshape(*weight.shape[:-1], -1, group)
     scale = (groups.abs().amax(-1) / limit).clamp(min=1e-6).half().float()  # stored as float16

@@ -22,3 +22,26 @@ def activate(x, KIND: tl.constexpr):
         tl.static_assert(KIND == "relu2")
         y = tl.where(x < 0.0, 0.0, x * x)
     return y
+
+
+@triton.jit
+def tanh(x):
+    # libdevice is not there for the interpreter; this is exact at both ends and cannot overflow.
+    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+
+
+@triton.jit
+def gated(gate, up, KIND: tl.constexpr):
+    """`KIND` is a name of kernels.ops.mlp.GATED or kernels.ops.moe.CLAMPED."""
+    if KIND == "swiglu_clamped":
+        g = tl.minimum(gate, 7.0)
+        u = tl.minimum(tl.maximum(up, -7.0), 7.0)
+        y = (u + 1.0) * g * tl.sigmoid(1.702 * g)
+    elif KIND == "swiglu":
+        y = activate(gate, "silu") * up
+    elif KIND == "geglu":
+        y = activate(gate, "gelu") * up
+    else:
+        tl.static_assert(KIND == "geglu_tanh")
+        y = activate(gate, "gelu_tanh") * up
+    return y

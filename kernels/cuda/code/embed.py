@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from kernels.cuda.code import pdl
+from kernels.cuda.code.product import fetch
 
 
 @triton.jit
@@ -19,15 +20,19 @@ def table_row(
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """float32 values of one row of a stored matrix (kernels/cuda/layout.py). BITS 8 and 4: codes
-    with a scale per GROUP columns; two 4-bit codes share a byte, the even column in the low half,
-    8 standing for zero."""
+    """float32 values of one row of a stored matrix (kernels/cuda/layout.py). BITS 8 and 4: words
+    of codes. A scale serves GROUP columns."""
     row = row.to(tl.int64)
-    if BITS == 4:
-        pair = tl.load(data_ptr + row * (WIDTH // 2) + column // 2, mask, 0)
-        y = ((pair.to(tl.int32) >> (column % 2) * 4) & 15).to(tl.float32) - 8.0
+    if BITS == 0:
+        y = fetch(data_ptr + row * WIDTH + column, mask).to(tl.float32)
     else:
-        y = tl.load(data_ptr + row * WIDTH + column, mask, 0).to(tl.float32)
+        PER: tl.constexpr = 32 // BITS
+        WORDS: tl.constexpr = GROUP // PER
+        place = column % GROUP
+        at = row * (WIDTH // PER) + column // GROUP * WORDS + place % WORDS
+        word = tl.load(data_ptr + at, mask, 0)
+        code = (word >> (place // WORDS * BITS)) & ((1 << BITS) - 1)
+        y = code.to(tl.float32) - (1 << (BITS - 1))
     if scale_ptr is not None:
         at = row * (WIDTH // GROUP) + column // GROUP
         y *= tl.load(scale_ptr + at, mask, 0.0).to(tl.float32)

@@ -1,0 +1,528 @@
+"""Registration of the CUDA kernels of `linear`. Imported by kernels/cuda/register.py.
+
+Three regimes, one op. One row streams weights through the ordinary cores (`linear_vector`). Few
+rows stream weights through tensor cores, many programs over output tiles and splits of the inputs,
+norm and row choice fused (`linear_tiles`, one launch). Many rows are compute bound: large tiles,
+TMA on both sides, a fixed number of programs walking the live tiles, norm and row choice as a first
+launch. The last two are one device function in different configurations, so the tuner may choose
+any mixture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kernels.cuda.kernel import (
+    SIZES,
+    TYPES,
+    Config,
+    CudaKernel,
+    counters,
+    launch,
+    pointer,
+    register,
+    stored,
+    workspace,
+)
+from kernels.cuda.layout import BITS, parse_format
+from kernels.cuda.rows import PROCESSORS, power
+from kernels.kernel import CallShape
+from kernels.launch import COUNTERS_BYTES, WORKSPACE, Descriptor, Launch, Pointer, Slot
+
+SHARED = 227 << 10  # bytes of shared memory a program may have
+GATED = ("swiglu", "geglu", "geglu_tanh", "swiglu_clamped")
+# Epilogues hold float32 accumulators: this many per thread leave room for the rest.
+ACCUMULATORS = 160
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weight:
+    """How a stored weight is read: `type` of its elements in Triton's spelling, `per` inputs of an
+    element, `bits` and `group` of integer codes (0: floats), `row_scale` of fp8."""
+
+    type: str
+    per: int
+    bits: int
+    group: int
+    row_scale: bool
+
+    @property
+    def row_bytes(self) -> float:
+        """Bytes per input."""
+        return SIZES[self.type] / self.per
+
+
+def weight_of(call: CallShape, arg: str = "w") -> Weight:
+    kind, group = parse_format(call.formats[arg])
+    bits = BITS.get(kind, 0)
+    type = {"float32": "fp32", "bfloat16": "bf16", "fp8": "fp8e4nv"}.get(kind, "i32")
+    return Weight(
+        type=type,
+        per=32 // bits if bits else 1,
+        bits=bits,
+        group=group,
+        row_scale=kind == "fp8",
+    )
+
+
+def half(call: CallShape) -> bool:
+    """Whether products are of bfloat16 numbers. Weights kept in float32 are kept for their
+    precision (routers), so they are not rounded."""
+    return call.dtypes["x"] == "bfloat16" and call.formats["w"] != "float32"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VectorConfig(Config):
+    block_n: int
+    block_k: int
+    split: int = 1
+    warps: int = 4
+    stages: int = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TileConfig(Config):
+    """`programs` 0: one per tile and split. `rows_first`: norm and row choice as a first launch.
+    `tma`: weights and, where nothing is fused into their loading, activations by tensor map."""
+
+    block_n: int
+    block_m: int
+    block_k: int
+    split: int = 1
+    warps: int = 4
+    stages: int = 3
+    tma: bool = True
+    programs: int = 0
+    rows_first: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    rows: int
+    outputs: int
+    k: int
+    gated: bool
+
+
+def sizes(call: CallShape) -> Sizes:
+    rows, outputs = call.shapes["out"]
+    return Sizes(
+        rows=rows,
+        outputs=outputs,
+        k=call.shapes["w"][1],
+        gated=call.attrs.get("act", "") in GATED,
+    )
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def split_for(tiles: int, steps: int, wanted: int, least_steps: int) -> int:
+    """Parts of the inputs so that `tiles` of them fill `wanted` programs, each with `least_steps`
+    steps or more."""
+    best = 1
+    while best < 16 and tiles * best * 2 <= wanted and steps // (best * 2) >= least_steps:
+        best *= 2
+    return best
+
+
+def _common(call: CallShape, config: Any, s: Sizes, w: Weight) -> dict[str, Any]:
+    attrs = call.attrs
+    split = config.split > 1
+    scaled = w.bits or w.row_scale
+    return {
+        "scale_ptr": stored("w", "scale", "fp16" if w.bits else "fp32") if scaled else None,
+        "bias_ptr": pointer(call, "bias"),
+        "residual_ptr": pointer(call, "residual"),
+        "residual_rows_ptr": pointer(call, "residual_rows"),
+        "out_ptr": pointer(call, "out"),
+        "part_ptr": workspace("fp32") if split else None,
+        "counter_ptr": counters() if split else None,
+        "LIVE": attrs.get("live_index", 0),
+        "OUTPUTS": s.outputs,
+        "K": s.k,
+        "ROW_BYTES": int(s.k * w.row_bytes),
+        "EPS": float(attrs.get("eps", 0.0)) if "norm" in call.shapes else 0.0,
+        "ACT": attrs.get("act", ""),
+        "GATED": s.gated,
+        "SCALE": float(attrs["scale"]),
+        "SOFTCAP": float(attrs["softcap"]),
+        "BITS": w.bits,
+        "GROUP": w.group,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "SPLIT": config.split,
+        "STAGES": config.stages,
+    }
+
+
+def _counters(tiles: int) -> str | None:
+    if tiles * 4 > COUNTERS_BYTES:
+        return f"{tiles} tiles need more than {COUNTERS_BYTES // 4} counters"
+    return None
+
+
+def _part_bytes(units: int, config: Any, block_m: int, gated: bool) -> int:
+    """Partial sums of every unit and the sums of squares of its rows."""
+    each = config.block_n * block_m * (2 if gated else 1) + block_m
+    return units * each * 4 if config.split > 1 else 0
+
+
+# ---- one row -------------------------------------------------------------------------
+
+
+def _vector_accepts(call: CallShape) -> str | None:
+    rows = call.shapes["out"][0]
+    return None if rows == 1 else f"one row only, the call has {rows}"
+
+
+def _vector_valid(call: CallShape, config: VectorConfig) -> str | None:
+    s, w = sizes(call), weight_of(call)
+    if w.group and config.block_k % w.group:
+        return f"block_k {config.block_k} is not a multiple of the group {w.group}"
+    if config.split > _ceil(s.k, config.block_k):
+        return f"split {config.split} of {_ceil(s.k, config.block_k)} steps"
+    each = 2 if s.gated else 1
+    shared = config.stages * each * config.block_n * int(config.block_k * w.row_bytes)
+    if config.stages > 1 and shared > SHARED:
+        return f"{shared} bytes of shared memory, {SHARED} at most"
+    held = each * config.block_n * (config.block_k // w.per) // (32 * config.warps)
+    if held > 64:
+        return f"{held} sums per thread, 64 at most"
+    return _counters(_ceil(s.outputs, config.block_n)) if config.split > 1 else None
+
+
+def _vector_space(call: CallShape) -> list[VectorConfig]:
+    w = weight_of(call)
+    return [
+        VectorConfig(block_n=n, block_k=width * w.per, split=split, warps=warps, stages=stages)
+        for n in (4, 8, 16)
+        for width in ((128, 256) if w.bits else (256, 512, 1024))
+        for split in (1, 2, 4)
+        for warps in (4, 8)
+        for stages in (1, 3, 5)
+    ]
+
+
+def _vector_default(call: CallShape) -> VectorConfig:
+    s, w = sizes(call), weight_of(call)
+    block_k = min(max(512 // SIZES[w.type] * 2 * w.per, w.group), power(s.k))
+    block_k = max(block_k, w.group, 16)
+    block_n = 8 if s.gated else 16
+    if w.row_scale:
+        block_n = 8
+    tiles = _ceil(s.outputs, block_n)
+    return VectorConfig(
+        block_n=block_n,
+        block_k=block_k,
+        split=split_for(tiles, _ceil(s.k, block_k), 2 * PROCESSORS, 4),
+        warps=4,
+        stages=4,
+    )
+
+
+def _vector_launches(call: CallShape, config: VectorConfig) -> tuple[Launch, ...]:
+    s, w = sizes(call), weight_of(call)
+    return (
+        launch(
+            "linear.vector_kernel",
+            (_ceil(s.outputs, config.block_n) * config.split, 1, 1),
+            warps=config.warps,
+            stages=config.stages,
+            live_ptr=pointer(call, "live"),
+            x_ptr=pointer(call, "x"),
+            w_ptr=stored("w", "data", w.type),
+            norm_ptr=pointer(call, "norm"),
+            rows_ptr=pointer(call, "rows"),
+            AHEAD=_ahead(s, w, config.block_k),
+            **_common(call, config, s, w),
+        ),
+    )
+
+
+def _ahead(s: Sizes, w: Weight, block_k: int) -> bool:
+    """Whether the first weights are fetched before the previous kernel ends: whole steps of whole
+    32-byte sectors, a power of two of them."""
+    step = int(block_k * w.row_bytes)
+    return s.k % block_k == 0 and step >= 32 and int(s.k * w.row_bytes) % 32 == 0
+
+
+register(
+    CudaKernel(
+        name="linear_vector",
+        op="linear",
+        accepts=_vector_accepts,
+        space=_vector_space,
+        default=_vector_default,
+        valid=_vector_valid,
+        launches=_vector_launches,
+        workspace=lambda call, config: _part_bytes(
+            _ceil(sizes(call).outputs, config.block_n) * config.split, config, 1, sizes(call).gated
+        ),
+    )
+)
+
+
+# ---- tiles ---------------------------------------------------------------------------
+
+
+def _plain(call: CallShape, config: TileConfig) -> bool:
+    """Whether activation rows are read as they are."""
+    return config.rows_first or ("norm" not in call.shapes and "rows" not in call.shapes)
+
+
+def _rows_bytes(call: CallShape, config: TileConfig) -> int:
+    if not config.rows_first:
+        return 0
+    s = sizes(call)
+    return _ceil(s.rows * s.k * SIZES[TYPES[call.dtypes["x"]]], 256) * 256
+
+
+def x_tma(call: CallShape, config: TileConfig, w: Weight, k: int) -> bool:
+    aligned = k * SIZES[TYPES[call.dtypes["x"]]] % 16 == 0
+    return config.tma and not w.bits and aligned and _plain(call, config)
+
+
+def tile_reason(
+    config: TileConfig, w: Weight, *, outputs: int, k: int, gated: bool, half: bool
+) -> str | None:
+    """Why a tile configuration cannot be used, whatever the op around it."""
+    each = 2 if gated else 1
+    if w.group and (config.block_k % w.group or k % w.group):
+        return f"block_k {config.block_k} is not a multiple of the group {w.group}"
+    if config.block_k // w.per < 16:
+        return f"block_k {config.block_k} is {config.block_k // w.per} words, 16 at least"
+    if w.bits and not half and config.tma:
+        return "codes times float32 activations are read by pointers"
+    row_bytes = int(k * w.row_bytes)
+    if config.tma and row_bytes % 16:
+        return f"rows of {row_bytes} bytes cannot be described to TMA, multiples of 16 can"
+    if config.split > _ceil(k, config.block_k):
+        return f"split {config.split} of {_ceil(k, config.block_k)} steps"
+    held = each * config.block_n * config.block_m // (32 * config.warps)
+    if held > ACCUMULATORS:
+        return f"{held} accumulators per thread, {ACCUMULATORS} at most"
+    x_bytes = (2 if half else 4) * config.block_m * config.block_k
+    step = each * int(config.block_n * config.block_k * w.row_bytes) + x_bytes
+    if config.stages * step > SHARED - 2048:
+        return f"{config.stages * step} bytes of shared memory, {SHARED} at most"
+    return None
+
+
+def _tile_valid(call: CallShape, config: TileConfig) -> str | None:
+    s, w = sizes(call), weight_of(call)
+    reason = tile_reason(config, w, outputs=s.outputs, k=s.k, gated=s.gated, half=half(call))
+    if reason:
+        return reason
+    if config.rows_first and "norm" not in call.shapes and "rows" not in call.shapes:
+        return "there is nothing to do for a first launch"
+    tiles = _ceil(s.outputs, config.block_n) * _ceil(s.rows, config.block_m)
+    return _counters(tiles) if config.split > 1 else None
+
+
+def _tile_default(call: CallShape) -> TileConfig:
+    s, w = sizes(call), weight_of(call)
+    fused = "norm" in call.shapes or "rows" in call.shapes
+    aligned = int(s.k * w.row_bytes) % 16 == 0
+    if not half(call):  # the ordinary cores multiply float32: small tiles
+        block_k = max(32 * (1 if not w.bits else 16 * w.per // 32), w.group)
+        config = TileConfig(block_n=32, block_m=16, block_k=block_k, warps=4, stages=2, tma=False)
+        if s.rows > 64:
+            config = TileConfig(
+                block_n=64, block_m=32, block_k=block_k, warps=4, stages=2, tma=False
+            )
+        tiles = _ceil(s.outputs, config.block_n) * _ceil(s.rows, config.block_m)
+        return _split(config, tiles, _ceil(s.k, block_k), 2 * PROCESSORS, 8)
+    if s.rows <= 64:
+        block_m = max(power(s.rows), 16)
+        # 16 KiB of weights per step (8 KiB of int4): with four steps on their way and two programs
+        # beside each other a processor has 100 KiB and more in flight; it needs about 30.
+        block_k = {"bf16": 128, "fp8e4nv": 256, "i32": 256 if w.bits == 4 else 128}[w.type]
+        if w.type != "bf16" and s.gated and block_m == 64:
+            block_k = 128  # registers
+        block_n = 64
+        wanted, warps, stages = 2 * PROCESSORS, 4, 4
+        if s.gated and w.type == "bf16":
+            stages = 3
+        if w.bits:
+            stages = 3
+    else:
+        block_m = 128 if s.rows <= 128 or s.gated or w.bits else 256
+        block_n = 128
+        block_k = 64 if not w.bits else 128
+        wanted, warps, stages = PROCESSORS, 8, 3
+        if w.type == "fp8e4nv":
+            block_k = 128
+        if w.bits and s.gated:  # each pair of warp groups decodes rows of its own
+            block_m = 64
+    block_k = max(block_k, w.group, 16 * w.per)
+    if s.k < block_k:
+        block_k = max(power(s.k), w.group, 16 * w.per)
+    row_tiles, column_tiles = _ceil(s.rows, block_m), _ceil(s.outputs, block_n)
+    tiles = row_tiles * column_tiles
+    config = TileConfig(
+        block_n=block_n,
+        block_m=block_m,
+        block_k=block_k,
+        warps=warps,
+        stages=stages,
+        tma=aligned,
+        programs=PROCESSORS if s.rows > 256 and tiles > PROCESSORS else 0,
+        rows_first=fused and s.rows > 64,
+    )
+    config = _split(config, tiles, _ceil(s.k, block_k), wanted, 4)
+    while _tile_valid(call, config) is not None and config.stages > 2:
+        config = replace(config, stages=config.stages - 1)
+    return config
+
+
+def _split(config: TileConfig, tiles: int, steps: int, wanted: int, least: int) -> TileConfig:
+    return replace(config, split=split_for(tiles, steps, wanted, least))
+
+
+def _tile_space(call: CallShape) -> list[TileConfig]:
+    s, w = sizes(call), weight_of(call)
+    fused = "norm" in call.shapes or "rows" in call.shapes
+    if not half(call):
+        return [
+            TileConfig(block_n=n, block_m=m, block_k=k, split=split, warps=4, stages=2, tma=False)
+            for n in (32, 64)
+            for m in (16, 32)
+            for k in (32, 64)
+            for split in (1, 4)
+        ]
+    if s.rows <= 64:
+        least = max(power(s.rows), 16)
+        return [
+            TileConfig(
+                block_n=n, block_m=m, block_k=k, split=split, warps=warps, stages=stages, tma=tma
+            )
+            for n, warps in ((64, 4), (128, 4), (128, 8))
+            for m in sorted({least, min(least, 32)})
+            for k in ((64, 128, 256) if not w.bits else (128, 256, 512))
+            for split in (1, 2, 4, 8)
+            for stages in (3, 4, 6)
+            for tma in (True, False)
+        ]
+    return [
+        TileConfig(
+            block_n=n,
+            block_m=m,
+            block_k=k,
+            split=split,
+            warps=8,
+            stages=stages,
+            programs=programs,
+            rows_first=first,
+        )
+        for n, m in ((64, 128), (64, 256), (128, 128), (128, 256), (256, 128))
+        for k in ((64, 128) if not w.bits else (128, 256))
+        for split in ((1, 2, 4) if s.rows <= 256 else (1,))
+        for stages in (3, 4)
+        for programs in (0, PROCESSORS)
+        for first in ((True, False) if fused else (False,))
+    ]
+
+
+def _tile_launches(call: CallShape, config: TileConfig) -> tuple[Launch, ...]:
+    s, w = sizes(call), weight_of(call)
+    live = pointer(call, "live")
+    type = TYPES[call.dtypes["x"]]
+    launches: tuple[Launch, ...] = ()
+    norm, rows = pointer(call, "norm"), pointer(call, "rows")
+    x_arg, x_rows = "x", call.shapes["x"][0]
+    common = _common(call, config, s, w)
+    if config.rows_first:
+        launches = (
+            launch(
+                "linear.rows_kernel",
+                (s.rows, 1, 1),
+                warps=4,
+                live_ptr=live,
+                x_ptr=pointer(call, "x"),
+                norm_ptr=norm,
+                rows_ptr=rows,
+                out_ptr=workspace(type),
+                LIVE=common["LIVE"],
+                K=s.k,
+                EPS=common["EPS"],
+                BLOCK=min(power(s.k), 4096),
+            ),
+        )
+        norm = rows = None
+        x_arg, x_rows = WORKSPACE, s.rows
+        if common["part_ptr"] is not None:
+            common["part_ptr"] = workspace("fp32", _rows_bytes(call, config))
+    by_map = x_tma(call, config, w, s.k)
+    x: Slot = Pointer(arg=x_arg, type=type)
+    if by_map:
+        x = Descriptor(
+            arg=x_arg,
+            type=type,
+            shape=(x_rows, s.k),
+            strides=(s.k, 1),
+            block=(config.block_m, config.block_k),
+        )
+    weight_rows = call.shapes["w"][0]
+    data = stored("w", "data", w.type)
+    row_tiles = _ceil(s.rows, config.block_m)
+    units = row_tiles * _ceil(s.outputs, config.block_n) * config.split
+    return (
+        *launches,
+        launch(
+            "linear.tiles_kernel",
+            (min(units, config.programs) if config.programs else units, 1, 1),
+            warps=config.warps,
+            stages=config.stages,
+            live_ptr=live,
+            x=x,
+            w=weight_slot("w", w, weight_rows, s.k, config),
+            w_ptr=data if row_tiles == 1 and _ahead(s, w, config.block_k) else None,
+            norm_ptr=norm,
+            rows_ptr=rows,
+            X_TMA=by_map,
+            W_TMA=config.tma,
+            HALF=half(call),
+            BLOCK_M=config.block_m,
+            SUPER=min(8, row_tiles),
+            PROGRAMS=config.programs,
+            **common,
+        ),
+    )
+
+
+def weight_slot(arg: str, w: Weight, rows: int, k: int, config: TileConfig) -> Slot:
+    """The stored rows as a pointer or a tensor map."""
+    if not config.tma:
+        return stored(arg, "data", w.type)
+    return Descriptor(
+        arg=arg,
+        field="data",
+        type=w.type,
+        shape=(rows, k // w.per),
+        strides=(k // w.per, 1),
+        block=(config.block_n, config.block_k // w.per),
+    )
+
+
+def _tile_workspace(call: CallShape, config: TileConfig) -> int:
+    s = sizes(call)
+    tiles = _ceil(s.rows, config.block_m) * _ceil(s.outputs, config.block_n)
+    parts = _part_bytes(tiles * config.split, config, config.block_m, s.gated)
+    return _rows_bytes(call, config) + parts
+
+
+register(
+    CudaKernel(
+        name="linear_tiles",
+        op="linear",
+        accepts=lambda call: None,
+        space=_tile_space,
+        default=_tile_default,
+        valid=_tile_valid,
+        launches=_tile_launches,
+        workspace=_tile_workspace,
+    )
+)
