@@ -3,7 +3,7 @@ input_len=1024 output_len=128`.
 
 In: `LatencyConfig` (conf/bench/latency.yaml). Out: the lines of SGLang's single-batch benchmark,
 the share of the bandwidth bound (read bandwidth is measured in the same run, over a buffer of the
-size of the weights), and one JSON line per shape in `output_file`.
+size of the weights, on a GPU over the weights), and one JSON line per shape in `output_file`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,15 @@ from typing import Any
 
 from bench import results
 from bench.bandwidth import Bandwidth
+from bench.device_bandwidth import DeviceBandwidth
 from bench.static_batch import StaticBatch, TooLarge, step_bytes
 from bench.windows import windows
 from conf.bench_schema import LatencyConfig
 from conf.load import run
 from runtime.artifact import Artifact
+from runtime.device.base import Session
+from runtime.device.cuda import CudaSession
+from runtime.device.launcher import Launcher
 
 SHOWN_STEPS = 5
 
@@ -29,7 +33,7 @@ def measure(
     static: StaticBatch,
     config: LatencyConfig,
     artifact: Artifact,
-    buffer: Bandwidth,
+    buffer: Bandwidth | DeviceBandwidth,
     shape: tuple[int, int, int],
 ) -> dict[str, Any]:
     """`config.runs` runs of one (batch, input_len, output_len): medians over runs."""
@@ -87,12 +91,23 @@ def measure(
     }
 
 
+def read_bandwidth(
+    session: Session, artifact: Artifact, threads: int | None
+) -> Bandwidth | DeviceBandwidth:
+    """Of a buffer of the size of the weights; on a GPU, of the weights themselves."""
+    if isinstance(session, CudaSession):
+        return DeviceBandwidth(Launcher(), *session.weights)
+    return Bandwidth(artifact.manifest.weights_bytes, threads or 1)
+
+
 def main(config: LatencyConfig, sources: Mapping[str, str]) -> int:
     results.warn_if_busy()
     artifact = Artifact.open(config.artifact)
-    threads = config.threads or len(os.sched_getaffinity(0))
+    threads = config.threads
+    if artifact.manifest.target.kind == "cpu":
+        threads = threads or len(os.sched_getaffinity(0))
     static = StaticBatch.open(artifact, threads=threads, policy=config.policy)
-    buffer = Bandwidth(artifact.manifest.weights_bytes, threads)
+    buffer = read_bandwidth(static.session, artifact, threads)
     capacity = static.session.capacity
     shapes = [(batch, config.input_len, config.output_len) for batch in config.batch]
     measured = 0

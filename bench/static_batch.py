@@ -16,6 +16,7 @@ from runtime.artifact import Artifact
 from runtime.core.loop import EngineLoop
 from runtime.core.options import EngineOptions
 from runtime.device.base import Session, open_session
+from runtime.device.cuda import CudaSession
 from runtime.request import Request, SamplingParams
 
 
@@ -46,6 +47,8 @@ class StaticBatch:
         prefix_cache: bool = False,
     ) -> StaticBatch:
         session = open_session(artifact, threads=threads)
+        if isinstance(session, CudaSession):
+            session.complete()  # a step on a larger plan than its own is not what is measured
         # One batch at a time: the limits of a server on waiting work are out of place.
         options = EngineOptions(
             artifact=str(artifact.path),

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from compiler.binaries import code_path, described
 from compiler.design import Design
-from compiler.record import code_path
 from conf.schema import CompileConfig
 from kernels.cuda.build import all_versions
-from kernels.launch import COUNTERS_BYTES, Binary
+from kernels.launch import COUNTERS_BYTES
 from kernels.toolchain import (
     ToolchainError,
     build_cpu,
@@ -24,7 +24,7 @@ from kernels.toolchain import (
     find_compiler,
     machine_levels,
 )
-from runtime.artifact import CpuLibrary, CudaBinary, KernelParameter, Target
+from runtime.artifact import CpuLibrary, CudaBinary, Target
 from runtime.errors import NoSpace
 
 ABI = 1  # HS_ABI_VERSION of kernels/cpu/abi.h
@@ -87,25 +87,6 @@ def cuda_code(made: Design, config: CompileConfig) -> Code:
         ),
         files={code_path(binary): made.images[binary.sha256] for binary in ordered},
         versions=all_versions(list(made.binaries)),
-        kernels=tuple(_described(binary) for binary in ordered),
+        kernels=tuple(described(binary) for binary in ordered),
         counters_bytes=COUNTERS_BYTES,
-    )
-
-
-def _described(binary: Binary) -> CudaBinary:
-    return CudaBinary(
-        path=code_path(binary),
-        entry=binary.entry,
-        block=binary.block,
-        cluster=binary.cluster,
-        shared=binary.shared,
-        registers=binary.registers,
-        stack=binary.stack,
-        elf_abi=binary.elf_abi,
-        parameters=tuple(
-            KernelParameter(
-                kind="null" if p.kind == "scratch" else p.kind, offset=p.offset, size=p.size
-            )
-            for p in binary.parameters
-        ),
     )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from compiler.binaries import PACK, code_path
 from compiler.errors import ProgramError
 from compiler.lower import Node, bucket_sizes, launch_labels, node_workspace
 from compiler.memory import io_layout, place, work_blocks
@@ -45,7 +46,6 @@ from runtime.artifact import (
 )
 
 KIND_ARENA = {"weight": "weights", "state": "state", "temp": "work", "input": "io", "output": "io"}
-PACK = {"i32": "<i", "i64": "<q", "fp32": "<f", "fp64": "<d"}
 Row = tuple[int, int, int, int, int]  # a parameter: kind, arena, size, aux, value
 Binaries = Mapping[Source, Binary]  # empty on CPU, where one library holds every entry
 
@@ -56,10 +56,6 @@ class Addresses:
 
     weights: Mapping[str, int]
     state: Mapping[str, int]
-
-
-def code_path(binary: Binary) -> str:
-    return f"code/{binary.sha256}.cubin"
 
 
 def counters_bytes(binaries: Binaries) -> int:

@@ -10,7 +10,7 @@ launch and one download on one stream; sampled tokens feed the next step on the 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ from runtime.device.arena import kv_pages
 from runtime.device.base import StepInput, StepOutput, Ticket
 from runtime.device.driver import Driver, check_gpu, find_gpu
 from runtime.device.gpu_code import Code
-from runtime.device.gpu_graph import plan_graph
+from runtime.device.gpu_graph import Graph, plan_graph
 from runtime.device.gpu_memory import (
     WISHED,
     GpuArena,
@@ -118,6 +118,25 @@ class CudaSession:
         """Waits until every plan stands, so that no step takes a larger one for lack of its own."""
         self._plans.wait(all=True)
 
+    def nodes(self, bucket: str, only: Sequence[int]) -> Graph:
+        """Some nodes of a plan as a graph of their own, for measuring them with the inputs of the
+        last step. The caller closes it."""
+        artifact = self._artifact
+        plan = artifact.plan(0, bucket)
+        return plan_graph(
+            self._driver, artifact, plan, self._code, self._bases, self._sizes, only=only
+        )
+
+    @property
+    def plan_seconds(self) -> dict[str, float]:
+        """What each plan took to make, by name of its bucket."""
+        return dict(self._plans.seconds)
+
+    @property
+    def weights(self) -> tuple[int, int]:
+        """Address and bytes of the weights arena."""
+        return self._bases[0], self._artifact.manifest.weights_bytes
+
     def close(self) -> None:
         """Also with steps in flight: their results are lost. May be called twice."""
         if self._closed:
@@ -162,7 +181,8 @@ class CudaSession:
         self._received = tuple(Pinned(driver, manifest.io_bytes, stack) for _ in range(DEPTH))
         self._clear(stream)
         mark("arenas")
-        code = Code(driver, artifact.read)
+        self._sizes = sizes
+        code = self._code = Code(driver, artifact.read)
         stack.callback(code.close)
         background = make_stream(driver, stack)
 

@@ -159,8 +159,9 @@ def plan_graph(
     code: Code,
     bases: Sequence[int],
     sizes: Sequence[int],
+    only: Sequence[int] | None = None,
 ) -> Graph:
-    """The stored plan on arenas that lie at `bases`."""
+    """The stored plan on arenas that lie at `bases`; `only` some of its nodes, to measure them."""
     arguments = Arguments(
         relocate(artifact, plan, bases, sizes, maps=True),
         plan_maps(driver, artifact, plan, bases, sizes),
@@ -168,7 +169,7 @@ def plan_graph(
     where = plan.params["kind"] == PARAM_TENSORMAP
     arguments.use_maps(where, plan.params["aux"][where])
     functions = plan_functions(artifact, plan, code)
-    nodes = plan.nodes
+    nodes = plan.nodes if only is None else plan.nodes[list(only)]
     columns = (nodes[name].tolist() for name in ("kernel", "first_param", "grid", "block"))
     rest = (nodes[name].tolist() for name in ("cluster", "shared", "flags"))
     return Graph(

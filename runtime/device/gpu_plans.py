@@ -7,6 +7,7 @@ step; only when none does it waits for one that will. Called by the CUDA session
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -48,6 +49,7 @@ class PlanSet:
         self._by_cost = by_cost(buckets)
         self._rank = {b.name: i for i, b in enumerate(self._by_cost)}
         self._ready: tuple[GpuPlan, ...] = ()  # by cost; replaced, never changed
+        self.seconds: dict[str, float] = {}  # to make each, by name of the bucket
         self._error: BaseException | None = None
         self._stop = False
         self._over = False  # the thread makes no more
@@ -96,7 +98,9 @@ class PlanSet:
             for bucket in self._order:
                 if self._stop:
                     return
+                began = time.perf_counter()
                 plan = self._make(bucket)
+                self.seconds[bucket.name] = time.perf_counter() - began
                 with self._news:
                     ready = [*self._ready, plan]
                     ready.sort(key=lambda p: self._rank[p.bucket.name])

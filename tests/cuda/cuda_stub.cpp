@@ -1,6 +1,7 @@
 // A stand-in for libcuda.so.1: memory is host memory, work happens at once, every call is written
 // down, and any call can be made to fail. Loaded before the first use of cuda.bindings, whose own
-// marshalling therefore runs. Kernels do nothing unless a hook is set; images must be registered.
+// marshalling therefore runs. Kernels do nothing unless a hook is set. Images must be registered,
+// or (setting `cubins`) be real.
 // Declarations follow cuda.h 13; only what the runtime calls is here.
 #include <dlfcn.h>
 #include <sys/mman.h>
@@ -54,7 +55,9 @@ static thread_local void* context;
 
 static void defaults() {
     settings = {{"devices", 1}, {"capability", 90}, {"driver", 13000}, {"free", 64ull << 30},
-                {"shared", 232448}, {"wishes", 1}};
+                {"shared", 232448}, {"wishes", 1}, {"cubins", 0}};
+    for (auto& [name, value] : settings)  // a process that cannot call stub_set
+        if (const char* given = getenv(("CUDA_STUB_" + name).c_str())) value = strtoull(given, 0, 10);
 }
 
 template <class... A>
@@ -97,6 +100,35 @@ static std::string hex(const void* data, size_t size) {
     char two[3];
     for (size_t i = 0; i < size; i++) snprintf(two, 3, "%02x", ((const uint8_t*)data)[i]), out += two;
     return out.empty() ? "-" : out;
+}
+
+// Entries and parameters of a real cubin: the KPARAM_INFO notes (0x17) of its .nv.info.* sections.
+template <class T>
+static T get(const char* at) { T value; memcpy(&value, at, sizeof value); return value; }
+static Image read_cubin(const char* elf) {
+    Image image{"", {}};
+    u64 table = get<u64>(elf + 0x28);
+    auto width = get<uint16_t>(elf + 0x3A), count = get<uint16_t>(elf + 0x3C), names = get<uint16_t>(elf + 0x3E);
+    auto section = [&](int i) { return elf + table + i * width; };
+    const char* text = elf + get<u64>(section(names) + 24);
+    for (int i = 0; i < count; i++) {
+        std::string name = text + get<uint32_t>(section(i));
+        if (name.rfind(".nv.info.", 0)) continue;
+        const char *at = elf + get<u64>(section(i) + 24), *end = at + get<u64>(section(i) + 32);
+        std::map<int, Parameter> found;
+        while (at + 4 <= end) {
+            auto form = at[0], attribute = at[1];
+            auto size = get<uint16_t>(at + 2);
+            at += 4;
+            if (form != 4) continue;
+            if (attribute == 0x17)
+                found[get<uint16_t>(at + 4)] = {get<uint16_t>(at + 6), get<uint32_t>(at + 8) >> 18};
+            at += size;
+        }
+        auto& params = image.entries[name.substr(9)];
+        for (auto& [index, parameter] : found) params.push_back(parameter);
+    }
+    return image;
 }
 
 extern "C" {
@@ -142,7 +174,7 @@ int cuGetProcAddress_v2(const char* name, void** function, int, u64, int* status
     static void* library = dlopen(self.dli_fname, RTLD_NOW | RTLD_NOLOAD);
     *function = dlsym(library, strcmp(name, "cuGetProcAddress") ? name : "cuGetProcAddress_v2");
     if (status) *status = *function ? 0 : 1;
-    return *function ? OK : NOT_FOUND;
+    return *function ? (int)OK : (int)NOT_FOUND;
 }
 int cuInit(unsigned flags) { CALL(false, flags); return OK; }
 int cuDriverGetVersion(int* version) { CALL(false, ""); *version = settings["driver"]; return OK; }
@@ -266,6 +298,14 @@ int cuMemcpyHtoDAsync(u64 to, const void* from, size_t size, void*) {
     CALL(true, to, size);
     return copy((void*)to, from, size, to);
 }
+int cuMemcpyHtoD(u64 to, const void* from, size_t size) {
+    CALL(true, to, size);
+    return copy((void*)to, from, size, to);
+}
+int cuMemcpyDtoH(void* to, u64 from, size_t size) {
+    CALL(true, from, size);
+    return copy(to, (void*)from, size, from);
+}
 int cuMemcpyDtoHAsync(void* to, u64 from, size_t size, void*) {
     CALL(true, from, size);
     return copy(to, (void*)from, size, from);
@@ -312,6 +352,10 @@ int cuLibraryLoadData(void** out, const void* code, void*, void*, unsigned, void
             *out = make("library", new Image(image));
             return OK;
         }
+    if (settings["cubins"] && !memcmp(code, "\x7f" "ELF", 4)) {
+        *out = make("library", new Image(read_cubin((const char*)code)));
+        return OK;
+    }
     return INVALID_IMAGE;
 }
 int cuLibraryUnload(void* library) { CALL(true, ""); return destroy("library", library); }
@@ -367,6 +411,16 @@ int cuGraphAddNode(Node** out, Graph* graph, Node* const* before, const EdgeData
     graph->nodes.push_back(node);
     *out = node;
     return OK;
+}
+int cuGraphAddKernelNode(Node** out, Graph* graph, Node* const*, size_t, const KernelParams* params) {
+    CALL(true, params->grid[0]);
+    *out = new Node{(Kernel*)params->func, {}, {1, 1, 1}};
+    graph->nodes.push_back(*out);
+    return OK;
+}
+int cuGraphExecKernelNodeSetParams(void* exec, Node* node, const KernelParams* params) {
+    CALL(true, node->kernel->entry, params->grid[0]);
+    return is("exec", exec) ? (int)OK : (int)BAD_HANDLE;
 }
 int cuGraphKernelNodeSetAttribute(Node* node, int kind, const unsigned* value) {
     CALL(true, node->kernel->entry, kind, value[0], value[1], value[2]);

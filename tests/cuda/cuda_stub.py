@@ -34,7 +34,8 @@ class Stub:
         self._library.stub_reset()
 
     def set(self, name: str, value: int) -> None:
-        """devices, capability (90), driver (13000), free, shared, wishes (granted or not)."""
+        """devices, capability (90), driver (13000), free, shared, wishes (granted or not), cubins
+        (real ones need not be registered)."""
         self._library.stub_set(name.encode(), value)
 
     def fail(self, call: str, nth: int, code: int) -> None:
@@ -64,6 +65,17 @@ class Stub:
 
 
 @cache
+def build() -> Path:
+    """libcuda.so.1 in a folder of its own, for LD_LIBRARY_PATH."""
+    path = Path(tempfile.mkdtemp(prefix="cuda-stub-")) / "libcuda.so.1"
+    command = [os.environ.get("CXX", "c++"), "-std=c++20", "-O1", "-shared", "-fPIC", str(SOURCE)]
+    subprocess.run(
+        [*command, "-Wl,-soname,libcuda.so.1", "-o", str(path)], check=True, capture_output=True
+    )
+    return path
+
+
+@cache
 def _load() -> Stub | str:
     try:
         from cuda.bindings import driver  # noqa: F401
@@ -75,12 +87,7 @@ def _load() -> Stub | str:
         pass
     else:
         return "this machine has a CUDA driver"
-    folder = Path(tempfile.mkdtemp(prefix="cuda-stub-"))
-    path = folder / "libcuda.so.1"
-    command = [os.environ.get("CXX", "c++"), "-std=c++20", "-O1", "-shared", "-fPIC", str(SOURCE)]
-    subprocess.run(
-        [*command, "-Wl,-soname,libcuda.so.1", "-o", str(path)], check=True, capture_output=True
-    )
+    path = build()
     # The bindings look for a library of this name among the loaded ones first.
     return Stub(ctypes.CDLL(str(path), mode=os.RTLD_GLOBAL | os.RTLD_NOW))
 

@@ -1,0 +1,68 @@
+"""Measured read bandwidth of a GPU: how fast its memory can be streamed, the bound of decoding.
+
+`DeviceBandwidth(launcher, address, size)` reads memory that is there anyway (a session's weights);
+it is what `Bandwidth` is for a CPU. Used by `bench.latency` and `bench.gpu`. The kernel is
+kernels/cuda/code/probe.py, built when first needed.
+"""
+
+from __future__ import annotations
+
+from bench.bandwidth import Rate
+from bench.errors import BenchError
+from bench.gpu.bind import bind, build
+from kernels.cuda.kernel import launch
+from kernels.launch import Number, Pointer
+from runtime.device.launcher import Launcher
+
+CACHE = "~/.cache/headstart"
+WORDS = 4096  # int32 that a program reads at a time
+PROGRAMS = (2, 4, 8)  # per multiprocessor
+
+
+class DeviceBandwidth:
+    """`read` may be called between the things measured; `rate` covers all passes so far."""
+
+    def __init__(self, launcher: Launcher, address: int, size: int, cache: str = CACHE) -> None:
+        blocks = size // (4 * WORDS)
+        if not blocks:
+            raise BenchError(f"{size} bytes are too few to measure a bandwidth: {4 * WORDS} needed")
+        self._launcher, self._size = launcher, blocks * 4 * WORDS
+        places = {"x": address, "out": launcher.allocate(1 << 20)}
+        programs = [n * launcher.gpu.multiprocessors for n in PROGRAMS]
+        launches = [
+            launch(
+                "probe.read_kernel",
+                (count, 1, 1),
+                warps=8,
+                x_ptr=Pointer(arg="x", type="i32"),
+                out_ptr=Pointer(arg="out", type="i32"),
+                blocks=Number(type="i32", value=blocks),
+                BLOCK=WORDS,
+                PROGRAMS=count,
+            )
+            for count in programs
+        ]
+        built = build(launches, cache)
+        self._graphs = [
+            launcher.graph([bind(launcher, x, built, lambda slot: places[slot.arg])])
+            for x in launches
+        ]
+        self._seconds: list[list[float]] = [[] for _ in launches]
+
+    def read(self, passes: int = 4) -> Rate:
+        """`passes` more reads with every number of programs; the rate of all reads so far."""
+        for graph, seconds in zip(self._graphs, self._seconds, strict=True):
+            seconds += self._launcher.seconds(graph, passes, warmup=1)
+        return self.rate
+
+    @property
+    def rate(self) -> Rate:
+        """Of the best number of programs."""
+        fastest = min(self._seconds, key=min)
+        middle = sorted(fastest)[len(fastest) // 2]
+        return Rate(best=self._size / min(fastest), median=self._size / middle)
+
+    def close(self) -> None:
+        for graph in self._graphs:
+            graph.close()
+        self._launcher.close()

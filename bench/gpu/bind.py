@@ -1,0 +1,67 @@
+"""Kernels' launches as calls of the runtime's launcher.
+
+Comes in: launches, built binaries, and where each slot lies. Goes out: `Call`s, loaded and with
+their argument bytes in ABI order. Called by the sections that run single kernels.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from compiler.binaries import PACK, described
+from kernels.cuda.build import build_cuda
+from kernels.launch import Binary, Descriptor, Launch, Number, Parameter, Pointer, Slot, Source
+from runtime.artifact import TensorMap
+from runtime.device.launcher import Call, Launcher
+
+Address = Callable[[Pointer | Descriptor], int]
+Built = Mapping[Source, tuple[Binary, bytes]]
+
+
+def build(launches: Iterable[Launch], cache: str) -> Built:
+    sources = [launch.source for launch in launches if launch.source is not None]
+    return build_cuda(sources, Path(cache).expanduser())
+
+
+def bind(launcher: Launcher, launch: Launch, built: Built, address: Address) -> Call:
+    assert launch.source is not None
+    binary, image = built[launch.source]
+    x, y, z = launch.grid
+    return Call(
+        function=launcher.load(image, described(binary)),
+        grid=(x * binary.cluster, y, z),
+        arguments=tuple(
+            argument(launcher, parameter, launch.slots.get(parameter.name), binary, address)
+            for parameter in binary.parameters
+        ),
+        programmatic=binary.pdl,
+    )
+
+
+def argument(
+    launcher: Launcher, parameter: Parameter, slot: Slot | None, binary: Binary, address: Address
+) -> bytes:
+    if parameter.kind in ("scratch", "null"):
+        return bytes(parameter.size)
+    if isinstance(slot, Number):
+        return struct.pack(PACK[slot.type], slot.value)
+    if isinstance(slot, Pointer):
+        return address(slot).to_bytes(8, "little")
+    assert isinstance(slot, Descriptor), f"no slot for parameter {parameter.name}"
+    if parameter.kind == "tensormap":
+        recipe = binary.maps[parameter.name]
+        map = TensorMap(
+            arena=0,
+            offset=0,
+            element_type=recipe.element_type,
+            element_size=recipe.element_size,
+            shape=slot.shape,
+            strides=slot.strides,
+            box=recipe.box,
+            swizzle=recipe.swizzle,
+        )
+        return launcher.map(map, address(slot))
+    axes = slot.shape if parameter.kind == "shape" else slot.strides
+    return axes[parameter.axis].to_bytes(parameter.size, "little")

@@ -1,0 +1,94 @@
+"""Every CUDA kernel on every sample of its op, on the device, against the op's reference.
+
+The samples and the comparison are those of the interpreter tests; only what runs the launches
+differs. Out: how many were right, and every failure.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import kernels.cuda.register
+import kernels.ops.register  # noqa: F401
+from bench.gpu.bind import Built, bind, build
+from conf.bench_schema import GpuConfig
+from kernels.kernel import KERNELS
+from kernels.launch import COUNTERS, COUNTERS_BYTES, WORKSPACE, Descriptor, Pointer
+from kernels.op import OPS
+from runtime.device.launcher import Launcher
+
+HARNESS = Path(__file__).resolve().parents[2] / "tests" / "cuda"
+POOL = 256 << 20  # bytes of device memory for one case
+ALIGN = 256
+
+
+def contracts(config: GpuConfig) -> dict[str, Any]:
+    sys.path.insert(0, str(HARNESS))
+    harness = importlib.import_module("cuda_harness")
+    todo = []
+    for kernel in KERNELS["cuda"]:
+        for dtype in ("bfloat16", "float32"):
+            for label, case in harness.cases(OPS[kernel.op], dtype):
+                if kernel.accepts(case.call) is None:
+                    todo.append((kernel, label, case, kernel.default(case.call)))
+    launches = [x for kernel, _, case, c in todo for x in kernel.launches(case.call, c)]
+    built = build(launches, config.cache)
+    failures: list[str] = []
+    with Launcher() as launcher:
+        pool = launcher.allocate(POOL)
+        for kernel, label, case, choice in todo:
+            try:
+                run_on_device(launcher, pool, built, kernel, case, choice)
+                harness.check_case(case)
+            except AssertionError as error:
+                failures.append(f"{kernel.name} on {label}: {str(error).strip()[:300]}")
+    return {
+        "kernels": len({kernel.name for kernel, *_ in todo}),
+        "cases": len(todo),
+        "cubins": len(built),
+        "failed": len(failures),
+        "failures": failures,
+    }
+
+
+def run_on_device(
+    launcher: Launcher, pool: int, built: Built, kernel: Any, case: Any, choice: Any
+) -> None:
+    """The case's memory goes to the device, the launches run there, and it comes back."""
+    import torch
+
+    memory = dict(case.memory)
+    size = max(kernel.workspace(case.call, choice), 1)
+    memory[WORKSPACE] = torch.full((size,), 0xAB, dtype=torch.uint8)
+    memory[COUNTERS] = torch.zeros(COUNTERS_BYTES // 4, dtype=torch.int32)
+    places: dict[str, int] = {}
+    end = 0
+    for name, tensor in memory.items():
+        places[name] = pool + end
+        end += -(-max(tensor.nbytes, 1) // ALIGN) * ALIGN
+    assert end <= POOL, f"the case takes {end} bytes, {POOL} are set aside"
+    raw = {
+        name: tensor.contiguous().reshape(-1).view(torch.uint8) for name, tensor in memory.items()
+    }
+    for name, data in raw.items():
+        launcher.write(places[name], data.numpy())
+
+    def address(slot: Pointer | Descriptor) -> int:
+        return places[f"{slot.arg}.{slot.field}" if slot.field else slot.arg] + slot.offset
+
+    calls = [bind(launcher, x, built, address) for x in kernel.launches(case.call, choice)]
+    graph = launcher.graph(calls)
+    try:
+        launcher.run(graph)
+    finally:
+        graph.close()
+    for name, tensor in memory.items():
+        data = torch.from_numpy(launcher.read(places[name], tensor.nbytes))
+        if tensor.nbytes:
+            tensor.copy_(data.view(tensor.dtype).reshape(tensor.shape))
+    assert not np.asarray(memory[COUNTERS]).any(), f"{kernel.name} leaves counters that are not 0"

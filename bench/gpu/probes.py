@@ -1,0 +1,310 @@
+"""Questions about the driver and the machine that no document answers, answered by trying.
+
+Each probe is a function of the launcher that returns figures; one that fails says so and the others
+go on. Out: answer by question. The list is docs/gpu.md's.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from importlib import metadata
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from bench.device_bandwidth import DeviceBandwidth
+from bench.gpu.bind import bind, build
+from conf.bench_schema import GpuConfig
+from kernels.cuda.kernel import launch
+from kernels.launch import Descriptor, Launch, Pointer
+from runtime.device.gpu_code import Function
+from runtime.device.gpu_memory import WISHED, GpuArena, Pinned
+from runtime.device.launcher import Call, Launcher
+
+COUNT = 1024  # int32 that the counting kernel adds to
+Probe = Callable[[Launcher, GpuConfig], dict[str, Any]]
+
+
+def probes(config: GpuConfig) -> dict[str, Any]:
+    answers: dict[str, Any] = {}
+    for name, probe in PROBES.items():
+        with Launcher() as launcher:
+            try:
+                answers[name] = probe(launcher, config)
+            except Exception as error:  # noqa: BLE001 - whatever it was, the next one is tried
+                answers[name] = {"error": f"{type(error).__name__}: {error}"[:500]}
+    answers["failed"] = sum("error" in answer for answer in answers.values())
+    return answers
+
+
+def counting(ctas: int = 1) -> Launch:
+    return launch(
+        "probe.count_kernel",
+        (1, 1, 1),
+        warps=4,
+        ctas=ctas,
+        x_ptr=Pointer(arg="x", type="i32"),
+        BLOCK=COUNT,
+    )
+
+
+def read_bandwidth(launcher: Launcher, config: GpuConfig) -> dict[str, Any]:
+    size = min(4 << 30, launcher.free_memory() // 2)
+    bandwidth = DeviceBandwidth(launcher, launcher.allocate(size), size, config.cache)
+    rate = bandwidth.read(10)
+    bandwidth.close()
+    return {"bytes": size, "best_gb_s": rate.best / 1e9, "median_gb_s": rate.median / 1e9}
+
+
+def cubin_abi(launcher: Launcher, config: GpuConfig) -> dict[str, Any]:
+    """Cubins load and give right results; the driver finds parameters where the cubin says."""
+    one = counting()
+    built = build([one], config.cache)
+    assert one.source is not None
+    binary = built[one.source][0]
+    value = count_chain(launcher, config, length=1, programmatic=False)
+    return {"elf_abi": binary.elf_abi, "driver": launcher.gpu.driver, "right": value == 1}
+
+
+def tensor_maps(launcher: Launcher, config: GpuConfig) -> dict[str, Any]:
+    """A kernel node with a tensor map and null scratch copies a matrix; where the map lies."""
+    rows, columns = 256, 64
+    one = launch(
+        "probe.tile_kernel",
+        (rows // 64, 1, 1),
+        x_desc=Descriptor(
+            arg="x", type="bf16", shape=(rows, columns), strides=(columns, 1), block=(64, columns)
+        ),
+        out_ptr=Pointer(arg="out", type="bf16"),
+        ROWS=64,
+        COLUMNS=columns,
+    )
+    built = build([one], config.cache)
+    data = np.random.default_rng(0).integers(0, 1 << 15, (rows, columns), np.uint16)
+    base = launcher.allocate(2 * data.nbytes)
+    places = {"x": base, "out": base + data.nbytes}
+    launcher.write(base, data)
+    call = bind(launcher, one, built, lambda slot: places[slot.arg])
+    graph = launcher.graph([call])
+    launcher.run(graph)
+    graph.close()
+    copied = launcher.read(places["out"], data.nbytes).view(np.uint16).reshape(data.shape)
+    return {
+        "offset": call.function.binary.parameters[0].offset,
+        "right": bool((copied == data).all()),
+    }
+
+
+def count_chain(
+    launcher: Launcher, config: GpuConfig, *, length: int, programmatic: bool, ctas: int = 1
+) -> int:
+    """What a chain of `length` counting kernels makes of zero."""
+    graph, base = chain(launcher, config, length, programmatic, ctas)
+    launcher.run(graph)
+    graph.close()
+    values = launcher.read(base, 4 * COUNT).view(np.int32)
+    return int(values[0]) if (values == values[0]).all() else -1
+
+
+def chain(
+    launcher: Launcher, config: GpuConfig, length: int, programmatic: bool, ctas: int = 1
+) -> tuple[Any, int]:
+    one = counting(ctas)
+    built = build([one], config.cache)
+    base = launcher.allocate(4 * COUNT)
+    launcher.fill(base, 4 * COUNT)
+    call = bind(launcher, one, built, lambda slot: base)
+    link = Call(
+        function=call.function, grid=call.grid, arguments=call.arguments, programmatic=programmatic
+    )
+    return launcher.graph([link] * length), base
+
+
+def programmatic_edges(launcher: Launcher, config: GpuConfig) -> dict[str, Any]:
+    """Right results over programmatic edges, and what each edge costs."""
+    length = 200
+    out: dict[str, Any] = {"nodes": length}
+    for name, programmatic in (("full", False), ("programmatic", True)):
+        value = count_chain(launcher, config, length=length, programmatic=programmatic)
+        out[f"{name}_right"] = value == length
+        graph, _ = chain(launcher, config, length, programmatic)
+        out[f"{name}_us_per_node"] = median(launcher.seconds(graph)) / length * 1e6
+        graph.close()
+    return out
+
+
+def wished_addresses(launcher: Launcher, config: GpuConfig) -> dict[str, Any]:
+    """Whether arenas get the addresses they wish for, in a fresh process with and without torch."""
+    code = (
+        "{torch}\n"
+        "from runtime.device.launcher import Launcher\n"
+        "from runtime.device.gpu_memory import WISHED, GpuArena\n"
+        "from contextlib import ExitStack\n"
+        "with Launcher() as l, ExitStack() as s:\n"
+        "    print(all(GpuArena(l.driver, l.gpu, 1 << 21, s, wish=w).address == w "
+        "for w in WISHED.values()))\n"
+    )
+    out: dict[str, Any] = {"wished": [hex(w) for w in WISHED.values()]}
+    with_torch = "import torch\nif torch.cuda.is_available(): torch.zeros(1, device='cuda')"
+    for name, statement in (("alone", ""), ("with_torch", with_torch)):
+        command = [sys.executable, "-c", code.format(torch=statement)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        out[name] = done.stdout.strip() == "True" if not done.returncode else done.stderr[-300:]
+    return out
+
+
+def graph_cost(launcher: Launcher, config: GpuConfig) -> dict[str, Any]:
+    """Microseconds a node: adding and instantiating, the first launch after an upload."""
+    out: dict[str, Any] = {}
+    for nodes in (1000, 5000):
+        began = time.perf_counter()
+        graph, _ = chain(launcher, config, nodes, programmatic=True)
+        made = time.perf_counter()
+        launcher.run(graph)
+        first = time.perf_counter()
+        launcher.run(graph)
+        second = time.perf_counter()
+        graph.close()
+        out[f"{nodes}_make_us_per_node"] = (made - began) / nodes * 1e6
+        out[f"{nodes}_first_launch_ms"] = (first - made) * 1e3
+        out[f"{nodes}_next_launch_ms"] = (second - first) * 1e3
+    return out
+
+
+def node_updates(launcher: Launcher, config: GpuConfig) -> dict[str, Any]:
+    """Microseconds to set one node's parameters in an executable: the alternative to an executable
+    per bucket."""
+    driver, api = launcher.driver, launcher.driver.api
+    one = counting()
+    built = build([one], config.cache)
+    base = launcher.allocate(4 * COUNT)
+    call = bind(launcher, one, built, lambda slot: base)
+    values = np.frombuffer(b"".join(a.ljust(8, b"\0") for a in call.arguments), np.uint64)
+    pointers = values.ctypes.data + 8 * np.arange(len(values), dtype=np.uint64)
+    params = api.CUDA_KERNEL_NODE_PARAMS()
+    params.func = call.function.handle
+    params.gridDimX = params.gridDimY = params.gridDimZ = 1
+    params.blockDimX, params.blockDimY, params.blockDimZ = call.function.binary.block, 1, 1
+    params.sharedMemBytes = call.function.binary.shared
+    params.kernelParams = int(pointers.ctypes.data)
+    rounds = 1000
+    with ExitStack() as stack:
+        graph = driver("cuGraphCreate", 0)
+        stack.callback(driver, "cuGraphDestroy", graph)
+        node = driver("cuGraphAddKernelNode", graph, None, 0, params)
+        executable = driver("cuGraphInstantiate", graph, 0)
+        stack.callback(driver, "cuGraphExecDestroy", executable)
+        began = time.perf_counter()
+        for _ in range(rounds):
+            driver("cuGraphExecKernelNodeSetParams", executable, node, params)
+        return {"us_per_node": (time.perf_counter() - began) / rounds * 1e6}
+
+
+def clusters(launcher: Launcher, config: GpuConfig) -> dict[str, Any]:
+    """A kernel of two-block clusters, with the cluster attribute on its node and without."""
+    out: dict[str, Any] = {}
+    out["with_attribute_right"] = count_chain(
+        launcher, config, length=3, programmatic=True, ctas=2
+    ) in (3, 6)
+    one = counting(ctas=2)
+    built = build([one], config.cache)
+    base = launcher.allocate(4 * COUNT)
+    launcher.fill(base, 4 * COUNT)
+    call = bind(launcher, one, built, lambda slot: base)
+    binary = call.function.binary
+    plain = Function(
+        handle=call.function.handle,
+        binary=type(binary)(
+            **{f: getattr(binary, f) for f in binary.__struct_fields__} | {"cluster": 1}
+        ),
+    )
+    bare = Call(function=plain, grid=call.grid, arguments=call.arguments)
+    try:
+        graph = launcher.graph([bare] * 3)
+        launcher.run(graph)
+        graph.close()
+        out["without_attribute"] = launcher.read(base, 4).view(np.int32).tolist()
+    except Exception as error:  # noqa: BLE001 - refusing it is an answer
+        out["without_attribute"] = str(error)[:200]
+    return out
+
+
+def torch_views(launcher: Launcher, config: GpuConfig) -> dict[str, Any]:
+    """Whether torch can look at mapped memory without a copy, by the array interface."""
+    import torch
+
+    base = launcher.allocate(4 * COUNT)
+    launcher.write(base, np.arange(COUNT, dtype=np.int32))
+
+    class View:
+        __cuda_array_interface__ = {
+            "shape": (COUNT,),
+            "typestr": "<i4",
+            "data": (base, False),
+            "version": 3,
+        }
+
+    view = torch.as_tensor(View(), device="cuda:0")
+    return {
+        "torch": torch.__version__,
+        "aliases": view.data_ptr() == base,
+        "right": view.cpu().tolist() == list(range(COUNT)),
+    }
+
+
+def bindings(launcher: Launcher, config: GpuConfig) -> dict[str, Any]:
+    return {"cuda_bindings": metadata.version("cuda-bindings")}
+
+
+def memory_calls(launcher: Launcher, config: GpuConfig) -> dict[str, Any]:
+    """Milliseconds to map memory and to lock it, and the rate of copies from locked memory."""
+    size, locked = min(16 << 30, launcher.free_memory() // 2), 256 << 20
+    driver = launcher.driver
+    with ExitStack() as stack:
+        began = time.perf_counter()
+        arena = GpuArena(driver, launcher.gpu, size, stack)
+        mapped = time.perf_counter()
+        pinned = Pinned(driver, locked, stack)
+        pinned_at = time.perf_counter()
+        copies = []
+        for _ in range(5):
+            start = time.perf_counter()
+            driver("cuMemcpyHtoD", arena.address, pinned.address, locked)
+            copies.append(time.perf_counter() - start)
+    return {
+        "map_gib": size / 2**30,
+        "map_ms": (mapped - began) * 1e3,
+        "lock_256_mib_ms": (pinned_at - mapped) * 1e3,
+        "copy_gb_s": locked / median(copies) / 1e9,
+    }
+
+
+def crc_rate(launcher: Launcher, config: GpuConfig) -> dict[str, Any]:
+    """How fast one core checks weights."""
+    from runtime.device import crc32c
+
+    data = np.zeros(64 << 20, np.uint8)
+    began = time.perf_counter()
+    crc32c.extend()(0, data.ctypes.data, data.nbytes)
+    return {"gb_s": data.nbytes / (time.perf_counter() - began) / 1e9}
+
+
+PROBES: dict[str, Probe] = {
+    "read_bandwidth": read_bandwidth,
+    "cubin_abi": cubin_abi,
+    "tensor_maps": tensor_maps,
+    "programmatic_edges": programmatic_edges,
+    "wished_addresses": wished_addresses,
+    "graph_cost": graph_cost,
+    "node_updates": node_updates,
+    "clusters": clusters,
+    "torch_views": torch_views,
+    "bindings": bindings,
+    "memory_calls": memory_calls,
+    "crc_rate": crc_rate,
+}
