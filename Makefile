@@ -16,7 +16,7 @@ READY := $(VENV)/.headstart-ready
 # Every key=value on the command line that is not one of the variables above is an override for the program.
 OVERRIDES := $(filter-out PYTHON=% VENV=% TORCH=% EXTRAS=%,$(MAKEOVERRIDES))
 
-.PHONY: help setup check format test test-slow compile serve bench peers clean
+.PHONY: help setup check format test test-slow compile serve bench gpu peers clean
 
 help:
 	sed -n 's/^## //p' $(firstword $(MAKEFILE_LIST))
@@ -70,6 +70,10 @@ serve: setup
 ## bench      single-batch latency of an artifact: make bench artifact=artifacts/… batch=[1,8]
 bench: setup
 	$(BIN)/python -m bench.latency $(OVERRIDES)
+
+## gpu        everything that needs an NVIDIA GPU, in eight minutes: correctness, then measurements (no network)
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m bench.gpu $(OVERRIDES)
 
 ## peers      build llama.cpp for this machine into .peers/ (minutes; needs cmake), for python -m bench.peers
 peers: setup

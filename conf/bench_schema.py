@@ -162,12 +162,13 @@ class GpuConfig:
     `seconds`: for all of them; `gpu`: its index (the children see no
     other). `models`: shapes measured end to end, in order, as
     long as time is left; `artifacts`: model -> artifact already compiled for this GPU (others are
-    compiled with random weights into `directory`). `target`: null: by the GPU's name."""
+    compiled with random weights into `directory`). `hardware`: the target to compile for (null: by
+    the GPU's name)."""
 
     sections: list[str] = field(default_factory=list)
     seconds: float = option(480.0, low=1)
     gpu: int = option(0, low=0)
-    target: str | None = None
+    hardware: str | None = None
     models: list[str] = field(default_factory=lambda: ["llama3.2-1b", "llama3-8b"])
     artifacts: dict[str, str] = field(default_factory=dict)
     batch: list[int] = field(default_factory=lambda: [1, 8, 32, 128, 256], metadata={"low": 1})

@@ -93,6 +93,7 @@ def loaded_modules(statement: str) -> set[str]:
         "import runtime.core.worker",
         "import runtime.serve, runtime.http.app",
         "import runtime.device.cpu",
+        "import runtime.device.cuda, runtime.device.launcher",
     ],
 )
 def test_runtime_loads_no_compiler(statement: str) -> None:

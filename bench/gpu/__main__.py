@@ -35,7 +35,7 @@ def main(config: GpuConfig, sources: Mapping[str, str]) -> int:
     for name in config.sections:
         if name not in names:
             raise BenchUsage(f"sections: no {name!r}; choices: {', '.join(names)}")
-    config = replace(config, target=config.target or target_name(gpu_names(), config.gpu))
+    config = replace(config, hardware=config.hardware or target_name(gpu_names(), config.gpu))
     wanted = [s for s in SECTIONS if not config.sections or s.name in config.sections]
     deadline = time.monotonic() + config.seconds
     records: list[dict[str, Any]] = []
@@ -58,7 +58,7 @@ def main(config: GpuConfig, sources: Mapping[str, str]) -> int:
     failed = [r for r in records if r["status"] != "done"]
     unmeasured = [f"{r['section']} {r['model']}".strip() for r in failed]
     document = results.stamp("gpu", {"sections": records, "unmeasured": unmeasured})
-    path = Path(config.output_file) if config.output_file else result_path(str(config.target))
+    path = Path(config.output_file) if config.output_file else result_path(str(config.hardware))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     if unmeasured:
@@ -72,13 +72,13 @@ def target_name(names: list[str], index: int) -> str:
     known = [t for t in group_choices("target") if t not in ("auto", "cpu")]
     if index >= len(names):
         raise BenchUsage(
-            f"gpu={index}: the kernel driver shows {len(names)} GPUs; give target=… of "
+            f"gpu={index}: the kernel driver shows {len(names)} GPUs; give hardware=… of "
             f"{', '.join(known)} if one is there all the same"
         )
     for target in known:
         if target in names[index].lower():
             return target
-    raise BenchUsage(f"no target for {names[index]}; give target=… of {', '.join(known)}")
+    raise BenchUsage(f"no target for {names[index]}; give hardware=… of {', '.join(known)}")
 
 
 def result_path(target: str) -> Path:

@@ -51,7 +51,7 @@ def compiled(config: GpuConfig, model: str) -> dict[str, Any]:
     began = time.perf_counter()
     out = program(
         "compiler",
-        *(f"model={model}", "weights=random", f"target={config.target}"),
+        *(f"model={model}", "weights=random", f"target={config.hardware}"),
         *(f"out={config.directory}", f"cache={config.cache}", f"name=gpu-{model}"),
         f"shape.context={max(config.prefill) + 2 * config.context}",
         f"shape.max_seqs={max(config.batch)}",
@@ -151,7 +151,7 @@ def tokens_as_on_cpu(config: GpuConfig) -> dict[str, Any]:
 
     rng = np.random.default_rng(0)
     answers: list[list[list[int]]] = []
-    for target in ("cpu", str(config.target)):
+    for target in ("cpu", str(config.hardware)):
         path = program(
             *("compiler", "model=tiny", f"target={target}", "dtype=float32"),
             *(f"out={config.directory}", f"cache={config.cache}", f"name=tokens-{target}"),

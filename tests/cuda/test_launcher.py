@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from cuda_stub import Stub, load
 
-from bench.gpu import probes
+from bench.gpu import contracts, probes
 from bench.gpu.bind import bind, build
 from conf.bench_schema import GpuConfig
+from kernels.kernel import KERNELS
 from runtime.device.launcher import Call, Launcher
 
 pytest.importorskip("triton")
@@ -89,3 +90,15 @@ def test_every_probe_answers(stub: Stub) -> None:
     answers = probes.probes(GpuConfig())
     failed = {name for name, answer in answers.items() if name != "failed" and "error" in answer}
     assert failed <= {"torch_views", "wished_addresses"}, {n: answers[n] for n in failed}
+
+
+def test_contracts_run_every_case_and_report_what_is_wrong(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels do nothing on the stub: every case with a live row must fail, as a comparison."""
+    add = [kernel for kernel in KERNELS["cuda"] if kernel.name == "add"]
+    monkeypatch.setitem(KERNELS, "cuda", add)
+    figures = contracts.contracts(GpuConfig())
+    assert figures["cases"] > figures["failed"] > 0 and figures["kernels"] == 1
+    assert all(f.startswith("add on ") for f in figures["failures"])
+    assert any("out" in f or "Tensor-likes" in f for f in figures["failures"])
