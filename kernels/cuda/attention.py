@@ -32,6 +32,7 @@ PAGE_SIZE = 16  # tokens; PAGE_TOKENS in code/attention.py
 MAX_HEAD_DIM = 256
 MAX_LATENT = 512
 MULTIPROCESSORS = 132  # of H100 and H200 SXM
+REGISTERS = 1 << 16
 SHARED = 227 << 10  # bytes of dynamic shared memory a program can have
 
 
@@ -180,7 +181,11 @@ def _arguments(call: CallShape, config: TileConfig) -> dict[str, Slot | Constant
 
 
 def _launch(
-    name: str, programs: int, config: TileConfig, arguments: dict[str, Slot | Constant]
+    name: str,
+    programs: int,
+    config: TileConfig,
+    arguments: dict[str, Slot | Constant],
+    registers: int = 0,
 ) -> Launch:
     return launch(
         f"attention.{name}",
@@ -188,7 +193,7 @@ def _launch(
         warps=config.warps,
         stages=config.stages,
         ctas=1,
-        registers=0,
+        registers=registers,
         **arguments,
     )
 
@@ -234,6 +239,8 @@ def _split(call: CallShape, config: SplitConfig) -> Launch:
             "PROGRAMS": programs,
             "SPLITS": splits,
         },
+        # what lets that many programs stand on a multiprocessor, and no less
+        registers=min(255, REGISTERS // (config.programs * config.warps * 32) // 8 * 8),
     )
 
 
@@ -252,23 +259,22 @@ def _split_valid(call: CallShape, config: SplitConfig) -> str | None:
 
 def _split_default(call: CallShape) -> SplitConfig:
     """In decode buckets as few rows as hold the heads of a group; in mixed ones room for short
-    chunks. About 100 KB of keys and values are in flight per multiprocessor pair of programs."""
+    chunks. Two programs of 100 KB fit a multiprocessor and keep more keys and values on their way
+    than its share of the bandwidth needs (about 30 KB). Wide heads leave registers for 32 rows."""
     shape = _shape(call)
     heads = shape.heads // shape.kv_heads
-    rows = min(64, max(16, _power(heads)))
-    if call.kind != "decode" and not shape.wide:
-        rows = 64
-    if shape.wide or shape.pad > 256:
-        keys = 32
-    else:
-        keys = 64
+    narrow = shape.wide or shape.pad > 256
+    most = 64 if shape.pad <= 128 and not shape.wide else 32
+    rows = min(most, max(16, _power(heads)))
+    if call.kind != "decode" and not narrow:
+        rows = most
     return _fitting(
         call,
         SplitConfig(
             rows=rows,
-            keys=keys,
+            keys=32 if narrow else 64,
             warps=8 if shape.pad > 128 else 4,
-            stages=4,
+            stages=3 if rows == 64 or shape.pad > 256 else 4,
             programs=2 if shape.pad <= 128 else 1,
         ),
     )
@@ -305,16 +311,20 @@ def _tile(call: CallShape, config: TileConfig, shortest: int) -> Launch:
 
 
 def _shared(call: CallShape, config: TileConfig) -> int:
-    """Bytes of shared memory of the pipeline: queries, buffered keys and values."""
+    """Bytes of shared memory: queries, keys and values in the pipeline, weights. The product of
+    warp groups (from 64 rows) reads while the next block is fetched, which takes a buffer more."""
     shape = _shape(call)
+    wide = 4 if shape.wide else 2
     width = shape.pad + shape.rope_pad if shape.rope else 2 * shape.pad
-    queries = config.rows * (shape.pad + shape.rope_pad) * (4 if shape.wide else 2)
-    return queries + (config.stages - 1) * config.keys * width * SIZES[shape.kv]
+    buffers = config.stages if config.rows >= 64 else config.stages - 1
+    queries = config.rows * (shape.pad + shape.rope_pad) * wide
+    pipeline = buffers * config.keys * width * SIZES[shape.kv]
+    return queries + pipeline + (0 if config.rows >= 64 else config.rows * config.keys * wide)
 
 
 def _valid(call: CallShape, config: TileConfig) -> str | None:
     if (shared := _shared(call, config)) > SHARED:
-        return f"{shared} bytes of keys in flight exceed {SHARED}"
+        return f"{shared} bytes of shared memory exceed {SHARED}"
     return None
 
 
@@ -329,13 +339,15 @@ def _fitting(call: CallShape, config: AnyConfig) -> AnyConfig:
 
 
 def _tile_default(call: CallShape) -> TileConfig:
-    """Two warp groups of 64 rows each; float32 has no product as fast, and twice the registers."""
+    """Two warp groups of 64 rows each. float32 has no product as fast and takes twice the
+    registers, as wide heads do."""
     shape = _shape(call)
-    if shape.wide or shape.pad > 128:
-        rows, keys = (32, 32) if shape.wide else (64, 32 if shape.pad > 256 else 64)
-        warps = 4 if shape.pad <= 128 else 8
-        return _fitting(call, TileConfig(rows=rows, keys=keys, warps=warps, stages=3))
-    return _fitting(call, TileConfig(rows=128, keys=64, warps=8, stages=3))
+    rows, keys, warps = 128, 64, 8
+    if shape.wide or shape.pad > 256:
+        rows, keys, warps = 32, 32, 8 if shape.pad > 64 else 4
+    elif shape.pad > 128:
+        rows = 64
+    return _fitting(call, TileConfig(rows=rows, keys=keys, warps=warps, stages=3))
 
 
 def _tile_space(call: CallShape) -> Iterable[TileConfig]:

@@ -56,15 +56,9 @@ def load_queries(q_ptr, kv_ptr, row, head, valid, columns, BEGIN: tl.constexpr, 
 
 
 @triton.jit
-def load_rows(ptr, at, columns, inside, WIDTH: tl.constexpr, PAD: tl.constexpr,
-              MASKED: tl.constexpr):  # fmt: skip
-    """Rows of WIDTH elements, PAD wide; zero beyond the keys there are (their memory was never
-    written, and 0 * NaN is NaN)."""
+def load_rows(ptr, at, columns, WIDTH: tl.constexpr, PAD: tl.constexpr):
+    """Rows of WIDTH elements, PAD wide."""
     pointers = ptr + at[:, None] + columns[None, :]
-    if MASKED:
-        if WIDTH < PAD:
-            return tl.load(pointers, inside[:, None] & (columns < WIDTH)[None, :], 0.0)
-        return tl.load(pointers, inside[:, None], 0.0)
     if WIDTH < PAD:
         return tl.load(pointers, (columns < WIDTH)[None, :], 0.0)
     return tl.load(pointers)
@@ -72,9 +66,9 @@ def load_rows(ptr, at, columns, inside, WIDTH: tl.constexpr, PAD: tl.constexpr,
 
 @triton.jit
 def page_of(table_ptr, block, length, KEYS: tl.constexpr):
-    """Page of every key of a block, 0 beyond the sequence."""
-    key = block * KEYS + tl.arange(0, KEYS)
-    return tl.load(table_ptr + key // PAGE_TOKENS, key < length, 0)
+    """Page of every key of a block; of the last key beyond the sequence."""
+    key = tl.minimum(block * KEYS + tl.arange(0, KEYS), length - 1)
+    return tl.load(table_ptr + key // PAGE_TOKENS)
 
 
 @triton.jit
@@ -84,18 +78,22 @@ def attend(acc, top, total, page, q, q_rope, block, kv_ptr, table_ptr, length, p
            PAGE: tl.constexpr, VALUES: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr,
            WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """One block of KEYS keys more. `acc` [ROWS, DIM_PAD], `top` and `total` [ROWS]: weighted
-    values, largest score, sum of weights so far. `unit`: score of a unit of q . k, in log2, per
-    row."""
+    values, largest score, sum of weights so far. `page` [KEYS]: the block's pages, read an
+    iteration ahead, so that the gather itself can be pipelined. `unit`: score of a unit of q . k,
+    in log2, per row. Beyond the sequence the last key is read again: memory there was never
+    written, and 0 * NaN is NaN."""
     key = block * KEYS + tl.arange(0, KEYS)
     dims = tl.arange(0, DIM_PAD)
-    inside = key < length
+    slot = tl.arange(0, KEYS) % PAGE_TOKENS
+    if MASKED:
+        slot = tl.minimum(key, length - 1) % PAGE_TOKENS
     following = page_of(table_ptr, block + 1, length, KEYS)
-    at = page.to(tl.int64) * PAGE + key % PAGE_TOKENS * (DIM + ROPE)
-    k = load_rows(kv_ptr, at, dims, inside, DIM, DIM_PAD, MASKED).to(q.dtype)
+    at = page.to(tl.int64) * PAGE + slot * (DIM + ROPE)
+    k = load_rows(kv_ptr, at, dims, DIM, DIM_PAD).to(q.dtype)
     score = tl.dot(q, tl.trans(k), input_precision="tf32x3")
     if ROPE:
         ropes = tl.arange(0, ROPE_PAD)
-        k_rope = load_rows(kv_ptr + DIM, at, ropes, inside, ROPE, ROPE_PAD, MASKED).to(q.dtype)
+        k_rope = load_rows(kv_ptr + DIM, at, ropes, ROPE, ROPE_PAD).to(q.dtype)
         score = tl.dot(q_rope, tl.trans(k_rope), score, input_precision="tf32x3")
     if SOFTCAP > 0:
         # cap * tanh(x / cap), tanh(x) = 1 - 2 / (e^2x + 1)
@@ -106,9 +104,10 @@ def attend(acc, top, total, page, q, q_rope, block, kv_ptr, table_ptr, length, p
     if slope is not None:
         score += (slope * LOG2E)[:, None] * (key[None, :] - position[:, None]).to(tl.float32)
     if MASKED:
-        visible = inside[None, :]
         if CAUSAL:
-            visible = visible & (key[None, :] <= position[:, None])
+            visible = key[None, :] <= position[:, None]
+        else:
+            visible = (key < length)[None, :]
         if WINDOW:
             visible = visible & (key[None, :] > position[:, None] - WINDOW)
         score = tl.where(visible, score, float("-inf"))
@@ -121,7 +120,7 @@ def attend(acc, top, total, page, q, q_rope, block, kv_ptr, table_ptr, length, p
     fade = tl.exp2(top - best)
     total = total * fade + tl.sum(weight, 1)
     if VALUES:
-        v = load_rows(kv_ptr + VALUES, at, dims, inside, DIM, DIM_PAD, MASKED).to(q.dtype)
+        v = load_rows(kv_ptr + VALUES, at, dims, DIM, DIM_PAD).to(q.dtype)
     else:
         v = k
     acc = tl.dot(weight.to(q.dtype), v, acc * fade[:, None], input_precision="tf32x3")
@@ -434,5 +433,7 @@ def tile_kernel(live_ptr, q_ptr, kv_ptr, seq_start_ptr, seq_len_ptr, pages_ptr, 
                 scale, slope, DIM, DIM_PAD, ROPE, ROPE_PAD, PAGE, VALUES, KEYS, CAUSAL, WINDOW,
                 SOFTCAP, True,
             )  # fmt: skip
+        # Read again, so that no addresses are held in registers over the loops.
+        row = tl.load(seq_start_ptr + seq) + begin + token
         write_out(out_ptr, sinks_ptr, acc, top, total, row, head, valid, dims, DIM, HEADS * DIM)
     pdl.release()
