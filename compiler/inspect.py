@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1 if lines else 0
         print("\n".join(show(artifacts[0])))
         if options.program:
-            print(render(design(*_inputs(artifacts[0].manifest)).program), end="")
+            print(render(design(*inputs(artifacts[0].manifest)).program), end="")
         if options.plan:
             print("\n".join(show_plan(artifacts[0].plan(0, options.plan))))
     except HeadstartError as error:
@@ -164,14 +164,14 @@ def verify(artifact: Artifact) -> Iterator[str]:
     yield f"{what:10} {count} golden ones repeated"
 
 
-def _inputs(manifest: Manifest) -> tuple[ModelSpec, CompileConfig]:
+def inputs(manifest: Manifest) -> tuple[ModelSpec, CompileConfig]:
     spec = msgspec.convert(manifest.spec, ModelSpec)
     return spec, msgspec.convert(manifest.config, CompileConfig)
 
 
 def _check_plans(artifact: Artifact) -> None:
     """`design` verifies each plan on paper; the stored ones must be the same bytes."""
-    made = design(*_inputs(artifact.manifest))
+    made = design(*inputs(artifact.manifest))
     for bucket in made.buckets:
         name = plan_path(0, bucket.name)
         if artifact.read(name) != encode_plan(made.plans[bucket.name]):

@@ -1,0 +1,113 @@
+"""The plans a CUDA artifact stores, executed: the same nodes and addresses, interpreted on host
+memory, driven by the engine's scheduler through prefill, chunks, mixed batches and decode, against
+the CPU target.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import toy_models
+
+from compiler.design import Design, design
+from compiler.families.spec import ModelSpec
+from compiler.inspect import inputs
+from compiler.interpret_plan import InterpretedSession
+from compiler.pipeline import compile_model
+from compiler.progress import Progress
+from conf.load import load
+from conf.schema import CompileConfig
+from runtime.artifact import FLAG_PROGRAMMATIC, Artifact
+from runtime.core.loop import EngineLoop
+from runtime.core.options import EngineOptions
+from runtime.device.base import Session, open_session
+from runtime.request import Event, Request, SamplingParams
+
+pytest.importorskip("transformers")
+# Chunks of at most 16 tokens: the first prompt is cut, and its end runs beside decode rows.
+PROMPTS = [[(7 * i * i + 3 * i + s) % 128 for i in range(n)] for s, n in enumerate((37, 5, 1))]
+NEW = 4
+FAST = ("qwen3",)
+CASES = [
+    pytest.param(
+        recipes[0],
+        id=family,
+        marks=[] if family in FAST else [pytest.mark.slow],
+    )
+    for family, recipes in toy_models.RECIPES.items()
+]
+
+
+@dataclass
+class Pair:
+    cpu: Artifact
+    cuda: Artifact
+    made: Design
+
+
+def compiled(source: Path, out: Path, target: str, dtype: str) -> Artifact:
+    overrides = ["model=hf", f"model.source={source}", f"dtype={dtype}", "name=toy", f"out={out}"]
+    shape = ["shape.context=64", "shape.max_tokens=16", "shape.max_seqs=4", f"target={target}"]
+    loaded = load(CompileConfig, "compile", [*overrides, *shape])
+    return Artifact.open(compile_model(loaded.config, loaded.sources, Progress()))
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    folder = tmp_path_factory.mktemp("toy")
+    toy_models.save(request.param, folder / "source")
+    cpu, cuda = (
+        compiled(folder / "source", folder / target, target, "float32")
+        for target in ("cpu", "h200")
+    )
+    return Pair(cpu, cuda, design(*inputs(cuda.manifest)))
+
+
+def heard(session: Session, artifact: Artifact) -> list[Event]:
+    """Tokens and logprobs of all prompts at once, with the prompts scored."""
+    loop = EngineLoop(
+        session, EngineOptions(artifact=str(artifact.path), prefix_cache=False), eos=()
+    )
+    for number, tokens in enumerate(PROMPTS):
+        sampling = SamplingParams(max_new_tokens=NEW, temperature=0.0)
+        loop.add(
+            Request(
+                id=number, tokens=tokens, sampling=sampling, logprobs=True, prompt_logprobs_from=0
+            )
+        )
+    events = {number: Event(id=number) for number in range(len(PROMPTS))}
+    while loop.has_work:
+        for event in loop.step():
+            assert event.finish is None or event.finish.reason == "length", event.finish
+            before = events[event.id]
+            events[event.id] = Event(
+                id=event.id,
+                tokens=before.tokens + event.tokens,
+                logprobs=before.logprobs + event.logprobs,
+                prompt_logprobs=before.prompt_logprobs + event.prompt_logprobs,
+            )
+    loop.close()
+    return list(events.values())
+
+
+def test_stored_plans_compute_what_the_cpu_computes(pair: Pair) -> None:
+    spec: ModelSpec = pair.made.spec
+    assert spec.layers
+    ours = heard(InterpretedSession(pair.cuda, pair.made, pages=24), pair.cuda)
+    wanted = heard(open_session(pair.cpu, kv_tokens=24 * 16), pair.cpu)
+    for one, other in zip(ours, wanted, strict=True):
+        assert one.tokens == other.tokens
+        assert one.logprobs == pytest.approx(other.logprobs, abs=2e-4)
+        scores = [[p for p in event.prompt_logprobs if p is not None] for event in (one, other)]
+        assert scores[0] == pytest.approx(scores[1], abs=2e-4)
+
+
+def test_few_launches_and_programmatic_edges(pair: Pair) -> None:
+    """At most six launches for a dense decoder layer of a decode bucket, each behind a programmatic
+    edge."""
+    for bucket in pair.cuda.manifest.buckets:
+        plan = pair.cuda.plan(0, bucket.name)
+        assert (plan.nodes["flags"][1:] & FLAG_PROGRAMMATIC).all()
+        assert not plan.nodes["flags"][0]
