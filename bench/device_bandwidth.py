@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bench.bandwidth import Rate
 from bench.errors import BenchError
-from bench.gpu.bind import bind, build
+from compiler.bind import bind, build
 from kernels.cuda.kernel import launch
 from kernels.launch import Number, Pointer
 from runtime.device.launcher import Launcher

@@ -64,7 +64,25 @@ class Design:
         return self.tensors[-1].offset + self.tensors[-1].size
 
 
-def design(spec: ModelSpec, config: CompileConfig) -> Design:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """A design before kernels are chosen."""
+
+    shape: StepShape
+    program: Program
+    formats: Mapping[str, str]
+    weights: tuple[StoredWeight, ...]
+    tensors: tuple[TensorEntry, ...]
+    state: StateLayout
+    state_offsets: Mapping[str, int]
+    buckets: tuple[Bucket, ...]
+
+    @property
+    def addresses(self) -> Addresses:
+        return Addresses(weights={t.name: t.offset for t in self.tensors}, state=self.state_offsets)
+
+
+def draft(spec: ModelSpec, config: CompileConfig) -> Draft:
     assert config.shape.context is not None, "the config is resolved"
     shape = StepShape(
         slots=config.shape.max_seqs,
@@ -73,9 +91,8 @@ def design(spec: ModelSpec, config: CompileConfig) -> Design:
         kv_dtype=config.kv.dtype,
         context=config.shape.context,
     )
-    target = config.target.kind
     program = verify(fuse(build(spec, shape)))
-    if target == "cuda":
+    if config.target.kind == "cuda":
         program = verify(activations(program, config.dtype))
     formats = storage_formats(
         spec,
@@ -84,29 +101,43 @@ def design(spec: ModelSpec, config: CompileConfig) -> Design:
         group=config.quant.group_size,
         head=config.quant.head,
     )
-    weights = stored_weights(program, formats, target)
-    tensors = weights_layout([array for weight in weights for array in weight.arrays])
+    weights = stored_weights(program, formats, config.target.kind)
     state, state_offsets = state_layout(program, shape)
-    addresses = Addresses(weights={t.name: t.offset for t in tensors}, state=state_offsets)
+    return Draft(
+        shape=shape,
+        program=program,
+        formats=formats,
+        weights=weights,
+        tensors=weights_layout([array for weight in weights for array in weight.arrays]),
+        state=state,
+        state_offsets=state_offsets,
+        buckets=choose_buckets(config),
+    )
+
+
+def design(spec: ModelSpec, config: CompileConfig) -> Design:
+    target, base = config.target.kind, draft(spec, config)
+    program, weights, buckets = base.program, base.weights, base.buckets
     by_name = {weight.name: weight for weight in weights}
-    buckets = choose_buckets(config)
     records = load_records(config.target.name) if target == "cuda" else NO_RECORDS
     nodes = {b.name: nodes_of(program, weights, b, target, records) for b in buckets}
     binaries, images = binaries_of(nodes, config)
     plans: dict[str, LaunchPlan] = {}
     work_bytes = 0
     for bucket in buckets:
-        plans[bucket.name], work = record(program, nodes[bucket.name], bucket, addresses, binaries)
+        plans[bucket.name], work = record(
+            program, nodes[bucket.name], bucket, base.addresses, binaries
+        )
         work_bytes = max(work_bytes, work)
     made = Design(
         spec=spec,
-        shape=shape,
+        shape=base.shape,
         program=program,
-        formats=formats,
+        formats=base.formats,
         weights=weights,
-        tensors=tensors,
-        state=state,
-        state_offsets=state_offsets,
+        tensors=base.tensors,
+        state=base.state,
+        state_offsets=base.state_offsets,
         buckets=buckets,
         plans=plans,
         costs={name: report.step_cost(made, by_name) for name, made in nodes.items()},

@@ -18,8 +18,10 @@ from kernels.cuda.kernel import CudaKernel
 from kernels.kernel import CallShape
 
 FOLDER = Path(__file__).parent.parent / "kernels" / "tuned"
-# Where a layer's data lies does not change how fast a kernel is.
+# Where a layer's data lies does not change how fast a kernel is; nor does how much state there is
+# beside what a step touches.
 PLACES = ("layer_offset", "page_bytes", "live_index", "eps", "scale")
+STATE = ("kv", "pages", "counts", "last_token", "edits")
 SCHEMA = 1
 
 
@@ -29,7 +31,7 @@ def call_key(shape: CallShape) -> str:
     arrays = [
         f"{arg}:{shape.formats.get(arg) or shape.dtypes[arg]}{list(dims)}".replace(" ", "")
         for arg, dims in sorted(shape.shapes.items())
-        if arg != "kv"
+        if arg not in STATE and not (shape.op == "sample" and arg == "bias")
     ]
     attrs = [f"{k}={v}" for k, v in sorted(shape.attrs.items()) if k not in PLACES]
     return " ".join((shape.op, shape.kind, *arrays, *attrs))

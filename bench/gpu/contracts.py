@@ -15,7 +15,7 @@ import numpy as np
 
 import kernels.cuda.register
 import kernels.ops.register  # noqa: F401
-from bench.gpu.bind import Built, bind, build
+from compiler.bind import Built, bind, build
 from conf.bench_schema import GpuConfig
 from kernels.kernel import KERNELS
 from kernels.launch import COUNTERS, COUNTERS_BYTES, WORKSPACE, Descriptor, Pointer

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from bench.device_bandwidth import DeviceBandwidth
-from bench.gpu.bind import bind, build
+from compiler.bind import bind, build
 from conf.bench_schema import GpuConfig
 from kernels.cuda.kernel import launch
 from kernels.launch import Descriptor, Launch, Pointer

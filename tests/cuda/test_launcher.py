@@ -10,7 +10,7 @@ import pytest
 from cuda_stub import Stub, load
 
 from bench.gpu import contracts, probes
-from bench.gpu.bind import bind, build
+from compiler.bind import bind, build
 from conf.bench_schema import GpuConfig
 from kernels.kernel import KERNELS
 from runtime.device.launcher import Call, Launcher
