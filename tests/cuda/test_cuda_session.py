@@ -90,10 +90,10 @@ def step(tokens: list[int], seqs: int = 1) -> StepInput:
 def expected_nodes(artifact: Artifact, bucket: str, bases: tuple[int, ...]) -> list[list[str]]:
     """cuGraphAddNode's arguments, worked out from the plan node by node."""
     plan = artifact.plan(0, bucket)
-    kernels = {k.entry: k for k in artifact.manifest.kernels}
+    kernels = {k.path: k for k in artifact.manifest.kernels}
     out = []
     for index, node in enumerate(plan.nodes):
-        kernel = kernels[plan.header.kernels[node["kernel"]].entry]
+        kernel = kernels[plan.header.kernels[node["kernel"]].file]
         values = []
         first = int(node["first_param"])
         for param, declared in zip(plan.params[first:], kernel.parameters, strict=False):
