@@ -16,7 +16,7 @@ READY := $(VENV)/.headstart-ready
 # Every key=value on the command line that is not one of the variables above is an override for the program.
 OVERRIDES := $(filter-out PYTHON=% VENV=% TORCH=% EXTRAS=%,$(MAKEOVERRIDES))
 
-.PHONY: help setup check format test test-slow compile serve bench gpu peers clean
+.PHONY: help setup check format test test-slow compile tune serve bench gpu peers clean
 
 help:
 	sed -n 's/^## //p' $(firstword $(MAKEFILE_LIST))
@@ -55,6 +55,10 @@ test-slow: setup
 ## compile    make compile model=smollm-135m weights=random quant=int8 …  prints the artifact's path
 compile: setup
 	$(BIN)/python -m compiler $(OVERRIDES)
+
+## tune       make tune model=llama3-8b target=h200: measures kernels on this GPU into kernels/tuned/
+tune: setup
+	$(BIN)/python -m compiler.tune $(OVERRIDES)
 
 ## serve      compile and serve the embedded tiny model, or make serve artifact=artifacts/… port=30000
 serve: setup

@@ -124,6 +124,24 @@ class CompileConfig:
     cache: str = "~/.cache/headstart"
 
 
+@dataclass(slots=True)
+class TuneConfig(CompileConfig):
+    """What to compile, and how to measure it. `gpu`: index; `rounds`: replays a median is taken of;
+    `seconds`: for everything after the builds; `contenders`: candidates of a call tried in the
+    whole step; `context`: tokens every sequence holds; `ops`: only these (empty: all);
+    `memory_gib`: of the GPU, for buffers; `records`: folder of the result.
+    """
+
+    gpu: int = option(0, low=0)
+    rounds: int = option(20, low=1)
+    seconds: float = option(900.0, low=1)
+    contenders: int = option(2, low=0)
+    context: int = option(1024, low=16)
+    ops: list[str] = field(default_factory=list)
+    memory_gib: float = option(32.0, low=0.1)
+    records: str = "kernels/tuned"
+
+
 def limit(default: float) -> Any:
     """A limit: positive, or null for none, of which the server warns."""
     return field(

@@ -49,12 +49,40 @@ def build_cuda(
     tasks = [(source, arch, root, key(source, arch)) for source in wanted]
     missing = [task for task in tasks if not (root / task[3]).exists()]
     if missing:
-        workers = min(jobs or len(os.sched_getaffinity(0)), -(-len(missing) // POOL_FROM))
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, context, initializer=_prepare_worker) as pool:
+        with _pool(len(missing), jobs) as pool:
             list(pool.map(_build_one, missing, chunksize=1))
     # What is there is read here; a damaged entry is built again in this call.
     return {source: _read(root, entry, source, arch) for source, _, _, entry in tasks}
+
+
+def build_each(
+    sources: Iterable[Source], cache_dir: Path, arch: str = "sm_90a", jobs: int | None = None
+) -> tuple[dict[Source, tuple[Binary, bytes]], dict[Source, ToolchainError]]:
+    """Like `build_cuda`, but sources that fail are given back with their errors."""
+    wanted, root = list(dict.fromkeys(sources)), Path(cache_dir).expanduser() / "cuda"
+    failed: dict[Source, ToolchainError] = {}
+    tasks = []
+    for source in wanted:
+        try:
+            tasks.append((source, arch, root, key(source, arch)))
+        except ToolchainError as error:  # a tool that is not installed
+            failed[source] = error
+    missing = [task for task in tasks if not (root / task[3]).exists()]
+    if missing:
+        with _pool(len(missing), jobs) as pool:
+            for task, future in [(task, pool.submit(_build_one, task)) for task in missing]:
+                try:
+                    future.result()
+                except ToolchainError as error:
+                    failed[task[0]] = error
+    good = [source for source in wanted if source not in failed]
+    return build_cuda(good, cache_dir, arch), failed
+
+
+def _pool(count: int, jobs: int | None) -> ProcessPoolExecutor:
+    workers = min(jobs or len(os.sched_getaffinity(0)), -(-count // POOL_FROM))
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, context, initializer=_prepare_worker)
 
 
 def key(source: Source, arch: str) -> str:
