@@ -9,4 +9,5 @@ from kernels.cuda import (  # noqa: F401
     norm,
     pool,
     rope,
+    state,
 )
