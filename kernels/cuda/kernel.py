@@ -36,7 +36,7 @@ TYPES = {
     "uint8": "u8",
 }
 SIZES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8e4nv": 1, "fp8e5": 1, "i64": 8, "i32": 4}
-SIZES |= {"i8": 1, "u8": 1, "fp64": 8}
+SIZES |= {"i8": 1, "u8": 1, "i16": 2, "fp64": 8}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

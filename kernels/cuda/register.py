@@ -9,5 +9,6 @@ from kernels.cuda import (  # noqa: F401
     norm,
     pool,
     rope,
+    sample,
     state,
 )
