@@ -79,28 +79,17 @@ def unpack(key):
 
 
 @triton.jit
-def load_values(
-    logits_ptr,
-    counts_ptr,
-    bias_ptr,
-    row_at,
-    state_at,
-    column,
-    inside,
-    penalised,
-    frequency,
-    presence,
-    repetition,
-):
-    """Logits and what sampling makes of them, -inf outside the vocabulary."""
-    x = tl.load(logits_ptr + row_at + column, inside, float("-inf"))
+def row_values(row, column, inside):
+    """What sampling makes of a row's logits, -inf outside the vocabulary."""
+    logits, counts_ptr, bias_ptr, penalised, frequency, presence, repetition = row
+    x = tl.load(logits + column, inside, float("-inf"))
     z = x
     if penalised:
-        counts = tl.load(counts_ptr + state_at + column, inside, 0)
+        counts = tl.load(counts_ptr + column, inside, 0)
         output = counts & (SEEN - 1)
         z = tl.where(counts != 0, tl.where(x > 0.0, tl.div_rn(x, repetition), x * repetition), x)
         z = z - frequency * output.to(tl.float32) - tl.where(output > 0, presence, 0.0)
-        z += tl.load(bias_ptr + state_at + column, inside, 0.0)
+        z += tl.load(bias_ptr + column, inside, 0.0)
     return x, z
 
 
@@ -120,15 +109,7 @@ def bin_of(z, reference, scale, BINS: tl.constexpr):
 
 @triton.jit
 def pick(
-    logits_ptr,
-    counts_ptr,
-    bias_ptr,
-    row_at,
-    state_at,
-    penalised,
-    frequency,
-    presence,
-    repetition,
+    row,
     inverse,
     best,
     best_id,
@@ -143,19 +124,7 @@ def pick(
     exceed `rest`."""
     column = chunk * CHUNK + tl.arange(0, CHUNK)
     inside = column < VOCAB
-    _, z = load_values(
-        logits_ptr,
-        counts_ptr,
-        bias_ptr,
-        row_at,
-        state_at,
-        column,
-        inside,
-        penalised,
-        frequency,
-        presence,
-        repetition,
-    )
+    _x, z = row_values(row, column, inside)
     e = tl.exp((z - best) * inverse)
     keep = inside & (pack(z, column) >= pivot) & ((e >= min_p) | (column == best_id))
     weight = tl.where(keep, fixed(e), 0)
@@ -174,10 +143,7 @@ def emit(
     target,
     flags,
     log_sum,
-    logits_ptr,
-    row_at,
-    counts_ptr,
-    state_at,
+    row,
     last_ptr,
     token_ptr,
     logprob_ptr,
@@ -185,13 +151,13 @@ def emit(
     """A row's token, its log-probability where wanted, and the sequence's state."""
     tl.store(token_ptr + r, token)
     wanted = ((flags & LOGPROB) != 0) | (target >= 0)
-    logprob = tl.load(logits_ptr + row_at + token) - log_sum
+    logprob = tl.load(row[0] + token) - log_sum
     tl.store(logprob_ptr + r, tl.where(wanted, logprob, float("nan")))
     if target < 0:
         tl.store(last_ptr + slot, token)
-        count = tl.load(counts_ptr + state_at + token)
+        count = tl.load(row[1] + token)
         tl.debug_barrier()  # the count is read by every thread and written by one
-        tl.store(counts_ptr + state_at + token, count + 1)
+        tl.store(row[1] + token, count + 1)
 
 
 @triton.jit
@@ -262,24 +228,15 @@ def scan_kernel(
         has_k = (k > 0) & (k < VOCAB)
         has_p = top_p < 1.0
         limited = drawn & (has_k | has_p | (min_p > 0.0))
-        row_at = r.to(tl.int64) * COLUMNS
+        logits = logits_ptr + r.to(tl.int64) * COLUMNS
         state_at = slot.to(tl.int64) * STATE
+        counts = counts_ptr + state_at
+        bias = bias_ptr + state_at
+        row = (logits, counts, bias, penalised, frequency, presence, repetition)
 
         column = c * CHUNK + tl.arange(0, CHUNK)
         inside = column < VOCAB
-        x, z = load_values(
-            logits_ptr,
-            counts_ptr,
-            bias_ptr,
-            row_at,
-            state_at,
-            column,
-            inside,
-            penalised,
-            frequency,
-            presence,
-            repetition,
-        )
+        x, z = row_values(row, column, inside)
         exponent = x.to(tl.int32, bitcast=True) & 0x7F800000
         bad = tl.max((inside & (exponent == 0x7F800000)).to(tl.int32), axis=0)
         raw_max = tl.max(x, axis=0)
@@ -305,7 +262,7 @@ def scan_kernel(
         if limited:
             lead = tl.arange(0, LEAD)
             exists = lead < VOCAB
-            y = tl.load(logits_ptr + row_at + lead, exists, float("-inf"))
+            y = tl.load(logits + lead, exists, float("-inf"))
             reference = tl.max(y, axis=0)
             mean = tl.sum(tl.where(exists, y, 0.0), axis=0) / tl.minimum(LEAD, VOCAB)
             # 32 bins to a factor of e, more where the logits are so even that many share a bin
@@ -392,15 +349,7 @@ def scan_kernel(
                     chunk = tl.minimum(chunk, last)
                     before = tl.sum(tl.where(s < chunk, share, 0.0), axis=0)
                     token = pick(
-                        logits_ptr,
-                        counts_ptr,
-                        bias_ptr,
-                        row_at,
-                        state_at,
-                        penalised,
-                        frequency,
-                        presence,
-                        repetition,
+                        row,
                         inverse,
                         best,
                         best_id,
@@ -418,10 +367,7 @@ def scan_kernel(
                     target,
                     flags,
                     log_sum,
-                    logits_ptr,
-                    row_at,
-                    counts_ptr,
-                    state_at,
+                    row,
                     last_ptr,
                     token_ptr,
                     logprob_ptr,
@@ -495,15 +441,7 @@ def find_bins(
 
 @triton.jit
 def tally(
-    logits_ptr,
-    counts_ptr,
-    bias_ptr,
-    row_at,
-    state_at,
-    penalised,
-    frequency,
-    presence,
-    repetition,
+    row,
     inverse,
     best,
     best_id,
@@ -531,19 +469,7 @@ def tally(
         i = start + tl.arange(0, TILE)
         exists = i < items
         if whole:
-            _, z = load_values(
-                logits_ptr,
-                counts_ptr,
-                bias_ptr,
-                row_at,
-                state_at,
-                i,
-                exists,
-                penalised,
-                frequency,
-                presence,
-                repetition,
-            )
+            _x, z = row_values(row, i, exists)
             key = pack(z, i)
         else:
             key = tl.load(candidates_ptr + i, exists, LOWEST)
@@ -561,15 +487,7 @@ def tally(
 
 @triton.jit
 def search(
-    logits_ptr,
-    counts_ptr,
-    bias_ptr,
-    row_at,
-    state_at,
-    penalised,
-    frequency,
-    presence,
-    repetition,
+    row,
     inverse,
     best,
     best_id,
@@ -588,15 +506,7 @@ def search(
     """A pivot whose set is the smallest set of best values that counts, or weighs, `need`; and
     whether there is one. Halves the range of keys until one value is left between its ends."""
     count, mass, least, most = tally(
-        logits_ptr,
-        counts_ptr,
-        bias_ptr,
-        row_at,
-        state_at,
-        penalised,
-        frequency,
-        presence,
-        repetition,
+        row,
         inverse,
         best,
         best_id,
@@ -619,16 +529,8 @@ def search(
     beyond = count * 0  # values from the ceiling on
     while (left > 1) & (bottom + 1 < ceiling):
         middle = (bottom >> 1) + (ceiling >> 1) + (bottom & ceiling & 1)
-        n, m, _, _ = tally(
-            logits_ptr,
-            counts_ptr,
-            bias_ptr,
-            row_at,
-            state_at,
-            penalised,
-            frequency,
-            presence,
-            repetition,
+        n, m, _least, _most = tally(
+            row,
             inverse,
             best,
             best_id,
@@ -709,8 +611,11 @@ def collect_kernel(
             penalised = (flags & PENALTIES) != 0
             has_k = (k > 0) & (k < VOCAB)
             has_p = top_p < 1.0
-            row_at = r.to(tl.int64) * COLUMNS
+            logits = logits_ptr + r.to(tl.int64) * COLUMNS
             state_at = slot.to(tl.int64) * STATE
+            counts = counts_ptr + state_at
+            bias = bias_ptr + state_at
+            row = (logits, counts, bias, penalised, frequency, presence, repetition)
             best_id = tl.load(words_ptr + r * WORDS + BEST_ID)
             bin_k = tl.load(words_ptr + r * WORDS + BIN_K)
             bin_top = tl.load(words_ptr + r * WORDS + BIN_TOP)
@@ -722,33 +627,21 @@ def collect_kernel(
 
             column = part % SPLITS * CHUNK + tl.arange(0, CHUNK)
             inside = column < VOCAB
-            _, z = load_values(
-                logits_ptr,
-                counts_ptr,
-                bias_ptr,
-                row_at,
-                state_at,
-                column,
-                inside,
-                penalised,
-                frequency,
-                presence,
-                repetition,
-            )
+            _x, z = row_values(row, column, inside)
             b = bin_of(z, reference, scale, BINS)
             e = tl.exp((z - best) * inverse)
             weight = tl.where(inside, fixed(e), 0)
             above = b > bin_top
             sure = above & ((e >= min_p) | (column == best_id))
-            at = masses_ptr + part.to(tl.int64) * 4
-            tl.store(at, tl.sum(tl.where(b > bin_k, weight, 0), axis=0))
-            tl.store(at + 1, tl.sum(tl.where(above, weight, 0), axis=0))
-            tl.store(at + 2, tl.sum(tl.where(sure, weight, 0), axis=0))
+            own_masses = masses_ptr + part.to(tl.int64) * 4
+            tl.store(own_masses, tl.sum(tl.where(b > bin_k, weight, 0), axis=0))
+            tl.store(own_masses + 1, tl.sum(tl.where(above, weight, 0), axis=0))
+            tl.store(own_masses + 2, tl.sum(tl.where(sure, weight, 0), axis=0))
             among = inside & (((b >= bin_low) & (b <= bin_top)) | (b == bin_k))
-            found = tl.sum(among.to(tl.int32), axis=0)
-            if found > 0:
+            among_here = tl.sum(among.to(tl.int32), axis=0)
+            if among_here > 0:
                 place = tl.atomic_add(
-                    words_ptr + r * WORDS + CANDIDATES, found, sem="relaxed", scope="gpu"
+                    words_ptr + r * WORDS + CANDIDATES, among_here, sem="relaxed", scope="gpu"
                 )
                 place += tl.cumsum(among.to(tl.int32), 0) - 1
                 tl.store(own_ptr + place, pack(z, column), among & (place < ROOM))
@@ -759,10 +652,10 @@ def collect_kernel(
                 tl.store(counter_ptr + r, 0)
                 s = tl.arange(0, SPLIT_TILE)
                 used = s < SPLITS
-                at = masses_ptr + (r * SPLITS + s).to(tl.int64) * 4
-                above_k = tl.sum(tl.load(at, used, 0, cache_modifier=".cg"), axis=0)
-                above_top = tl.sum(tl.load(at + 1, used, 0, cache_modifier=".cg"), axis=0)
-                sures = tl.load(at + 2, used, 0, cache_modifier=".cg")
+                all_masses = masses_ptr + (r * SPLITS + s).to(tl.int64) * 4
+                above_k = tl.sum(tl.load(all_masses, used, 0, cache_modifier=".cg"), axis=0)
+                above_top = tl.sum(tl.load(all_masses + 1, used, 0, cache_modifier=".cg"), axis=0)
+                sures = tl.load(all_masses + 2, used, 0, cache_modifier=".cg")
                 items = tl.load(words_ptr + r * WORDS + CANDIDATES, cache_modifier=".cg")
                 better_k = tl.load(words_ptr + r * WORDS + ABOVE_K)
                 whole = items > ROOM
@@ -776,15 +669,7 @@ def collect_kernel(
                     mass = above_k
                     if has_k:
                         pivot, found = search(
-                            logits_ptr,
-                            counts_ptr,
-                            bias_ptr,
-                            row_at,
-                            state_at,
-                            penalised,
-                            frequency,
-                            presence,
-                            repetition,
+                            row,
                             inverse,
                             best,
                             best_id,
@@ -802,16 +687,8 @@ def collect_kernel(
                         )
                     if has_p:
                         if has_k | whole:
-                            _, kept, _, _ = tally(
-                                logits_ptr,
-                                counts_ptr,
-                                bias_ptr,
-                                row_at,
-                                state_at,
-                                penalised,
-                                frequency,
-                                presence,
-                                repetition,
+                            _count, kept, _least, _most = tally(
+                                row,
                                 inverse,
                                 best,
                                 best_id,
@@ -832,15 +709,7 @@ def collect_kernel(
                         share = top_p.to(tl.float64) * mass.to(tl.float64)
                         need = tl.maximum(tl.ceil(share).to(tl.int64), 1)
                         narrower, reached = search(
-                            logits_ptr,
-                            counts_ptr,
-                            bias_ptr,
-                            row_at,
-                            state_at,
-                            penalised,
-                            frequency,
-                            presence,
-                            repetition,
+                            row,
                             inverse,
                             best,
                             best_id,
@@ -868,16 +737,8 @@ def collect_kernel(
                 # First every chunk, for the total; then the chunk in which the draw falls.
                 chunk, beyond, end = best_id * 0, best_id * 0 + 2 * SPLITS, best_id * 0 + SPLITS
                 while chunk + 1 < beyond:
-                    _, kept, _, _ = tally(
-                        logits_ptr,
-                        counts_ptr,
-                        bias_ptr,
-                        row_at,
-                        state_at,
-                        penalised,
-                        frequency,
-                        presence,
-                        repetition,
+                    _count, kept, _least, _most = tally(
+                        row,
                         inverse,
                         best,
                         best_id,
@@ -906,15 +767,7 @@ def collect_kernel(
                         beyond = tl.where(passed, end, beyond)
                     end = (chunk + beyond) // 2
                 token = pick(
-                    logits_ptr,
-                    counts_ptr,
-                    bias_ptr,
-                    row_at,
-                    state_at,
-                    penalised,
-                    frequency,
-                    presence,
-                    repetition,
+                    row,
                     inverse,
                     best,
                     best_id,
@@ -932,10 +785,7 @@ def collect_kernel(
                     -1,
                     flags,
                     tl.load(reals_ptr + r * REALS + LOG_SUM),
-                    logits_ptr,
-                    row_at,
-                    counts_ptr,
-                    state_at,
+                    row,
                     last_ptr,
                     token_ptr,
                     logprob_ptr,
