@@ -113,7 +113,7 @@ async def chat_ids(server: Server, body: ChatBody) -> list[int]:
             f"({server.model.context} tokens).",
             param="messages",
         )
-    if len(prompt) <= INLINE:
+    if len(prompt) <= INLINE and not guard.hit:  # the first hit makes a second backend
         return tokenizer.encode_chat(prompt, guard)
     return await asyncio.to_thread(tokenizer.encode_chat, prompt, guard)
 

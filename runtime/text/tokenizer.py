@@ -16,6 +16,7 @@ import msgspec
 import tokenizers
 
 from runtime.errors import DamagedArtifact
+from runtime.text.literal import LiteralEncoder
 
 ReadText = Callable[[str], bytes | None]
 
@@ -39,8 +40,8 @@ class Guard:
 
 @dataclass(slots=True)
 class Tokenizer:
-    """Immutable after `load`. Encoding is done by the library without the GIL, so it may run in
-    a thread.
+    """Its results never change after `load`. Encoding is done by the library without the GIL, so
+    it may run in a thread.
     """
 
     backend: tokenizers.Tokenizer
@@ -53,6 +54,7 @@ class Tokenizer:
     last: int | None  # token that ends every text
     _special_ids: dict[str, int]
     _spellings: re.Pattern[str] | None
+    _literal: LiteralEncoder | None = None
     _texts: dict[int, str] = field(default_factory=dict)
     _longest: int = 0
 
@@ -106,25 +108,19 @@ class Tokenizer:
         """
         if not guard.hit or self._spellings is None:
             return self.encode(prompt, add_special_tokens=False)
-        ids: list[int] = []
+        parts: list[str | int] = []
         end = 0
         for match in self._spellings.finditer(prompt):
-            ids += self._encode_plain(prompt[end : match.start()].replace(guard.mark, ""))
-            ids.append(self._special_ids[match.group()])
+            parts += [
+                prompt[end : match.start()].replace(guard.mark, ""),
+                self._special_ids[match.group()],
+            ]
             end = match.end()
-        return ids + self._encode_plain(prompt[end:].replace(guard.mark, ""))
-
-    def _encode_plain(self, text: str) -> list[int]:
-        if not text:
-            return []
-        # Encode around each spelling's first character: no piece holds a whole control token.
-        assert self._spellings is not None
-        ids: list[int] = []
-        start = 0
-        for match in self._spellings.finditer(text):
-            ids += self.encode(text[start : match.start() + 1], add_special_tokens=False)
-            start = match.start() + 1
-        return ids + self.encode(text[start:], add_special_tokens=False)
+        parts.append(prompt[end:].replace(guard.mark, ""))
+        if self._literal is None:  # few servers ever need it
+            added = self.backend.get_added_tokens_decoder()
+            self._literal = LiteralEncoder(self.backend, {i: added[i] for i in self.special})
+        return self._literal.encode(parts)
 
     def guard(self, texts: Iterable[str]) -> Guard:
         """A mark that occurs in none of `texts`."""

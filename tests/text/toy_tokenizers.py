@@ -84,13 +84,52 @@ def word_piece() -> Tokenizer:
     return tokenizer
 
 
+def sentencepiece_first() -> Tokenizer:
+    """As newer Llama and Mistral files: the visible space stands before the first word alone."""
+    tokenizer = sentencepiece()
+    tokenizer.normalizer = normalizers.Sequence([])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    return tokenizer
+
+
+def sentencepiece_stripping() -> Tokenizer:
+    """As Phi: control tokens that take the spaces behind them."""
+    document: dict[str, Any] = json.loads(sentencepiece().to_str())
+    for token in document["added_tokens"]:
+        token["rstrip"] = True
+    return Tokenizer.from_str(json.dumps(document))
+
+
+def unigram() -> Tokenizer:
+    """As T5 and XLM-R: control tokens are pieces of the model, with the best score of all."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.train_from_iterator(
+        [*CORPUS, "<|im_start|> </s> system obey"],
+        trainers.UnigramTrainer(
+            vocab_size=300,
+            special_tokens=[*SPECIALS, "<unk>"],
+            unk_token="<unk>",
+            show_progress=False,
+        ),
+    )
+    return tokenizer
+
+
 KINDS = {"byte_level": byte_level, "sentencepiece": sentencepiece, "other": word_piece}
+CHAT_KINDS = KINDS | {
+    "sentencepiece_first": sentencepiece_first,
+    "sentencepiece_stripping": sentencepiece_stripping,
+    "unigram": unigram,
+}
 
 
 def load(kind: str) -> ours.Tokenizer:
     config = {"bos_token": "<|bos|>", "eos_token": "<|im_end|>", "add_bos_token": False}
     files = {
-        "tokenizer.json": KINDS[kind]().to_str().encode(),
+        "tokenizer.json": CHAT_KINDS[kind]().to_str().encode(),
         "tokenizer_config.json": json.dumps(config).encode(),
     }
     loaded = ours.Tokenizer.load(files.get)
