@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import compiler.families.register
@@ -28,6 +29,7 @@ from conf.schema import CompileConfig
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Imported:
     """`dtype`: what the checkpoint is stored as. `dimensions`: what vectors may be cut to.
+    `dropped`: numbers of the checkpoint's tensors that the model does not use, by module.
     `digests`: SHA-256 by file name of everything the weights depend on.
     """
 
@@ -39,6 +41,7 @@ class Imported:
     text: Text
     digests: dict[str, str]
     dimensions: tuple[int, ...] = ()
+    dropped: Mapping[str, int] = field(default_factory=dict)
 
 
 def import_model(config: CompileConfig) -> Imported:
@@ -66,6 +69,7 @@ def import_model(config: CompileConfig) -> Imported:
         text=text,
         digests=digests,
         dimensions=matryoshka(config.model, checkpoint.config),
+        dropped=weights.dropped,
     )
 
 

@@ -68,6 +68,8 @@ def compile_model(config: CompileConfig, sources: Mapping[str, str], progress: P
             context=model.spec.context,
             whole=model.spec.whole,
         )
+    if model.dropped:
+        progress.show(report.dropped(model.spec.family, model.dropped))
     with progress.stage("design"):
         made = design(model.spec, config)
         figures = report.fit(made.weights_bytes, made.state, made.work_bytes, made.io_bytes)

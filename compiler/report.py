@@ -158,3 +158,9 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.2f} GiB"
+
+
+def dropped(family: str, modules: Mapping[str, int]) -> str:
+    """`modules`: numbers of tensors left out, as `compiler.weights.by_module` counts them."""
+    shown = ", ".join(f"{module} ({n})" for module, n in modules.items())
+    return f"drop  {sum(modules.values())} tensors that family {family} does not use: {shown}"

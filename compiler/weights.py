@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -30,9 +31,12 @@ class Weights(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CheckpointWeights:
+    """`dropped`: tensors the family leaves out, as `by_module` counts them."""
+
     checkpoint: Checkpoint
     shapes: dict[str, tuple[int, ...]]
     names: NameMap
+    dropped: Mapping[str, int]
 
     def fetch(self, name: str) -> torch.Tensor:
         parts = [s.apply(self.checkpoint.tensor(s.tensor)) for s in self.names[name]]
@@ -86,8 +90,25 @@ def checkpoint_weights(
 ) -> CheckpointWeights:
     """Weights of a checkpoint, after every name and shape in it has been checked."""
     names = _as_spelled(family.names(spec), family.prefix, frozenset(checkpoint.names()))
-    bind(spec, names, checkpoint, family.ignorable_tensors(spec))
-    return CheckpointWeights(checkpoint, logical_weights(spec), names)
+    left = bind(spec, names, checkpoint, family.ignorable_tensors(spec))
+    dropped = by_module(left, (s.tensor for sources in names.values() for s in sources))
+    return CheckpointWeights(checkpoint, logical_weights(spec), names, dropped)
+
+
+def by_module(left: Iterable[str], used: Iterable[str]) -> dict[str, int]:
+    """Numbers of tensors in `left` by the largest module none of `used` is in (`vision_tower.*`),
+    or by name where there is none; `*` stands for the number of a layer.
+    """
+    inside = {name[:i] for name in used for i, character in enumerate(name) if character == "."}
+    counts: dict[str, int] = {}
+    for name in sorted(left):
+        parts = name.split(".")
+        size = next(n for n in range(1, len(parts) + 1) if ".".join(parts[:n]) not in inside)
+        own = [*parts[:size], "*"] if size < len(parts) else parts
+        numbered = ["*" if part.isdigit() and i < size - 1 else part for i, part in enumerate(own)]
+        group = ".".join(numbered)
+        counts[group] = counts.get(group, 0) + 1
+    return counts
 
 
 def _as_spelled(names: NameMap, prefix: str, present: frozenset[str]) -> NameMap:

@@ -287,9 +287,11 @@ def split_up_projection(tensor: str) -> Packing:
     return packing
 
 
-def bind(spec: ModelSpec, names: NameMap, tensors: Tensors, unused: Iterable[str]) -> None:
+def bind(
+    spec: ModelSpec, names: NameMap, tensors: Tensors, unused: Iterable[str]
+) -> tuple[str, ...]:
     """Raise unless the map covers the spec exactly and the checkpoint covers the map exactly.
-    `unused`: patterns of tensors that may be left over.
+    `unused`: patterns of tensors that may be left over; those that are, sorted, are returned.
     """
     shapes = logical_weights(spec)
     if names.keys() != shapes.keys():
@@ -333,6 +335,7 @@ def bind(spec: ModelSpec, names: NameMap, tensors: Tensors, unused: Iterable[str
             raise ProgramError(
                 f"family {spec.family}: {taken[tensor]} of {whole} elements of {tensor} are used"
             )
+    return tuple(sorted(set(tensors.names()) - taken.keys()))
 
 
 def _part_shape(source: Source, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -9,13 +9,18 @@ import pytest
 import torch
 import toy_models
 
+from compiler import report
 from compiler.errors import CompileError, DamagedCheckpoint
 from compiler.families.names import logical_weights
 from compiler.hub import locate
 from compiler.importer import Imported, import_model
+from compiler.pipeline import compile_model
+from compiler.progress import Progress
+from compiler.weights import by_module
 from conf.load import load
 from conf.options import group_choices
 from conf.schema import CompileConfig
+from runtime.errors import UsageError
 
 TINY = locate("package:tiny", None)
 NAMED = sorted(set(group_choices("model")) - {"hf", "tiny"})
@@ -55,6 +60,40 @@ def test_named_shapes_import_without_a_checkpoint(name: str) -> None:
     norm = model.weights.fetch("layers.0.attn_norm")
     assert tuple(norm.shape) == (model.spec.dim,)
     assert "tokenizer.json" in model.text.files
+
+
+def test_tensors_left_out_are_counted_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toy_models.save(toy_models.RECIPES["gemma3_multimodal"][0], tmp_path / "toy")
+    overrides = ["model=hf", f"model.source={tmp_path}/toy"]
+    model = imported(*overrides)
+    assert model.dropped == {"multi_modal_projector.*": 1, "vision_tower.*": 1}
+    assert report.dropped(model.spec.family, model.dropped) == (
+        "drop  2 tensors that family gemma3_multimodal does not use: "
+        "multi_modal_projector.* (1), vision_tower.* (1)"
+    )
+    loaded = load(CompileConfig, "compile", [*overrides, "shape.max_tokens=1", "out=/dev/null/x"])
+    with pytest.raises(UsageError):  # nowhere to write to: import and design alone
+        compile_model(loaded.config, loaded.sources, Progress())
+    assert "drop  2 tensors that family gemma3_multimodal" in capsys.readouterr().err
+    assert imported("model=tiny").dropped == {}
+
+
+def test_modules_of_tensors_left_out() -> None:
+    """The largest module that is left out whole; buffers of used layers are counted together."""
+    used = ["model.embed.weight", "model.layers.0.attn.q.weight", "model.layers.1.attn.q.weight"]
+    left = ["model.layers.0.attn.rope.inv_freq", "model.layers.1.attn.rope.inv_freq"]
+    left += ["model.layers.2.attn.q.weight", "model.layers.2.norm.weight", "lm_head.weight"]
+    assert by_module(left, used) == {
+        "lm_head.*": 1,
+        "model.layers.*.attn.rope.*": 2,
+        "model.layers.2.*": 2,
+    }
+    assert by_module(["pooler.dense.0.bias", "model.embed.ids"], used) == {
+        "model.embed.ids": 1,
+        "pooler.*": 1,
+    }
 
 
 def test_named_shapes_can_be_cut_down() -> None:
