@@ -130,7 +130,10 @@ def code_report(made: Design, manifest: Manifest) -> str:
             f"heuristic's choice (python -m compiler.tune on the GPU measures them)"
         )
     if not manifest.golden:
-        lines.append("verify  not run: this machine has no GPU; `compiler.inspect verify` runs it")
+        lines.append(
+            "verify  not run: this machine has no GPU, so no golden tokens are recorded; "
+            "`make gpu` on one compares with the reference"
+        )
     return "\n".join(lines)
 
 

@@ -52,6 +52,14 @@ def test_verify(tiny_artifact: Path, capsys: pytest.CaptureFixture[str]) -> None
     ]
 
 
+def test_verify_says_when_no_tokens_were_recorded(
+    tiny_artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of a compile for a GPU on a machine without one; no session is opened then."""
+    assert inspect.main(["verify", str(edited(tiny_artifact, tmp_path / "a", golden=()))]) == 0
+    assert "tokens     none recorded" in capsys.readouterr().out
+
+
 def test_golden_tokens_do_not_depend_on_the_batch(tiny_artifact: Path) -> None:
     artifact = Artifact.open(tiny_artifact)
     session = golden_session(artifact)
