@@ -6,14 +6,28 @@ and how numbers are packed for it. Called by the recorder and the packer.
 
 from __future__ import annotations
 
-from kernels.launch import Binary
-from runtime.artifact import CudaBinary, KernelParameter
+from kernels.launch import Binary, Descriptor, MapRecipe
+from runtime.artifact import CudaBinary, KernelParameter, TensorMap
 
 PACK = {"i32": "<i", "i64": "<q", "fp32": "<f", "fp64": "<d"}  # a Number's type for struct
 
 
 def code_path(binary: Binary) -> str:
     return f"code/{binary.sha256}.cubin"
+
+
+def tensor_map(slot: Descriptor, recipe: MapRecipe, arena: int, offset: int) -> TensorMap:
+    """The map a binary expects over a slot that lies at `offset` of the arena."""
+    return TensorMap(
+        arena=arena,
+        offset=offset,
+        element_type=recipe.element_type,
+        element_size=recipe.element_size,
+        shape=slot.shape,
+        strides=slot.strides,
+        box=recipe.box,
+        swizzle=recipe.swizzle,
+    )
 
 
 def described(binary: Binary) -> CudaBinary:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from compiler.binaries import PACK, described
+from compiler.binaries import PACK, described, tensor_map
 from kernels.cuda.build import build_cuda
 from kernels.launch import Binary, Descriptor, Launch, Number, Parameter, Pointer, Slot, Source
 from runtime.artifact import (
@@ -22,7 +22,6 @@ from runtime.artifact import (
     PARAM_ADDRESS,
     PARAM_TENSORMAP,
     LaunchPlan,
-    TensorMap,
 )
 from runtime.device.launcher import Call, Launcher
 
@@ -61,17 +60,7 @@ def argument(
         return address(slot).to_bytes(8, "little")
     assert isinstance(slot, Descriptor), f"no slot for parameter {parameter.name}"
     if parameter.kind == "tensormap":
-        recipe = binary.maps[parameter.name]
-        map = TensorMap(
-            arena=0,
-            offset=0,
-            element_type=recipe.element_type,
-            element_size=recipe.element_size,
-            shape=slot.shape,
-            strides=slot.strides,
-            box=recipe.box,
-            swizzle=recipe.swizzle,
-        )
+        map = tensor_map(slot, binary.maps[parameter.name], 0, 0)
         return launcher.map(map, address(slot))
     axes = slot.shape if parameter.kind == "shape" else slot.strides
     return axes[parameter.axis].to_bytes(parameter.size, "little")

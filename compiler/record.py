@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from compiler.binaries import PACK, code_path
+from compiler.binaries import PACK, code_path, tensor_map
 from compiler.errors import ProgramError
 from compiler.lower import Node, bucket_sizes, launch_labels, node_workspace
 from compiler.memory import io_layout, place, work_blocks
@@ -189,19 +189,10 @@ class _Parameters:
         return PARAM_ADDRESS, place[0], 8, 0, place[1]
 
     def descriptor(self, slot: Descriptor, parameter: Parameter, binary: Binary) -> Row:
-        place, recipe = self.place(slot), binary.maps[parameter.name]
+        place = self.place(slot)
         if place is None:
             raise ProgramError(f"kernel {self.node.kernel.name}: {slot.arg} is absent")
-        map = TensorMap(
-            arena=place[0],
-            offset=place[1],
-            element_type=recipe.element_type,
-            element_size=recipe.element_size,
-            shape=slot.shape,
-            strides=slot.strides,
-            box=recipe.box,
-            swizzle=recipe.swizzle,
-        )
+        map = tensor_map(slot, binary.maps[parameter.name], *place)
         if map not in self.maps:
             self.maps.append(map)
         return PARAM_TENSORMAP, 0, parameter.size, self.maps.index(map), 0

@@ -6,7 +6,7 @@ from compiler.checkpoint import ConfigReader
 from compiler.errors import CompileError, DamagedCheckpoint
 from compiler.families.decoder import Parts, decoder_spec
 from compiler.families.family import IGNORABLE_KEYS, Family, register
-from compiler.families.layers import count_of_experts, gated_ffn, with_experts
+from compiler.families.layers import all_experts
 from compiler.families.names import Source, first_of, named, packed
 from compiler.families.spec import LayerNorm, ModelSpec, MoeFfn, Router
 
@@ -44,16 +44,7 @@ def spec(config: ConfigReader) -> ModelSpec:
             )
     norm = LayerNorm(eps=1e-5)
     dense = decoder_spec(config, Parts(name="dbrx", norm=norm, clip=clip))
-    experts, chosen = count_of_experts(
-        config, config.integer("num_experts"), config.integer("num_experts_per_tok")
-    )
-    moe = MoeFfn(
-        experts=experts,
-        top_k=chosen,
-        width=gated_ffn(dense).width,
-        router=Router(score="softmax", renormalise=power is not None),
-    )
-    return with_experts(dense, moe, lambda layer: True)
+    return all_experts(config, dense, Router(score="softmax", renormalise=power is not None))
 
 
 def packing(spec: ModelSpec, layer: int, part: str) -> tuple[Source, ...] | None:

@@ -7,9 +7,9 @@ from __future__ import annotations
 from compiler.checkpoint import ConfigReader
 from compiler.families.decoder import Parts, decoder_spec
 from compiler.families.family import Family, register
-from compiler.families.layers import count_of_experts, gated_ffn, with_experts
+from compiler.families.layers import all_experts
 from compiler.families.names import Source, expert_modules, first_of, named
-from compiler.families.spec import ModelSpec, MoeFfn, Router
+from compiler.families.spec import ModelSpec, Router
 
 PORT = {
     "embed": "model.embed_tokens",
@@ -39,17 +39,7 @@ def spec(config: ConfigReader) -> ModelSpec:
     )
     config.require("hidden_act", ("gelu", "gelu_pytorch_tanh"), "gelu")  # the port writes gelu
     dense = decoder_spec(config, parts)
-    experts, chosen = count_of_experts(
-        config, config.integer("num_experts"), config.integer("num_experts_per_tok")
-    )
-    moe = MoeFfn(
-        experts=experts,
-        top_k=chosen,
-        width=gated_ffn(dense).width,
-        router=Router(score="softmax"),
-        act="gelu_tanh",
-    )
-    return with_experts(dense, moe, lambda layer: True)
+    return all_experts(config, dense, Router(score="softmax"), act="gelu_tanh")
 
 
 def scales(spec: ModelSpec, layer: int, part: str) -> tuple[Source, ...] | None:

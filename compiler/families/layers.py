@@ -12,12 +12,14 @@ from compiler.errors import DamagedCheckpoint
 from compiler.families.rope import rope_spec
 from compiler.families.spec import (
     Attention,
+    ExpertAct,
     GatedFfn,
     Mla,
     ModelSpec,
     MoeFfn,
     RmsNorm,
     RopeSpec,
+    Router,
     SharedExperts,
 )
 
@@ -50,6 +52,18 @@ def count_of_experts(config: ConfigReader, experts: int, chosen: int) -> tuple[i
             "num_experts_per_tok must not exceed the number of experts"
         )
     return experts, chosen
+
+
+def all_experts(
+    config: ConfigReader, dense: ModelSpec, router: Router, act: ExpertAct = "silu"
+) -> ModelSpec:
+    """A mixture in every layer, its experts as wide as the dense ffn they replace."""
+    experts, chosen = count_of_experts(
+        config, config.integer("num_experts"), config.integer("num_experts_per_tok")
+    )
+    width = gated_ffn(dense).width
+    moe = MoeFfn(experts=experts, top_k=chosen, width=width, router=router, act=act)
+    return with_experts(dense, moe, lambda layer: True)
 
 
 def listed_layers(config: ConfigReader) -> Callable[[int], bool]:

@@ -5,24 +5,15 @@ from __future__ import annotations
 from compiler.checkpoint import ConfigReader
 from compiler.families.decoder import Parts, decoder_spec
 from compiler.families.family import Family, register
-from compiler.families.layers import count_of_experts, gated_ffn, with_experts
+from compiler.families.layers import all_experts
 from compiler.families.names import LLAMA_NAMES, expert_modules, named
-from compiler.families.spec import ModelSpec, MoeFfn, Router
+from compiler.families.spec import ModelSpec, Router
 
 
 def spec(config: ConfigReader) -> ModelSpec:
     window = config.value("sliding_window", int, None) or None
     dense = decoder_spec(config, Parts(name="mixtral", window=lambda layer: window))
-    experts, chosen = count_of_experts(
-        config, config.integer("num_experts"), config.integer("num_experts_per_tok")
-    )
-    moe = MoeFfn(
-        experts=experts,
-        top_k=chosen,
-        width=gated_ffn(dense).width,
-        router=Router(score="softmax", renormalise=True),
-    )
-    return with_experts(dense, moe, lambda layer: True)
+    return all_experts(config, dense, Router(score="softmax", renormalise=True))
 
 
 MIXTRAL = register(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from compiler.checkpoint import ConfigReader
 from compiler.families.decoder import QKVO, Parts, decoder_spec
 from compiler.families.family import Family, register
-from compiler.families.layers import count_of_experts, gated_ffn, with_experts
+from compiler.families.layers import all_experts
 from compiler.families.names import LLAMA_NAMES, expert_modules, named
-from compiler.families.spec import ModelSpec, MoeFfn, Router
+from compiler.families.spec import ModelSpec, Router
 
 
 def spec(config: ConfigReader) -> ModelSpec:
@@ -19,16 +19,9 @@ def spec(config: ConfigReader) -> ModelSpec:
         clip=config.number("clip_qkv", None),
     )
     dense = decoder_spec(config, parts)
-    experts, chosen = count_of_experts(
-        config, config.integer("num_experts"), config.integer("num_experts_per_tok")
+    return all_experts(
+        config, dense, Router(score="softmax", renormalise=config.flag("norm_topk_prob", False))
     )
-    moe = MoeFfn(
-        experts=experts,
-        top_k=chosen,
-        width=gated_ffn(dense).width,
-        router=Router(score="softmax", renormalise=config.flag("norm_topk_prob", False)),
-    )
-    return with_experts(dense, moe, lambda layer: True)
 
 
 OLMOE = register(

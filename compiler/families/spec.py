@@ -164,6 +164,9 @@ class SharedExperts(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     gated: bool = False
 
 
+ExpertAct = Literal["silu", "gelu", "gelu_tanh", "silu_clamped"]
+
+
 class MoeFfn(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """sum of weight_e down_e(act(gate_e x) * up_e x) over the `top_k` of `experts` that the router
     chooses, + the shared experts. "silu_clamped" is gpt-oss's, in `kernels.ops.moe`.
@@ -173,7 +176,7 @@ class MoeFfn(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     top_k: int
     width: int
     router: Router
-    act: Literal["silu", "gelu", "gelu_tanh", "silu_clamped"] = "silu"
+    act: ExpertAct = "silu"
     bias: bool = False
     shared: SharedExperts | None = None
 

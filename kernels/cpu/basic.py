@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kernels.cpu.activations import ACTIVATION_CODES, GATED
-from kernels.cpu.layout import FORMAT_CODES, parse_format
+from kernels.cpu.layout import FORMAT_CODES, misfit, parse_format
 from kernels.kernel import CallShape, Kernel, register
 
 POOLINGS = ("last", "cls", "mean")  # codes of basic.cpp
@@ -30,19 +30,7 @@ def not_float32(call: CallShape) -> str | None:
 
 def _accepts_table(kind: str) -> Callable[[CallShape], str | None]:
     def accepts(call: CallShape) -> str | None:
-        name = call.formats.get("table", "float32")
-        try:
-            stored, group = parse_format(name)
-        except ValueError as error:
-            return str(error)
-        if stored != kind:
-            return f"stored as {name}, this kernel reads {kind}"
-        dim = call.shapes["table"][1]
-        return (
-            f"D={dim} is not a multiple of the quantization group {group}"
-            if group and dim % group
-            else None
-        )
+        return misfit(call.formats.get("table", "float32"), kind, call.shapes["table"][1])
 
     return accepts
 

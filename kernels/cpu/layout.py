@@ -38,6 +38,20 @@ def parse_format(name: str) -> tuple[str, int]:
     return match[2], group
 
 
+def misfit(name: str, kind: str, k: int) -> str | None:
+    """Why a kernel that reads weights of `kind` cannot read rows of `k` stored as `name`; None when
+    it can."""
+    try:
+        stored, group = parse_format(name)
+    except ValueError as error:
+        return str(error)
+    if stored != kind:
+        return f"stored as {name}, this kernel reads {kind}"
+    if group and k % group:
+        return f"K={k} is not a multiple of the quantization group {group}"
+    return None
+
+
 def _padded_rows(n: int, gated: bool) -> int:
     if gated and n % 2:
         raise ValueError(f"a gated weight holds gate and up rows: N={n} is odd, pass cat(gate, up)")

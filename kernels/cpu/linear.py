@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kernels.cpu.activations import ACTIVATION_CODES, GATED
-from kernels.cpu.layout import BF16_STEP, TILE, parse_format
+from kernels.cpu.layout import BF16_STEP, TILE, misfit, parse_format
 from kernels.kernel import CallShape, Kernel, register
 
 _PARAMS = (
@@ -43,16 +43,9 @@ def _up(value: int, step: int) -> int:
 
 def _accepts(kind: str) -> Callable[[CallShape], str | None]:
     def accepts(call: CallShape) -> str | None:
-        name = call.formats.get("w", call.dtypes.get("w", ""))
-        try:
-            stored, group = parse_format(name)
-        except ValueError as error:
-            return str(error)
-        if stored != kind:
-            return f"stored as {name}, this kernel reads {kind}"
         n, k = call.shapes["w"]
-        if group and k % group:
-            return f"K={k} is not a multiple of the quantization group {group}"
+        if reason := misfit(call.formats.get("w", call.dtypes.get("w", "")), kind, k):
+            return reason
         act = call.attrs["act"]
         if act and act not in GATED and act not in ACTIVATION_CODES:
             known = ", ".join((*GATED, *ACTIVATION_CODES))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kernels.cpu.basic import not_float32
-from kernels.cpu.layout import parse_format
+from kernels.cpu.layout import misfit, parse_format
 from kernels.cpu.rope import KV_SUFFIXES, PAGE_SIZE
 from kernels.kernel import CallShape, Kernel, register
 
@@ -124,17 +124,7 @@ for _dtype, _suffix in KV_SUFFIXES.items():
 
 def _accepts_weight(kind: str) -> Callable[[CallShape], str | None]:
     def accepts(call: CallShape) -> str | None:
-        name = call.formats["w"]
-        try:
-            stored, group = parse_format(name)
-        except ValueError as error:
-            return str(error)
-        if stored != kind:
-            return f"stored as {name}, this kernel reads {kind}"
-        k = call.shapes["w"][2]
-        if group and k % group:
-            return f"K={k} is not a multiple of the quantization group {group}"
-        return not_float32(call)
+        return misfit(call.formats["w"], kind, call.shapes["w"][2]) or not_float32(call)
 
     return accepts
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from kernels.cpu.activations import ACTIVATION_CODES, GATED, SILU_CLAMPED
 from kernels.cpu.basic import not_float32
-from kernels.cpu.layout import TILE, parse_format
+from kernels.cpu.layout import TILE, misfit, parse_format
 from kernels.cpu.linear import prepared_bytes
 from kernels.kernel import CallShape, Kernel, register
 
@@ -111,16 +111,9 @@ register(
 
 def _accepts(kind: str) -> Callable[[CallShape], str | None]:
     def accepts(call: CallShape) -> str | None:
-        name = call.formats["w"]
-        try:
-            stored, group = parse_format(name)
-        except ValueError as error:
-            return str(error)
-        if stored != kind:
-            return f"stored as {name}, this kernel reads {kind}"
         experts, n, k = call.shapes["w"]
-        if group and k % group:
-            return f"K={k} is not a multiple of the quantization group {group}"
+        if reason := misfit(call.formats["w"], kind, k):
+            return reason
         act = call.attrs.get("act", "")
         if act not in ACTS:
             return f"act={act!r} is not one of {', '.join(map(repr, ACTS))}"
