@@ -168,7 +168,7 @@ def _modules(module: str) -> tuple[str, ...]:
                         found += [part for part in inner if part not in found]
         else:
             for header in re.findall(r'#include "(\w+)\.cuh"', path.read_text("utf-8")):
-                if header not in found:
+                if header not in (*found, "launch"):  # made from the source
                     found.append(header)
     return tuple(found)
 

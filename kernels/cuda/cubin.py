@@ -11,18 +11,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 _PARAM, _PARAM_BYTES, _BLOCK, _CLUSTER = 0x17, 0x19, 0x10, 0x3D
-_REGISTERS, _STACK = 0x2F, 0x12
+_MOST_THREADS, _REGISTERS, _STACK = 0x05, 0x2F, 0x12
 
 
 @dataclass(slots=True, kw_only=True)
 class Entry:
     """`parameters`: (offset, size) in bytes, in ABI order. `block`, `cluster`: as the code
-    requires them, or None."""
+    requires them, `most_threads` as it limits them, or None."""
 
     parameters: list[tuple[int, int]] = field(default_factory=list)
     parameter_bytes: int = 0
     block: tuple[int, int, int] | None = None
     cluster: tuple[int, int, int] | None = None
+    most_threads: tuple[int, int, int] | None = None
     registers: int = 0
     stack: int = 0
 
@@ -65,6 +66,8 @@ def _entry(data: bytes) -> Entry:
             entry.block = struct.unpack("<III", value)
         elif attribute == _CLUSTER:
             entry.cluster = struct.unpack("<III", value)
+        elif attribute == _MOST_THREADS:
+            entry.most_threads = struct.unpack("<III", value)
     entry.parameters = [parameters[index] for index in sorted(parameters)]
     return entry
 

@@ -6,6 +6,7 @@ from kernels.cuda import (  # noqa: F401
     embed,
     kv_write,
     linear,
+    linear_cutlass,
     moe,
     norm,
     pool,
