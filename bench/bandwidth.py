@@ -3,7 +3,9 @@ memory.
 
 `Bandwidth(bytes, threads)` holds a huge-page buffer (the size of a model's weights, so that the
 same caches help or do not); `read()` times passes over it. Used by `bench.latency` and
-`bench.peers` for their per-cent-of-bound columns. `python -m bench.bandwidth` prints the table.
+`bench.peers` for their per-cent-of-bound columns: memory that other machines share changes its
+speed within seconds, so they read before and after every few steps, and `share_of_bound` compares
+those steps with those two reads alone. `python -m bench.bandwidth` prints the table.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 from bench.errors import BenchError
 
@@ -31,9 +34,13 @@ class Rate:
     best: float
     median: float
 
-    def bound(self, read_bytes: float) -> float:
-        """Seconds no step that reads `read_bytes` can beat."""
-        return read_bytes / self.best
+
+def share_of_bound(read_bytes: float, seconds: float, before: Rate, after: Rate) -> float:
+    """The time to read `read_bytes` at the speed of the two reads next to a step, over the step's
+    `seconds`. The speed is that of median passes, the time the mean of both: what memory gave just
+    then, so that a step can come out a little above 1.
+    """
+    return read_bytes * (1 / before.median + 1 / after.median) / 2 / seconds
 
 
 def _library(cache: Path) -> ctypes.CDLL:
@@ -60,8 +67,8 @@ def _library(cache: Path) -> ctypes.CDLL:
 
 
 class Bandwidth:
-    """A buffer to read. `read` may be called between the things measured; `rate` covers all passes
-    so far."""
+    """A buffer to read. `read` is called between the things measured and gives the rate of that
+    moment; `rate` covers all passes so far."""
 
     def __init__(self, size: int, threads: int, cache: Path | None = None) -> None:
         self._library = _library(cache or Path("~/.cache/headstart/bench").expanduser())
@@ -71,22 +78,27 @@ class Bandwidth:
             raise BenchError(f"no memory for a buffer of {self._size} bytes to read: free some")
         self._seconds: dict[int, list[float]] = {ahead: [] for ahead in PREFETCH_BYTES}
 
-    def read(self, passes: int = 4) -> Rate:
-        """`passes` more reads at every prefetch distance; the rate of all reads so far."""
+    def read(self, passes: int = 3) -> Rate:
+        """The rate of `passes` more reads at every prefetch distance."""
+        now: dict[int, list[float]] = {}
         for ahead, seconds in self._seconds.items():
             out = (ctypes.c_double * passes)()
             self._library.hs_bandwidth_read(
                 self._base, self._size, self._threads, ahead, passes, out
             )
-            seconds += list(out)
-        return self.rate
+            now[ahead] = list(out)
+            seconds += now[ahead]
+        return self._rate(now)
 
     @property
     def rate(self) -> Rate:
-        """Of the best prefetch distance."""
-        fastest = min(self._seconds.values(), key=min)
-        middle = sorted(fastest)[len(fastest) // 2]
-        return Rate(best=self._size / min(fastest), median=self._size / middle)
+        """Of all reads so far."""
+        return self._rate(self._seconds)
+
+    def _rate(self, seconds: dict[int, list[float]]) -> Rate:
+        """That of the best prefetch distance."""
+        fastest = min(seconds.values(), key=min)
+        return Rate(best=self._size / min(fastest), median=self._size / median(fastest))
 
     def close(self) -> None:
         if self._base:

@@ -2,8 +2,8 @@
 input_len=1024 output_len=128`.
 
 In: `LatencyConfig` (conf/bench/latency.yaml). Out: the lines of SGLang's single-batch benchmark,
-the share of the bandwidth bound (read bandwidth is measured in the same run, over a buffer of the
-size of the weights, on a GPU over the weights), and one JSON line per shape in `output_file`.
+the share of the bandwidth bound (read bandwidth is measured between the steps, over a buffer of
+the size of the weights, on a GPU over the weights), and one JSON line per shape in `output_file`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
-from statistics import median
+from itertools import repeat
+from statistics import mean, median
 from typing import Any
 
 from bench import results
-from bench.bandwidth import Bandwidth
+from bench.bandwidth import Bandwidth, Rate, share_of_bound
 from bench.device_bandwidth import DeviceBandwidth
 from bench.static_batch import StaticBatch, TooLarge, step_bytes
 from bench.windows import windows
@@ -42,18 +43,22 @@ def measure(
     totals: list[float] = []
     medians: list[float] = []
     steps: list[float] = []
-    for number in range(config.runs):
-        buffer.read()
-        seed = hash((config.seed, number, *shape)) & 0xFFFFFFFF  # every run its own prompts
-        done = static.run(static.prompts(batch, input_len, seed), output_len)
-        prefills.append(done.prefill)
-        totals.append(done.prefill + sum(done.decode))
-        medians.append(median(windows(done.decode)))
-        steps = steps or done.decode
-    rate = buffer.read()
-    prefill, total, decode = median(prefills), median(totals), median(medians)
+    shares: list[float] = []
     read = step_bytes(artifact, batch, input_len + output_len / 2)
-    bound = rate.bound(read)
+    for number in range(config.runs):
+        rates: list[Rate] = []
+        seed = hash((config.seed, number, *shape)) & 0xFFFFFFFF  # every run its own prompts
+        prompts = static.prompts(batch, input_len, seed)
+        done = static.run(prompts, output_len, pause=lambda: rates.append(buffer.read()))  # noqa: B023
+        means = windows(done.decode)
+        prefills.append(done.prefill)
+        totals.append(done.prefill + (output_len - 1) * mean(done.decode))
+        medians.append(median(means))
+        shares += map(share_of_bound, repeat(read), means, rates, rates[1:])
+        steps = steps or done.decode
+    rate = buffer.rate
+    prefill, total, decode = median(prefills), median(totals), median(medians)
+    share = median(shares)
     print(
         f"Prefill. latency: {prefill:.5f} s, throughput: {batch * input_len / prefill:.2f} token/s"
     )
@@ -68,8 +73,9 @@ def measure(
     overall = batch * (input_len + output_len) / total
     print(f"Total. latency: {total:.3f} s, throughput: {overall:.2f} token/s")
     print(
-        f"Bound. read: {read / 1e6:.1f} MB per step at {rate.best / 1e9:.2f} GB/s = {bound:.5f} s; "
-        f"decode runs at {100 * bound / decode:.1f} % of it"
+        f"Bound. read: {read / 1e6:.1f} MB per step, {read / decode / 1e9:.2f} GB/s; memory gave "
+        f"{rate.median / 1e9:.2f} (best {rate.best / 1e9:.2f}); of the reads next to them "
+        f"the steps reach {100 * share:.1f} % ({100 * min(shares):.0f} to {100 * max(shares):.0f})"
     )
     return {
         "run_name": config.run_name,
@@ -87,7 +93,7 @@ def measure(
         "step_read_bytes": read,
         "bandwidth_best": rate.best,
         "bandwidth_median": rate.median,
-        "bound_pct": 100 * bound / decode,
+        "bound_pct": 100 * share,
     }
 
 

@@ -7,11 +7,13 @@ peer comparison uses the same. A decode step counts when every sequence of the b
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from bench.errors import BenchError
+from bench.windows import WINDOW
 from runtime.artifact import Artifact
 from runtime.core.loop import EngineLoop
 from runtime.core.options import EngineOptions
@@ -19,10 +21,15 @@ from runtime.device.base import Session, open_session
 from runtime.device.cuda import CudaSession
 from runtime.request import Request, SamplingParams
 
+# Steps after a pause that do not count: the one that ended meanwhile, and the one that wakes the
+# threads and the caches.
+WARM_STEPS = 2
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """Seconds. `prefill`: until every sequence had its first token; `decode`: each full step."""
+    """Seconds. `prefill`: until every sequence had its first token; `decode`: each full step, but
+    for the `WARM_STEPS` after a pause."""
 
     prefill: float
     decode: list[float]
@@ -81,8 +88,13 @@ class StaticBatch:
         rng = np.random.default_rng(seed)
         return rng.integers(0, self.session.capacity.vocab, (batch, input_len)).tolist()
 
-    def run(self, prompts: list[list[int]], output_len: int) -> Run:
-        """Prefill, then `output_len - 1` full decode steps; the cache is left as it is."""
+    def run(
+        self, prompts: list[list[int]], output_len: int, pause: Callable[[], None] | None = None
+    ) -> Run:
+        """Prefill, then `output_len - 1` full decode steps; the cache is left as it is. `pause` is
+        called while no step runs: before the decode, after every `WINDOW` steps that count, and
+        at the end; its time is in no figure.
+        """
         batch = len(prompts)
         self.check(batch, len(prompts[0]), output_len)
         sampling = SamplingParams(
@@ -96,16 +108,33 @@ class StaticBatch:
         start = time.perf_counter()
         for id, tokens in zip(ids, prompts, strict=True):
             self.loop.add(Request(id=id, tokens=tokens, sampling=sampling))
+        longest, last = 0.0, start
         while waiting:
             waiting -= self._step()
-        prefilled = last = time.perf_counter()
+            longest, last = max(longest, time.perf_counter() - last), time.perf_counter()
+        prefilled = last
         decode: list[float] = []
-        while len(decode) < output_len - 1:
+        steps = cold = due = 0
+        while steps < output_len - 1:
+            if pause is not None and len(decode) == due:
+                time.sleep(longest)  # with overlap one step runs on: it ends meanwhile
+                pause()
+                longest, last, cold = 0.0, time.perf_counter(), WARM_STEPS
+                due += WINDOW
             tokens_of = self._step()
             now = time.perf_counter()
-            if len(tokens_of) == batch:
-                decode.append(now - last)
-            last = now
+            seconds, last = now - last, now
+            longest = max(longest, seconds)
+            if len(tokens_of) < batch:
+                continue
+            steps += 1
+            if cold:
+                cold -= 1
+            else:
+                decode.append(seconds)
+        if pause is not None:
+            time.sleep(longest)
+            pause()
         for id in ids:
             self.loop.abort(id)
         while self.loop.has_work:

@@ -1,5 +1,5 @@
-"""Step times that can be trusted: means over a few consecutive steps. Used by `bench.latency` and
-`bench.peers`.
+"""Step times that can be trusted: means over a few consecutive steps. Used by `bench.static_batch`,
+`bench.latency` and `bench.peers`.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 Every peer is a child process with one model (bench/peers/worker.py). Rounds are interleaved: in
 each round every peer does every workload once, so that a disturbance hits all alike; the figures
-are medians over rounds. Between rounds the read bandwidth is measured over a buffer of the size of
-our weights. Out: a table of tokens per second, ratios, per cent of the bandwidth bound, and one
-JSON line.
+are medians over rounds. Before and after every decode run the read bandwidth is measured, over a
+buffer of the size of our weights. Out: a table of tokens per second, ratios, per cent of the
+bandwidth bound, and one JSON line.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from statistics import median
 from tqdm import tqdm
 
 from bench import results
-from bench.bandwidth import Bandwidth, Rate
+from bench.bandwidth import Bandwidth, Rate, share_of_bound
 from bench.errors import BenchError, BenchUsage
 from bench.peers.launch import Skip, Worker, launch
 from bench.peers.shape import Shape
@@ -57,16 +57,22 @@ def measure(
             except Skip as e:
                 print(f"# {precision}: {peer} skipped: {e}", file=sys.stderr)
         samples: dict[tuple[str, Workload], list[float]] = {}
+        shares: dict[tuple[str, Workload], list[float]] = {}
         bar = tqdm(total=config.rounds * len(todo) * len(workers), file=sys.stderr, desc=precision)
         for _ in range(config.rounds):
-            buffer.read()
             for workload in todo:
+                before = buffer.read()
                 for worker in workers:
                     seconds = worker.run(workload, config.steps)
                     samples.setdefault((worker.peer, workload), []).extend(seconds)
+                    if workload.batch:
+                        reads = read_bytes(shape, precision, worker, workload)
+                        after = buffer.read()
+                        share = share_of_bound(reads, median(seconds), before, after)
+                        shares.setdefault((worker.peer, workload), []).append(share)
+                        before = after
                     bar.update(1)
         bar.close()
-        buffer.read()
     finally:
         for worker in workers:
             worker.close()
@@ -75,7 +81,6 @@ def measure(
     if rate is None:
         raise BenchError(f"no peer can run {precision}: see the lines above")
     peers = {worker.peer: worker for worker in workers}
-    weights = weight_bytes(shape, precision)
     figures = [
         Figures(
             precision=precision,
@@ -84,11 +89,18 @@ def measure(
             seconds=median(seconds),
             best_seconds=min(seconds),
             version=peers[peer].version,
-            read_bytes=weights + workload.batch * workload.context * peers[peer].kv_token_bytes,
+            read_bytes=read_bytes(shape, precision, peers[peer], workload),
+            share_of_bound=median(shares[peer, workload]) if workload.batch else None,
         )
         for (peer, workload), seconds in samples.items()
     ]
     return figures, rate
+
+
+def read_bytes(shape: Shape, precision: str, worker: Worker, workload: Workload) -> float:
+    """Bytes a decode step must read: all weights, and the contexts' keys and values."""
+    contexts = workload.batch * workload.context * worker.kv_token_bytes
+    return weight_bytes(shape, precision) + contexts
 
 
 def weight_bytes(shape: Shape, precision: str) -> int:

@@ -21,17 +21,11 @@ class Figures:
     best_seconds: float
     version: str
     read_bytes: float  # that one timing of a decode must read: all weights and the contexts
+    share_of_bound: float | None = None  # median over decode runs; prefill is not bound by reads
 
     @property
     def tokens_per_second(self) -> float:
         return self.workload.tokens / self.seconds
-
-
-def share_of_bound(figures: Figures, rate: Rate) -> float | None:
-    """Of the measured read bandwidth, what a decode step reached; prefill is not bound by it."""
-    if not figures.workload.batch:
-        return None
-    return rate.bound(figures.read_bytes) / figures.seconds
 
 
 def render(figures: list[Figures], rate: Rate, weight_bytes: int, shape: Shape) -> str:
@@ -48,8 +42,7 @@ def render(figures: list[Figures], rate: Rate, weight_bytes: int, shape: Shape) 
         rows = [f for f in figures if f.workload == workload]
         ours = next((f for f in rows if f.peer == "headstart"), None)
         for f in rows:
-            reached = share_of_bound(f, rate)
-            share = "-" if reached is None else f"{100 * reached:.0f} %"
+            share = "-" if f.share_of_bound is None else f"{100 * f.share_of_bound:.0f} %"
             ratio = "-" if ours is None or ours is f else f"{f.seconds / ours.seconds:.2f}x"
             lines.append(
                 f"{workload.label if f is rows[0] else '':<26}{f.peer:<14}"
@@ -72,7 +65,7 @@ def result_lines(figures: list[Figures], rates: dict[str, Rate]) -> list[dict[st
             "best_seconds": f.best_seconds,
             "tokens_per_second": f.tokens_per_second,
             "read_bytes": f.read_bytes,
-            "share_of_bound": share_of_bound(f, rates[f.precision]),
+            "share_of_bound": f.share_of_bound,
             "bandwidth_best": rates[f.precision].best,
             "bandwidth_median": rates[f.precision].median,
         }

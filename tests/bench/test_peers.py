@@ -172,6 +172,7 @@ def test_table() -> None:
             best_seconds=seconds / 2,
             version="1",
             read_bytes=1e9,
+            share_of_bound=0.01 / seconds,
         )
 
     rows = [figures("headstart", 0.02), figures("torch", 0.05)]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from bench import static_batch
+from bench.bandwidth import Rate, share_of_bound
 from bench.errors import BenchError
-from bench.static_batch import StaticBatch, TooLarge
+from bench.static_batch import WARM_STEPS, StaticBatch, TooLarge
+from bench.windows import WINDOW, windows
 from runtime.core.loop import EngineLoop
 from runtime.core.options import EngineOptions
 from runtime.device.base import Capacity
@@ -44,6 +47,60 @@ def test_runs_do_not_disturb_each_other() -> None:
     batch = static()
     for seed in range(3):
         assert len(batch.run(batch.prompts(4, 16, seed), 5).decode) == 4
+
+
+class Memory:
+    """A clock that steps and reads move on, at a speed that changes from window to window."""
+
+    def __init__(self, batch: StaticBatch, slow_from: int) -> None:
+        self.now, self.steps, self.pauses = 0.0, 0, []
+        self.slow_from = slow_from
+        step = batch.loop.step
+
+        def timed() -> list:
+            self.steps += 1
+            self.now += 0.02 / self.speed  # half of what memory gives
+            return step()
+
+        batch.loop.step = timed  # type: ignore[method-assign]
+
+    @property
+    def speed(self) -> float:
+        return 1.0 if self.steps >= self.slow_from else 2.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def pause(self) -> None:
+        self.now += 5.0
+        self.pauses.append(Rate(best=2e9, median=self.speed * 1e9))
+
+
+@pytest.mark.parametrize("slow_from", [0, 1 + WARM_STEPS + WINDOW, 1000])
+def test_pauses_between_windows(monkeypatch: pytest.MonkeyPatch, slow_from: int) -> None:
+    """Half of what memory gives in that moment is half, whatever its speed; pauses cost nothing."""
+    batch = static(overlap=False)
+    memory = Memory(batch, slow_from)
+    monkeypatch.setattr(static_batch, "time", memory)
+    run = batch.run(batch.prompts(2, 8, seed=0), 1 + 3 * (WARM_STEPS + WINDOW), memory.pause)
+    means = windows(run.decode)
+    assert len(run.decode) == 3 * WINDOW
+    assert len(memory.pauses) == 4
+    assert max(run.decode) <= 0.02 + 1e-9
+    windowed = zip(means, memory.pauses[:-1], memory.pauses[1:], strict=True)
+    steady = [share_of_bound(1e7, mean, a, b) for mean, a, b in windowed if a == b]
+    assert steady == pytest.approx([0.5] * len(steady))
+    assert len(steady) >= 2
+
+
+def test_pauses_of_a_short_run() -> None:
+    batch, pauses = static(), []
+    run = batch.run(batch.prompts(1, 8, 0), 4, lambda: pauses.append(0))
+    assert len(run.decode) == 3 - WARM_STEPS
+    assert len(pauses) == 2
 
 
 def test_one_token_is_prefill_only() -> None:
