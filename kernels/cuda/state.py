@@ -48,7 +48,7 @@ register(
             for w in (4, 8)
         ],
         # A step without edits, the usual one, costs an empty launch whatever is chosen here.
-        default=lambda call: EditConfig(block=1024, tile=128, warps=4),
+        default=lambda call: EditConfig(block=1024, tile=64, warps=8),
         launches=_launches,
     )
 )
