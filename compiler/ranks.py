@@ -37,7 +37,6 @@ from compiler.model import StepShape, page_bytes
 from compiler.quantize.scheme import parse_format
 
 FLOAT_BYTES = {"float32": 4, "bfloat16": 2}
-SCALE_BYTES = 2  # float16, per group of inputs
 
 
 def rank_spec(spec: ModelSpec, tp: int) -> ModelSpec:
@@ -70,13 +69,12 @@ def stored_bytes(dims: tuple[int, ...], format: str, name: str) -> int:
     if quantized is None:
         return count * FLOAT_BYTES[format]
     scheme, group = quantized
-    if dims[-1] % group:
+    if group and dims[-1] % group:
         raise CompileError(
             f"quant.group_size={group} does not divide the {dims[-1]} inputs of {name} that are "
             "left on a rank; use a smaller group or fewer ranks"
         )
-    bits = 8 if scheme.high > 7 else 4
-    return count * bits // 8 + count // group * SCALE_BYTES
+    return count * scheme.bits // 8 + count // dims[-1] * scheme.scale_bytes(dims[-1], group)
 
 
 def _layer(layer: LayerSpec, tp: int) -> LayerSpec:

@@ -20,7 +20,7 @@ from compiler.memory import Stored
 from compiler.pack import HashingFile
 from compiler.program import Program, Value
 from compiler.quantize import register  # noqa: F401  (fills SCHEMES)
-from compiler.quantize.scheme import dequantize, parse_format
+from compiler.quantize.scheme import parse_format
 from compiler.weights import Weights, rows, stored
 from kernels.cpu import layout as cpu_layout
 from kernels.cuda import layout as cuda_layout
@@ -118,7 +118,7 @@ def rounded(weight: StoredWeight, source: Weights, constants: Constants) -> torc
         return logical.to(torch.bfloat16).float()
     scheme, group = quantized
     codes, scale = scheme.quantize(logical, group)
-    return dequantize(codes, scale.half().float())  # scales are stored as float16
+    return scheme.dequantize(codes, scale)
 
 
 def write_weights(

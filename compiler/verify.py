@@ -32,7 +32,7 @@ GOLDEN_TOKENS = 12
 LOGPROB_WANTED = 2  # StepInput.row_flags
 # Largest root-mean-square difference of logprobs between device and reference, in units of their
 # spread. Kernels may round activations (to bfloat16, or to int8 per group), never more than that.
-DEVICE_LIMIT = {"float32": 0.01, "bfloat16": 0.05, "int8": 0.1, "int4": 0.2}
+DEVICE_LIMIT = {"float32": 0.01, "bfloat16": 0.05, "int8": 0.1, "int4": 0.2, "fp8": 0.1}
 # Times this where tokens choose experts: a rounded activation sends some to others, in a different
 # place than the reference's rounded weights do. A defect is off by the spread itself.
 EXPERTS_SLACK = 3.0

@@ -50,8 +50,8 @@ class ModelConfig:
 
 @dataclass(slots=True)
 class QuantConfig:
-    """`scheme`: none | int8 | int4 (weight-only, symmetric groups of `group_size` along the
-    input). `head`: also the LM head and tied embedding.
+    """Weight-only. `scheme`: none | int8 | int4 (symmetric groups of `group_size` along the input)
+    | fp8 (e4m3, a scale per output row; GPUs). `head`: also the LM head and tied embedding.
     """
 
     scheme: str = option("none", choices=("none", "int8", "int4", "fp8"))

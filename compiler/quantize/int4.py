@@ -1,5 +1,5 @@
 """int4, weight only; codes travel as int8 in [-8, 7] until they are packed."""
 
-from compiler.quantize.scheme import Scheme, register
+from compiler.quantize.scheme import GroupScheme, register
 
-INT4 = register(Scheme(name="int4", low=-8, high=7))
+INT4 = register(GroupScheme(name="int4", low=-8, high=7))

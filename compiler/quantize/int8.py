@@ -1,5 +1,5 @@
 """int8, weight only."""
 
-from compiler.quantize.scheme import Scheme, register
+from compiler.quantize.scheme import GroupScheme, register
 
-INT8 = register(Scheme(name="int8", low=-127, high=127))
+INT8 = register(GroupScheme(name="int8", low=-127, high=127))

@@ -1,5 +1,5 @@
 """Importing this module registers every quantization scheme."""
 
-from compiler.quantize import int4, int8
+from compiler.quantize import fp8, int4, int8
 
-__all__ = ["int4", "int8"]
+__all__ = ["fp8", "int4", "int8"]

@@ -1,9 +1,9 @@
-"""Weight-only quantization: a scheme turns a float weight into int8 codes and float32 scales per
-group of inputs.
+"""Weight-only quantization: a scheme turns a float weight into codes and float32 scales, one per
+group of inputs (int8, int4) or per output row (fp8).
 
-Schemes live one per file and register here; torchao does the arithmetic. `storage_formats` says
-how each weight of a model is stored. Called by `compiler.pipeline`; packing the codes for a target
-is the kernels' business.
+Schemes live one per file and register here; torchao does the integers' arithmetic.
+`storage_formats` says how each weight of a model is stored. Called by `compiler.pipeline`; packing
+the codes for a target is the kernels' business.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -21,17 +22,62 @@ from compiler.families.spec import ModelSpec
 CHUNK = 1 << 20  # elements at a time: torchao makes several passes, this keeps them in cache (3x)
 
 
+class Scheme(Protocol):
+    """`bits` of a code; `group`s are inputs that share a scale, 0 where a whole row does."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def bits(self) -> int: ...
+
+    def format(self, group: int) -> str:
+        """The storage format string kernels know."""
+        ...
+
+    def refuse(self, inputs: int, group: int, what: str) -> None:
+        """CompileError when `what`, with so many inputs, cannot be cut into groups."""
+        ...
+
+    def scale_bytes(self, inputs: int, group: int) -> int:
+        """Bytes of scales of one output row."""
+        ...
+
+    def quantize(self, w: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes [..., N, K] as layouts pack them, and float32 scales, of w [..., N, K]."""
+        ...
+
+    def dequantize(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """The float32 weight that the stored codes and scales stand for."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scheme:
-    """Symmetric codes in [low, high], one scale per output row and group of inputs."""
+class GroupScheme:
+    """Symmetric integer codes in [low, high], one scale per output row and group of inputs, stored
+    as float16."""
 
     name: str
     low: int
     high: int
 
+    @property
+    def bits(self) -> int:
+        return 8 if self.high > 7 else 4
+
     def format(self, group: int) -> str:
-        """The storage format string kernels know, e.g. `int8g32`."""
+        """E.g. `int8g32`."""
         return f"{self.name}g{group}"
+
+    def refuse(self, inputs: int, group: int, what: str) -> None:
+        if inputs % group:
+            fits = [g for g in (16, 32, 64, 128, 256) if inputs % g == 0]
+            raise CompileError(
+                f"quant.group_size={group} does not divide the {inputs} inputs of {what}; "
+                f"choices: {', '.join(map(str, fits)) or 'none (use quant=none)'}"
+            )
+
+    def scale_bytes(self, inputs: int, group: int) -> int:
+        return inputs // group * 2
 
     def quantize(self, w: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes int8 [N, K] and scales float32 [N, K / group] of w [N, K]; or of a stack
@@ -61,6 +107,9 @@ class Scheme:
             scales.append(scale)
         return torch.cat(codes), torch.cat(scales)
 
+    def dequantize(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return dequantize(codes, scale.half().float())
+
 
 SCHEMES: dict[str, Scheme] = {}
 
@@ -73,11 +122,11 @@ def register(scheme: Scheme) -> Scheme:
 
 
 def parse_format(format: str) -> tuple[Scheme, int] | None:
-    """Scheme and group of a storage format; None for `float32` and `bfloat16`."""
-    match = re.fullmatch(r"([a-z]+\d+)g(\d+)", format)
+    """Scheme and group (0: a whole row) of a storage format; None for `float32` and `bfloat16`."""
+    match = re.fullmatch(r"([a-z]+\d+)(?:g(\d+)|r)", format)
     if match is None:
         return None
-    return SCHEMES[match.group(1)], int(match.group(2))
+    return SCHEMES[match.group(1)], int(match.group(2) or 0)
 
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -103,11 +152,6 @@ def storage_formats(
         ):
             formats[name] = dtype
         else:
-            if shape[-1] % group:
-                fits = [g for g in (16, 32, 64, 128, 256) if shape[-1] % g == 0]
-                raise CompileError(
-                    f"quant.group_size={group} does not divide the {shape[-1]} inputs of {name}; "
-                    f"choices: {', '.join(map(str, fits)) or 'none (use quant=none)'}"
-                )
+            SCHEMES[scheme].refuse(shape[-1], group, name)
             formats[name] = SCHEMES[scheme].format(group)
     return formats

@@ -18,6 +18,7 @@ from compiler.families.spec import ModelSpec
 from compiler.quantize.scheme import (
     CHUNK,
     SCHEMES,
+    GroupScheme,
     Scheme,
     dequantize,
     parse_format,
@@ -29,6 +30,9 @@ from conf.schema import CompileConfig
 
 GROUPS = (16, 32, 64, 128)
 ALL = pytest.mark.parametrize("scheme", SCHEMES.values(), ids=lambda s: s.name)
+INTEGERS = pytest.mark.parametrize(
+    "scheme", [s for s in SCHEMES.values() if isinstance(s, GroupScheme)], ids=lambda s: s.name
+)
 
 
 def weight(rows: int, columns: int) -> torch.Tensor:
@@ -38,9 +42,9 @@ def weight(rows: int, columns: int) -> torch.Tensor:
     return w
 
 
-@ALL
+@INTEGERS
 @pytest.mark.parametrize("group", GROUPS)
-def test_equals_the_definition(scheme: Scheme, group: int) -> None:
+def test_equals_the_definition(scheme: GroupScheme, group: int) -> None:
     w = weight(6, 256)
     codes, scale = scheme.quantize(w, group)
     assert codes.dtype == torch.int8 and codes.shape == w.shape
@@ -55,13 +59,33 @@ def test_equals_the_definition(scheme: Scheme, group: int) -> None:
     assert not codes[0].any() and bool((scale[0] > 0).all())
 
 
-@ALL
-def test_dequantize_is_within_half_a_step(scheme: Scheme) -> None:
+@INTEGERS
+def test_dequantize_is_within_half_a_step(scheme: GroupScheme) -> None:
     w = weight(8, 128).clamp(-2, 2)
     codes, scale = scheme.quantize(w, 32)
     step = scale.repeat_interleave(32, 1)
     # The largest positive value of an even range is clipped by half a step more.
     assert bool(((dequantize(codes, scale) - w).abs() <= step * 0.5001).all())
+
+
+def test_fp8_rounds_to_the_nearest_code_of_a_scaled_row() -> None:
+    """Against every finite e4m3 number, in float64."""
+    w = weight(6, 64)
+    w[1, 0] = 3
+    fp8 = SCHEMES["fp8"]
+    codes, scale = fp8.quantize(w, 0)
+    assert codes.dtype == torch.uint8 and scale.shape == (6,) and scale.dtype == torch.float32
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    numbers = numbers[numbers.isfinite()]
+    exact = w.double() / scale.double()[:, None]
+    nearest = (exact[..., None] - numbers).abs().amin(-1)
+    found = codes.view(torch.float8_e4m3fn).double()
+    assert bool(((found - exact).abs() <= nearest + 1e-5).all())
+    assert float(found.abs().amax()) == 448.0 and not found[0].any()
+    stack, stack_scale = fp8.quantize(torch.stack((w, w * 2)), 0)
+    assert torch.equal(stack[0], codes) and torch.equal(stack_scale[1, 1:], scale[1:] * 2)
+    back = fp8.dequantize(codes, scale)
+    assert bool(((back - w).abs() <= w.abs() / 15 + scale[:, None] * 2**-9).all())
 
 
 @ALL
@@ -79,7 +103,7 @@ def spec_of(name: str) -> ModelSpec:
 
 
 def test_every_quant_choice_is_a_scheme_or_refused() -> None:
-    assert set(group_choices("quant")) - {"none", "fp8"} == SCHEMES.keys()
+    assert set(group_choices("quant")) - {"none"} == SCHEMES.keys()
 
 
 @ALL
@@ -91,13 +115,13 @@ def test_storage_formats(scheme: Scheme) -> None:
                 spec, dtype="bfloat16", scheme=scheme.name, group=32, head=head
             )
             assert formats.keys() == logical_weights(spec).keys()
-            assert formats["layers.3.down"] == f"{scheme.name}g32"
+            assert formats["layers.3.down"] == scheme.format(32)
             assert formats["layers.3.q_bias"] == formats["final_norm"] == "float32"
-            table = f"{scheme.name}g32" if head else "bfloat16"
+            table = scheme.format(32) if head else "bfloat16"
             assert formats["embed"] == (table if tied else "bfloat16")
             assert formats.get("head") == (None if tied else table)
             for format in set(formats.values()) - {"float32", "bfloat16"}:
-                assert parse_format(format) == (scheme, 32)
+                assert parse_format(format) == (scheme, 32 if format.endswith("g32") else 0)
 
 
 def test_no_quantization_keeps_the_dtype() -> None:

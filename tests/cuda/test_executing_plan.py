@@ -13,10 +13,12 @@ import toy_models
 
 from compiler.design import Design, design
 from compiler.families.spec import ModelSpec
+from compiler.importer import import_model
 from compiler.inspect import inputs
 from compiler.interpret_plan import InterpretedSession
 from compiler.pipeline import compile_model
 from compiler.progress import Progress
+from compiler.verify import check_device, measure
 from conf.load import load
 from conf.schema import CompileConfig
 from runtime.artifact import FLAG_PROGRAMMATIC, Artifact
@@ -111,3 +113,22 @@ def test_few_launches_and_programmatic_edges(pair: Pair) -> None:
         plan = pair.cuda.plan(0, bucket.name)
         assert (plan.nodes["flags"][1:] & FLAG_PROGRAMMATIC).all()
         assert not plan.nodes["flags"][0]
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    ["fp8", *(pytest.param(s, marks=pytest.mark.slow) for s in ("none", "int8", "int4"))],
+)
+def test_bfloat16_and_quantized_plans_agree_with_the_reference(scheme: str, tmp_path: Path) -> None:
+    """The check every compile makes on its device, made on the executed plan."""
+    toy_models.save(toy_models.RECIPES["llama"][0], tmp_path / "source")
+    overrides = ["model=hf", f"model.source={tmp_path / 'source'}", "dtype=bfloat16", "name=toy"]
+    overrides += [f"out={tmp_path / 'out'}", f"quant={scheme}", "target=h200"]
+    shape = ["shape.context=64", "shape.max_tokens=32", "shape.max_seqs=32"]
+    loaded = load(CompileConfig, "compile", [*overrides, *shape])
+    artifact = Artifact.open(compile_model(loaded.config, loaded.sources, Progress()))
+    made = design(*inputs(artifact.manifest))
+    measured = measure(made, import_model(loaded.config).weights)
+    session = InterpretedSession(artifact, made, pages=8)
+    kind = "bfloat16" if scheme == "none" else scheme
+    assert check_device(made, measured, session, kind) > 0
