@@ -7,6 +7,8 @@ kernels/cuda/code/probe.py, built when first needed.
 
 from __future__ import annotations
 
+from statistics import median
+
 from bench.bandwidth import Rate
 from bench.errors import BenchError
 from compiler.bind import bind, build
@@ -50,17 +52,21 @@ class DeviceBandwidth:
         self._seconds: list[list[float]] = [[] for _ in launches]
 
     def read(self, passes: int = 4) -> Rate:
-        """`passes` more reads with every number of programs; the rate of all reads so far."""
-        for graph, seconds in zip(self._graphs, self._seconds, strict=True):
-            seconds += self._launcher.seconds(graph, passes, warmup=1)
-        return self.rate
+        """The rate of `passes` more reads with every number of programs."""
+        now = [self._launcher.seconds(graph, passes, warmup=1) for graph in self._graphs]
+        for seconds, more in zip(self._seconds, now, strict=True):
+            seconds += more
+        return self._rate(now)
 
     @property
     def rate(self) -> Rate:
-        """Of the best number of programs."""
-        fastest = min(self._seconds, key=min)
-        middle = sorted(fastest)[len(fastest) // 2]
-        return Rate(best=self._size / min(fastest), median=self._size / middle)
+        """Of all reads so far."""
+        return self._rate(self._seconds)
+
+    def _rate(self, seconds: list[list[float]]) -> Rate:
+        """That of the best number of programs."""
+        fastest = min(seconds, key=min)
+        return Rate(best=self._size / min(fastest), median=self._size / median(fastest))
 
     def close(self) -> None:
         for graph in self._graphs:

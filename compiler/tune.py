@@ -201,7 +201,7 @@ class Tuner:
         wanted: dict[str, np.ndarray] = {}
         for number, candidate in enumerate(task.candidates):
             launches = candidate.kernel.launches(shape, candidate.config)
-            if any(x.source is not None and x.source not in built for x in launches):
+            if not all(_usable(x.source, built, number == 0) for x in launches):
                 continue
             if number and time.monotonic() > self.deadline:
                 break
@@ -413,6 +413,11 @@ class _Buffers:
             raw = launcher.read(self.places[0][arg], self.sizes[arg])
             found[arg] = _widened(raw, program.values[name].dtype)
         return found
+
+
+def _usable(source: Source | None, built: Built, default: bool) -> bool:
+    """Built, and not spilling registers: such a candidate never wins, and there are many."""
+    return source is None or (source in built and (default or not built[source][0].stack))
 
 
 def _fields(weight: StoredWeight) -> dict[str, int]:
