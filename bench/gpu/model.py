@@ -35,6 +35,11 @@ def program(*words: str) -> str:
     return done.stdout
 
 
+def cache_option(config: GpuConfig) -> str:
+    """The cache folder as an override: Hydra's grammar has no bare `~`."""
+    return f"cache={Path(config.cache).expanduser()}"
+
+
 def measured(*words: str) -> list[dict[str, Any]]:
     """The result lines of a benchmark."""
     with tempfile.TemporaryDirectory() as folder:
@@ -52,8 +57,8 @@ def compiled(config: GpuConfig, model: str) -> dict[str, Any]:
     out = program(
         "compiler",
         *(f"model={model}", "weights=random", f"target={config.hardware}"),
-        *(f"out={config.directory}", f"cache={config.cache}", f"name=gpu-{model}"),
-        f"shape.context={max(config.prefill) + 2 * config.context}",
+        *(f"out={config.directory}", cache_option(config), f"name=gpu-{model}"),
+        f"shape.context={max(max(config.prefill) + 2 * config.context, sum(SERVING))}",
         f"shape.max_seqs={max(config.batch)}",
         f"shape.max_tokens={max(config.prefill)}",
     )
@@ -83,7 +88,7 @@ def prefill(config: GpuConfig, artifact: str) -> dict[str, Any]:
     for length in config.prefill:
         (line,) = measured(
             "bench.latency",
-            *(f"artifact={artifact}", "batch=[1]", f"input_len={length}", "output_len=2"),
+            *(f"artifact={artifact}", "batch=[1]", f"input_len={length}", "output_len=4"),
             *("runs=5", "warmup_decode=2"),
         )
         out[f"tokens_{length}"] = {
@@ -154,7 +159,7 @@ def tokens_as_on_cpu(config: GpuConfig) -> dict[str, Any]:
     for target in ("cpu", str(config.hardware)):
         path = program(
             *("compiler", "model=tiny", f"target={target}", "dtype=float32"),
-            *(f"out={config.directory}", f"cache={config.cache}", f"name=tokens-{target}"),
+            *(f"out={config.directory}", cache_option(config), f"name=tokens-{target}"),
         )
         artifact = Artifact.open(path.strip().splitlines()[-1])
         vocab = artifact.manifest.model.vocab
