@@ -210,9 +210,7 @@ def _vector_default(call: CallShape) -> VectorConfig:
     s, w = sizes(call), weight_of(call)
     block_k = min(max(512 // SIZES[w.type] * 2 * w.per, w.group), power(s.k))
     block_k = max(block_k, w.group, 16)
-    block_n = 8 if s.gated else 16
-    if w.row_scale:
-        block_n = 8
+    block_n = 16 >> (s.gated + w.row_scale)  # sums per thread: fp8 rows are twice as long
     tiles = _ceil(s.outputs, block_n)
     return VectorConfig(
         block_n=block_n,
@@ -340,7 +338,8 @@ def _tile_default(call: CallShape) -> TileConfig:
         # 16 KiB of weights per step (8 KiB of int4): with four steps on their way and two programs
         # beside each other a processor has 100 KiB and more in flight; it needs about 30.
         block_k = {"bf16": 128, "fp8e4nv": 256, "i32": 256 if w.bits == 4 else 128}[w.type]
-        if w.type != "bf16" and s.gated and block_m == 64:
+        norm = w.type == "fp8e4nv" and "norm" in call.shapes
+        if block_m == 64 and (norm or (w.type != "bf16" and s.gated)):
             block_k = 128  # registers
         block_n = 64
         wanted, warps, stages = 2 * PROCESSORS, 4, 4

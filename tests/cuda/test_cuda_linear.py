@@ -174,9 +174,23 @@ def test_cubins(tmp_path: Path) -> None:
     )
 
 
+ROWS = [1, 8, 64, 256, 512, 4096]
+STORED = ["bfloat16", "int8g32", "int4g32", "int4g128", "fp8r"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("fmt", STORED)
+def test_defaults_are_valid(fmt: str, model: str) -> None:
+    for one in (c for rows in ROWS for c in calls(model, rows, fmt)):
+        for kernel in KERNELS["cuda"]:
+            if kernel.op == "linear" and kernel.accepts(one) is None:
+                config = kernel.default(one)
+                assert kernel.valid(one, config) is None, (kernel.name, config, one.shapes)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("rows", [1, 8, 64, 256, 512, 4096])
-@pytest.mark.parametrize("fmt", ["bfloat16", "int8g32", "int4g32", "int4g128", "fp8r"])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("fmt", STORED)
 def test_cubins_of_real_shapes(
     fmt: str, rows: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
