@@ -234,17 +234,17 @@ def _vector_launches(call: CallShape, config: VectorConfig) -> tuple[Launch, ...
             w_ptr=stored("w", "data", w.type),
             norm_ptr=pointer(call, "norm"),
             rows_ptr=pointer(call, "rows"),
-            AHEAD=_ahead(s, w, config.block_k),
+            AHEAD=fetches_ahead(s.k, w, config.block_k),
             **_common(call, config, s, w),
         ),
     )
 
 
-def _ahead(s: Sizes, w: Weight, block_k: int) -> bool:
+def fetches_ahead(k: int, w: Weight, block_k: int) -> bool:
     """Whether the first weights are fetched before the previous kernel ends: whole steps of whole
     32-byte sectors, a power of two of them."""
     step = int(block_k * w.row_bytes)
-    return s.k % block_k == 0 and step >= 32 and int(s.k * w.row_bytes) % 32 == 0
+    return k % block_k == 0 and step >= 32 and int(k * w.row_bytes) % 32 == 0
 
 
 register(
@@ -478,7 +478,7 @@ def _tile_launches(call: CallShape, config: TileConfig) -> tuple[Launch, ...]:
             live_ptr=live,
             x=x,
             w=weight_slot("w", w, weight_rows, s.k, config),
-            w_ptr=data if row_tiles == 1 and _ahead(s, w, config.block_k) else None,
+            w_ptr=data if row_tiles == 1 and fetches_ahead(s.k, w, config.block_k) else None,
             norm_ptr=norm,
             rows_ptr=rows,
             X_TMA=by_map,

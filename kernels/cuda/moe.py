@@ -7,11 +7,12 @@ be, and the rest leave at once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from kernels.cuda.kernel import Config, CudaKernel, launch, pointer, register, stored
-from kernels.cuda.linear import TileConfig, half, tile_reason, weight_of, weight_slot
+from kernels.cuda.linear import TileConfig, half, weight_of, weight_slot
 from kernels.cuda.rows import power, row_default, row_grid, row_space
+from kernels.cuda.stack import stack_default, stack_reason, stack_space
 from kernels.kernel import CallShape
 from kernels.launch import Launch
 
@@ -118,48 +119,13 @@ def _sizes(call: CallShape) -> tuple[int, int, int, int, bool]:
 
 def _experts_valid(call: CallShape, config: TileConfig) -> str | None:
     _, outputs, k, _, gated = _sizes(call)
-    if config.split > 1 or config.programs or config.rows_first:
-        return "experts are not split over inputs, not persistent and have no first launch"
-    return tile_reason(config, weight_of(call), outputs=outputs, k=k, gated=gated, half=half(call))
+    return stack_reason(call, config, outputs=outputs, k=k, gated=gated)
 
 
 def _experts_default(call: CallShape) -> TileConfig:
-    experts, _, k, pairs, gated = _sizes(call)
-    w = weight_of(call)
-    if not half(call):
-        block_k = max(16 * w.per, w.group, 32)
-        return TileConfig(block_n=32, block_m=16, block_k=block_k, stages=2, tma=False)
-    aligned = int(k * w.row_bytes) % 16 == 0
+    experts, outputs, k, pairs, gated = _sizes(call)
     # Pairs of an expert when they are spread evenly; an expert with more has more tiles.
-    block_m = min(max(power(_ceil(pairs, experts)), 16), 128)
-    if block_m <= 64:
-        config = TileConfig(block_n=64, block_m=block_m, block_k=128, stages=4, tma=aligned)
-    else:
-        config = TileConfig(
-            block_n=128, block_m=block_m, block_k=64, warps=8, stages=3, tma=aligned
-        )
-        if w.bits and gated:
-            config = replace(config, block_m=64)
-    least = max(16 * w.per, w.group)
-    block_k = max(min(config.block_k, power(k)), least)
-    config = replace(config, block_k=block_k)
-    while config.stages > 2 and _experts_valid(call, config) is not None:
-        config = replace(config, stages=config.stages - 1)
-    return config
-
-
-def _experts_space(call: CallShape) -> list[TileConfig]:
-    if not half(call):
-        return [_experts_default(call)]
-    w = weight_of(call)
-    return [
-        TileConfig(block_n=n, block_m=m, block_k=k, warps=warps, stages=stages, tma=tma)
-        for n, warps in ((64, 4), (128, 4), (128, 8))
-        for m in (16, 32, 64, 128)
-        for k in ((128, 256) if w.bits else (64, 128))
-        for stages in (2, 3, 4)
-        for tma in (True, False)
-    ]
+    return stack_default(call, rows=_ceil(pairs, experts), outputs=outputs, k=k, gated=gated)
 
 
 def _experts(call: CallShape, config: TileConfig) -> tuple[Launch, ...]:
@@ -208,7 +174,7 @@ for _op in ("moe_gate_up", "moe_down"):
             name=_op,
             op=_op,
             accepts=lambda call: None,
-            space=_experts_space,
+            space=lambda call: stack_space(call, _experts_default(call)),
             default=_experts_default,
             valid=_experts_valid,
             launches=_experts,

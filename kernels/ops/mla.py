@@ -89,7 +89,9 @@ HEAD_LINEAR = register(
             LIVE,
             Arg(name="x", role="input", dims=("tokens", "H*(K+R)"), dtypes=("float",)),
             Arg(name="w", role="weight", dims=("H", "N", "K"), dtypes=("float",)),
-            Arg(name="table", role="input", dims=("tokens", "R"), dtypes=("float",), optional=True),
+            Arg(
+                name="table", role="input", dims=("tokens", "R"), dtypes=("float32",), optional=True
+            ),
             Arg(name="out", role="output", dims=("tokens", "H*(N+R)"), dtypes=("float",)),
         ),
         attrs={"heads": int, "interleaved": bool},
@@ -156,7 +158,7 @@ MLA_KV_WRITE = register(
             LIVE,
             Arg(name="x", role="input", dims=("tokens", "C+R"), dtypes=("float",)),
             Arg(name="norm", role="weight", dims=("C",), dtypes=("float",)),
-            Arg(name="table", role="input", dims=("tokens", "R"), dtypes=("float",)),
+            Arg(name="table", role="input", dims=("tokens", "R"), dtypes=("float32",)),
             KV_SLOTS,
             KV_ARG,
         ),
