@@ -189,10 +189,10 @@ def test_defaults_are_valid(fmt: str, model: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("rows", [1, 8, 64, 512])  # one of every regime
 @pytest.mark.parametrize("fmt", STORED)
 def test_cubins_of_real_shapes(
     fmt: str, rows: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     cache = tmp_path_factory.getbasetemp() / "cubins"
-    check_cubins([c for model in MODELS for c in calls(model, rows, fmt)], cache)
+    check_cubins(calls("llama3-8b", rows, fmt), cache)
