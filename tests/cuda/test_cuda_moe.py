@@ -101,7 +101,7 @@ def test_refused_configurations() -> None:
         TileConfig(block_n=32, block_m=16, block_k=32, rows_first=True),
     ):
         reason = KERNEL["moe_down"].valid(call, config) or ""
-        assert reason.startswith("experts are not split over inputs"), config
+        assert "not split over inputs" in reason, config
 
 
 # ---- cubins --------------------------------------------------------------------------
