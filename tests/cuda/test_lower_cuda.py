@@ -1,0 +1,56 @@
+"""Every call of every program finds a CUDA kernel with a valid default, in both kinds of bucket."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from msgspec import structs
+from toy_specs import FAMILIES, toy, toy_config
+
+from compiler.design import draft, nodes_of
+from compiler.families.spec import ModelSpec
+from compiler.families.table import named_shapes, read_shape
+from compiler.lower import Node
+from compiler.quantize.scheme import SCHEMES
+from conf.schema import CompileConfig
+from kernels.cuda.kernel import CudaKernel
+from runtime.artifact import Bucket
+
+CHOICES = ("none", *sorted(SCHEMES))
+DECODE = Bucket(name="d8", tokens=8, seqs=8, pages=512, kind="decode")
+MIXED = Bucket(name="t512", tokens=512, seqs=8, pages=512)
+
+
+def cuda_config(spec: ModelSpec, scheme: str) -> CompileConfig:
+    config = toy_config(spec, scheme=scheme, dtype="bfloat16")
+    config.target.kind, config.target.name, config.target.arch = "cuda", "h200", "sm_90a"
+    config.kv.dtype = "bfloat16"
+    return config
+
+
+def lowered(spec: ModelSpec, config: CompileConfig, buckets: Sequence[Bucket]) -> list[Node]:
+    base = draft(spec, config)
+    found = [node for b in buckets for node in nodes_of(base.program, base.weights, b, "cuda")]
+    assert len(found) == len(buckets) * len(base.program.calls)
+    for node in found:
+        assert isinstance(node.kernel, CudaKernel)
+        assert node.kernel.valid(node.shape, node.config) is None, node.shape
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("scheme", CHOICES)
+def test_every_toy_program(family: str, scheme: str) -> None:
+    spec = toy(family)
+    lowered(spec, cuda_config(spec, scheme), (DECODE, MIXED))
+
+
+@pytest.mark.parametrize("name", named_shapes())
+def test_every_named_shape(name: str) -> None:
+    """One layer of every kind, at the sizes of the real model."""
+    _, spec = read_shape(name)
+    spec = structs.replace(spec, layers=tuple(dict.fromkeys(spec.layers)))
+    config = cuda_config(spec, "none")
+    config.shape.context = min(spec.context, 8192)
+    lowered(spec, config, (DECODE, MIXED))
