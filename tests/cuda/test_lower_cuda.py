@@ -51,6 +51,7 @@ def test_every_named_shape(name: str) -> None:
     """One layer of every kind, at the sizes of the real model."""
     _, spec = read_shape(name)
     spec = structs.replace(spec, layers=tuple(dict.fromkeys(spec.layers)))
-    config = cuda_config(spec, "none")
-    config.shape.context = min(spec.context, 8192)
-    lowered(spec, config, (DECODE, MIXED))
+    for scheme in CHOICES:
+        config = cuda_config(spec, scheme)
+        config.shape.context = min(spec.context, 8192)
+        lowered(spec, config, (DECODE, MIXED))
