@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from compiler.bind import bind, bind_plan
+from compiler.bind import Built, bind, bind_plan
 from compiler.design import Draft, draft, nodes_of
 from compiler.importer import import_model
 from compiler.lower import Node, accepting, bucket_sizes, call_shape, label
@@ -29,7 +29,7 @@ from compiler.progress import Progress
 from compiler.record import record
 from compiler.store import StoredWeight, weight_formats
 from compiler.tune_inputs import pages_of, step_inputs
-from compiler.tuned import Records, call_key, load_records, save_records
+from compiler.tuned import FOLDER, Records, call_key, load_records, save_records
 from conf.errors import ConfigError
 from conf.load import run
 from conf.resolve import resolve
@@ -44,13 +44,13 @@ from runtime.device.driver import version
 from runtime.device.launcher import Call, Launcher
 from runtime.weights_file import itemsize
 
+NO_USE = ("out", "name", "accuracy.max_delta")  # options of a compile alone
 ALIGN = 256
 PATTERN = 0x3C  # every float format reads this byte, repeated, as a small positive number
 ROTATE = 3  # times the second-level cache that a graph's buffers take
 MOST_CALLS = 64
 CLOSE = 1.05  # contenders: at most so much slower than the best
 STEADY = 1.01  # a whole step must gain so much to change a choice
-Built = Mapping[Source, tuple[Binary, bytes]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +84,10 @@ def main(config: TuneConfig, sources: Mapping[str, str]) -> None:
             f"target={config.target.name}: only GPUs are tuned; name the GPU of this machine, "
             "target=h200 or target=h100"
         )
+    for key in NO_USE:
+        if sources.get(key) == "override":
+            raise ConfigError(f"{key}: does nothing here, nothing is published; leave it out")
+    folder = FOLDER if config.records is None else Path(config.records)
     progress = Progress()
     model = import_model(config)
     resolved, _ = resolve(
@@ -96,8 +100,8 @@ def main(config: TuneConfig, sources: Mapping[str, str]) -> None:
     base = draft(model.spec, resolved)
     with Launcher(config.gpu) as launcher:
         tuner = Tuner(launcher, base, config, progress)
-        records = tuner.run()
-    path = save_records(records, Path(config.records))
+        records = tuner.run(load_records(config.target.name, folder))
+    path = save_records(records, folder)
     progress.show(f"{len(records.entries)} records in {path}")
 
 
@@ -122,11 +126,11 @@ class Tuner:
         self.memory = _Memory(launcher, int(launcher.free_memory() * 0.8), config.memory_gib)
         self.left_out: list[str] = []
 
-    def run(self) -> Records:
+    def run(self, before: Records) -> Records:
+        """What was measured now, over what was known before."""
         tasks = tuple(self.tasks())
         with self.progress.stage("kernels"):
             built = self.build(tasks)
-        before = load_records(self.config.target.name, Path(self.config.records))
         entries = dict(before.entries)
         ranked: dict[str, list[tuple[float, Candidate]]] = {}
         with self.progress.stage("calls", len(tasks)) as advance:

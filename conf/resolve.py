@@ -6,14 +6,33 @@ refused here, before anything is read or allocated.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
 from conf.errors import ConfigError
-from conf.schema import CompileConfig
+from conf.load import group_values
+from conf.schema import CompileConfig, TargetConfig
 
 DEFAULT_CONTEXT = 8192  # served context when none is asked for and the model has more
+
+
+GPU_TARGETS = ("h200", "h100")
+
+
+def settle_target(
+    config: CompileConfig, sources: Mapping[str, str], gpus: Sequence[str]
+) -> tuple[CompileConfig, dict[str, str]]:
+    """target=auto becomes the first of this machine's GPUs that there is a target for, else its
+    CPU. `gpus`: product names, e.g. `NVIDIA H200`."""
+    if config.target.kind != "auto":
+        return config, dict(sources)
+    config, origin = deepcopy(config), dict(sources)
+    name = next((t for gpu in gpus for t in GPU_TARGETS if t in gpu.lower()), "cpu")
+    config.target = TargetConfig(**group_values("target", name))
+    for key in [key for key in origin if key.startswith("target.")]:
+        origin[key] = "this machine"
+    return config, origin
 
 
 def check_supported(config: CompileConfig) -> None:
@@ -55,18 +74,21 @@ def resolve(
     whole: bool = False,
 ) -> tuple[CompileConfig, dict[str, str]]:
     """`checkpoint_dtype`: float32, bfloat16 or float16, as the checkpoint is stored; `context`:
-    the model's longest sequence; `whole`: it computes a sequence in one step.
+    the model's longest sequence; `whole`: it computes a sequence in one step. A target that is
+    still `auto` is the CPU: `settle_target` knows the GPUs.
     """
     check_supported(config)
-    config, origin = deepcopy(config), dict(sources)
+    config, origin = settle_target(deepcopy(config), sources, ())
+    if config.quant.scheme in ("none", "fp8") and origin.get("quant.group_size") == "override":
+        raise ConfigError(
+            f"quant.group_size={config.quant.group_size}: quant={config.quant.scheme} has no "
+            "groups; leave it out or take quant=int8 or quant=int4"
+        )
 
     def settle(section: Any, key: str, value: Any, why: str) -> None:
         setattr(section, key.rsplit(".", 1)[-1], value)
         origin[key] = why
 
-    if config.target.kind == "auto":
-        settle(config.target, "target.kind", "cpu", "this machine")
-        settle(config.target, "target.name", "cpu", "this machine")
     if config.dtype == "auto":
         # float16 has no stored form here. float32 keeps every bit of it; GPUs have matrix units
         # for bfloat16 alone.

@@ -75,8 +75,9 @@ class KvConfig:
 
 @dataclass(slots=True)
 class TargetConfig:
-    """`kind`: auto | cpu | cuda. Of a GPU also the architecture, its memory, and the rates that
-    predicted step times are made with: memory bandwidth and dense bfloat16 arithmetic.
+    """`kind`: auto (this machine's GPU, where there is a target for it, else its CPU) | cpu | cuda.
+    Of a GPU also the architecture, its memory, and the rates that predicted step times are made
+    with: memory bandwidth and dense bfloat16 arithmetic.
     """
 
     name: str = MISSING
@@ -129,7 +130,8 @@ class TuneConfig(CompileConfig):
     """What to compile, and how to measure it. `gpu`: index; `rounds`: replays a median is taken of;
     `seconds`: for everything after the builds; `contenders`: candidates of a call tried in the
     whole step; `context`: tokens every sequence holds; `ops`: only these (empty: all);
-    `memory_gib`: of the GPU, for buffers; `records`: folder of the result.
+    `memory_gib`: of the GPU, for buffers; `records`: folder of the result (null: kernels/tuned,
+    where a compile looks).
     """
 
     gpu: int = option(0, low=0)
@@ -139,7 +141,7 @@ class TuneConfig(CompileConfig):
     context: int = option(1024, low=16)
     ops: list[str] = field(default_factory=list)
     memory_gib: float = option(32.0, low=0.1)
-    records: str = "kernels/tuned"
+    records: str | None = None
 
 
 def limit(default: float) -> Any:

@@ -6,6 +6,7 @@ in a process of its own (worker.py), because a fault on the device takes the who
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -52,90 +53,40 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def probes(config: GpuConfig, model: str, artifact: str) -> Figures:
-    from bench.gpu.probes import probes as run
+def later(function: str, *takes: str) -> Callable[[GpuConfig, str, str], Figures]:
+    """A section that is `<module>.<name>` of bench.gpu, imported when it runs: `machine` must work
+    where torch or triton are missing. `takes`: what it wants beyond the config."""
 
-    return run(config)
+    def run(config: GpuConfig, model: str, artifact: str) -> Figures:
+        module, _, name = function.partition(".")
+        given = {"model": model, "artifact": artifact}
+        found = getattr(importlib.import_module(f"bench.gpu.{module}"), name)
+        figures: Figures = found(config, *(given[what] for what in takes))
+        return figures
 
-
-def contracts(config: GpuConfig, model: str, artifact: str) -> Figures:
-    from bench.gpu.contracts import contracts as run
-
-    return run(config)
-
-
-def tokens(config: GpuConfig, model: str, artifact: str) -> Figures:
-    from bench.gpu.model import tokens_as_on_cpu
-
-    return tokens_as_on_cpu(config)
-
-
-def compiled(config: GpuConfig, model: str, artifact: str) -> Figures:
-    from bench.gpu.model import compiled as run
-
-    return run(config, model)
-
-
-def decode(config: GpuConfig, model: str, artifact: str) -> Figures:
-    from bench.gpu.model import decode as run
-
-    return run(config, artifact)
-
-
-def prefill(config: GpuConfig, model: str, artifact: str) -> Figures:
-    from bench.gpu.model import prefill as run
-
-    return run(config, artifact)
-
-
-def restore(config: GpuConfig, model: str, artifact: str) -> Figures:
-    from bench.gpu.model import restore as run
-
-    return run(config, artifact)
-
-
-def startup(config: GpuConfig, model: str, artifact: str) -> Figures:
-    from bench.gpu.model import startup as run
-
-    return run(config, artifact)
-
-
-def nodes(config: GpuConfig, model: str, artifact: str) -> Figures:
-    from bench.gpu.nodes import nodes as run
-
-    return run(config, artifact)
-
-
-def products(config: GpuConfig, model: str, artifact: str) -> Figures:
-    from bench.gpu.nodes import products as run
-
-    return run(config, artifact)
-
-
-def peers(config: GpuConfig, model: str, artifact: str) -> Figures:
-    from bench.gpu.peers import peers as run
-
-    return run(config, model)
-
-
-def serving(config: GpuConfig, model: str, artifact: str) -> Figures:
-    from bench.gpu.model import serving as run
-
-    return run(config, artifact)
+    return run
 
 
 SECTIONS = (
     Section(name="machine", seconds=30, run=machine),
-    Section(name="probes", seconds=60, run=probes),
-    Section(name="contracts", seconds=120, run=contracts),
-    Section(name="tokens", seconds=90, run=tokens),
-    Section(name="compile", seconds=150, run=compiled, per_model=True, needs=False),
-    Section(name="restore", seconds=30, run=restore, per_model=True),
-    Section(name="decode", seconds=60, run=decode, per_model=True),
-    Section(name="prefill", seconds=60, run=prefill, per_model=True),
-    Section(name="nodes", seconds=45, run=nodes, per_model=True),
-    Section(name="products", seconds=30, run=products, per_model=True),
-    Section(name="startup", seconds=60, run=startup, per_model=True),
-    Section(name="peers", seconds=120, run=peers, per_model=True, needs=False),
-    Section(name="serving", seconds=90, run=serving, per_model=True),
+    Section(name="probes", seconds=60, run=later("probes.probes")),
+    Section(name="contracts", seconds=120, run=later("contracts.contracts")),
+    Section(name="tokens", seconds=90, run=later("model.tokens_as_on_cpu")),
+    Section(
+        name="compile",
+        seconds=150,
+        run=later("model.compiled", "model"),
+        per_model=True,
+        needs=False,
+    ),
+    Section(name="restore", seconds=30, run=later("model.restore", "artifact"), per_model=True),
+    Section(name="decode", seconds=60, run=later("model.decode", "artifact"), per_model=True),
+    Section(name="prefill", seconds=60, run=later("model.prefill", "artifact"), per_model=True),
+    Section(name="nodes", seconds=45, run=later("nodes.nodes", "artifact"), per_model=True),
+    Section(name="products", seconds=30, run=later("nodes.products", "artifact"), per_model=True),
+    Section(name="startup", seconds=60, run=later("model.startup", "artifact"), per_model=True),
+    Section(
+        name="peers", seconds=120, run=later("peers.peers", "model"), per_model=True, needs=False
+    ),
+    Section(name="serving", seconds=90, run=later("model.serving", "artifact"), per_model=True),
 )

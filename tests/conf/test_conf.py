@@ -15,7 +15,7 @@ from conf.bench_schema import LatencyConfig
 from conf.errors import ConfigError
 from conf.load import load, run
 from conf.options import CONF, group_choices, help_text
-from conf.resolve import check_supported, resolve
+from conf.resolve import GPU_TARGETS, check_supported, resolve, settle_target
 from conf.schema import CompileConfig, ServeConfig
 
 GROUPS = ("model", "quant", "parallel", "kv", "target", "shape")
@@ -53,6 +53,32 @@ def test_every_group_file_composes_and_resolves(group: str, choice: str) -> None
 def test_all_groups_of_the_defaults_list_are_tested() -> None:
     assert {p.name for p in CONF.iterdir() if p.is_dir() and any(p.glob("*.yaml"))} >= set(GROUPS)
     assert {f.name for f in fields(CompileConfig)} >= set(GROUPS)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "name"),
+    [((), "cpu"), (("NVIDIA A100",), "cpu"), (("NVIDIA A100", "NVIDIA H200"), "h200")],
+)
+def test_auto_is_the_gpu_of_this_machine_or_its_cpu(gpus: tuple[str, ...], name: str) -> None:
+    loaded = load(CompileConfig, "compile", ["model=tiny", "quant=none"])
+    config, origin = settle_target(loaded.config, loaded.sources, gpus)
+    assert config.target == compose("model=tiny", f"target={name}").target
+    assert origin["target.name"] == origin["target.kind"] == "this machine"
+    assert loaded.config.target.kind == "auto"
+    named = compose("model=tiny", "target=cpu")
+    assert settle_target(named, {}, ("NVIDIA H200",))[0].target.name == "cpu"
+
+
+def test_every_gpu_that_auto_may_choose_has_a_target() -> None:
+    assert set(GPU_TARGETS) == set(group_choices("target")) - {"auto", "cpu"}
+
+
+@pytest.mark.parametrize("scheme", ["none", "fp8"])
+def test_groups_of_a_scheme_without_groups_are_refused(scheme: str) -> None:
+    words = ["model=tiny", f"quant={scheme}", "quant.group_size=64", "target=h200"]
+    loaded = load(CompileConfig, "compile", words)
+    with pytest.raises(ConfigError, match=r"quant\.group_size=64: .* has no groups"):
+        resolve(loaded.config, loaded.sources, checkpoint_dtype="float32", context=128)
 
 
 def test_resolution_of_auto_and_its_sources() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import toy_models
 
+from compiler import pipeline
 from compiler.design import Design, design
 from compiler.families.spec import ModelSpec
 from compiler.importer import import_model
@@ -119,6 +120,15 @@ def test_few_launches_and_programmatic_edges(pair: Pair) -> None:
         plan = pair.cuda.plan(0, bucket.name)
         assert (plan.nodes["flags"][1:] & FLAG_PROGRAMMATIC).all()
         assert not plan.nodes["flags"][0]
+
+
+def test_another_gpu_than_the_targets_is_no_device_to_verify_on(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "gpu_names", lambda: ["NVIDIA A100"])
+    source = str(pair.cuda.manifest.config["model"]["source"])
+    again = compiled(Path(source), tmp_path, "h200", "float32")
+    assert not again.manifest.golden and again.digest == pair.cuda.digest
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,12 @@ from toy_specs import toy, toy_config
 from compiler.design import draft, nodes_of
 from compiler.errors import CompileError
 from compiler.lower import Node
+from compiler.tune import main
 from compiler.tune_inputs import lengths, step_inputs
 from compiler.tuned import Records, call_key, load_records, save_records
-from conf.schema import CompileConfig
+from conf.errors import ConfigError
+from conf.load import load as load_config
+from conf.schema import CompileConfig, TuneConfig
 from runtime.artifact import Bucket
 
 pytest.importorskip("triton")
@@ -128,3 +131,10 @@ def test_a_cpu_is_not_tuned() -> None:
         check=False,
     )
     assert done.returncode == 2 and "only GPUs are tuned" in done.stderr
+
+
+@pytest.mark.parametrize("word", ["out=x", "name=x", "accuracy.max_delta=0.1"])
+def test_options_without_an_effect_are_refused(word: str) -> None:
+    loaded = load_config(TuneConfig, "tune", ["model=tiny", "target=h200", word])
+    with pytest.raises(ConfigError, match=f"{word.partition('=')[0]}: does nothing here"):
+        main(loaded.config, loaded.sources)
