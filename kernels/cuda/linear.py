@@ -6,6 +6,12 @@ norm and row choice fused (`linear_tiles`, one launch). Many rows are compute bo
 TMA on both sides, a fixed number of programs walking the live tiles, norm and row choice as a first
 launch. The last two are one device function in different configurations, so the tuner may choose
 any mixture.
+
+A fused norm is one pass: rsqrt(mean x^2 + eps) * ((x * weight) W^T), the squares summed while the
+tiles of x go by, so x * weight is what is rounded to bfloat16, not the normalised row (a first
+launch rounds that). Every column of tiles repeats the products with the norm's weight. In a decode
+bucket of many rows that is still done, to save the launch: with float weights the rows are then the
+left operand (`x_left`), which wgmma takes from registers, and the work overlaps the tensor cores'.
 """
 
 from __future__ import annotations
@@ -84,7 +90,8 @@ class VectorConfig(Config):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TileConfig(Config):
     """`programs` 0: one per tile and split. `rows_first`: norm and row choice as a first launch.
-    `tma`: weights and, where nothing is fused into their loading, activations by tensor map."""
+    `x_left`: activations, not weights, are the left operand, which may come from registers.
+    `tma`: weights and, where they need no pointers, activations by tensor map."""
 
     block_n: int
     block_m: int
@@ -95,6 +102,7 @@ class TileConfig(Config):
     tma: bool = True
     programs: int = 0
     rows_first: bool = False
+    x_left: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,11 +274,6 @@ register(
 # ---- tiles ---------------------------------------------------------------------------
 
 
-def _plain(call: CallShape, config: TileConfig) -> bool:
-    """Whether activation rows are read as they are."""
-    return config.rows_first or ("norm" not in call.shapes and "rows" not in call.shapes)
-
-
 def _rows_bytes(call: CallShape, config: TileConfig) -> int:
     if not config.rows_first:
         return 0
@@ -279,8 +282,11 @@ def _rows_bytes(call: CallShape, config: TileConfig) -> int:
 
 
 def x_tma(call: CallShape, config: TileConfig, w: Weight, k: int) -> bool:
+    """Whether activation rows are read by tensor map: all of them, and those on the right as they
+    are."""
     aligned = k * SIZES[TYPES[call.dtypes["x"]]] % 16 == 0
-    return config.tma and not w.bits and aligned and _plain(call, config)
+    whole = "rows" not in call.shapes and (config.x_left or "norm" not in call.shapes)
+    return config.tma and not w.bits and aligned and (config.rows_first or whole)
 
 
 def tile_reason(
@@ -316,6 +322,10 @@ def _tile_valid(call: CallShape, config: TileConfig) -> str | None:
         return reason
     if config.rows_first and "norm" not in call.shapes and "rows" not in call.shapes:
         return "there is nothing to do for a first launch"
+    if config.x_left and (not half(call) or w.type != "bf16"):
+        return f"weights as {call.formats['w']} are decoded in registers, on the left"
+    if config.x_left and config.block_m < 64:
+        return f"block_m {config.block_m} on the left, 64 at least"
     tiles = _ceil(s.outputs, config.block_n) * _ceil(s.rows, config.block_m)
     return _counters(tiles) if config.split > 1 else None
 
@@ -323,6 +333,11 @@ def _tile_valid(call: CallShape, config: TileConfig) -> str | None:
 def _tile_default(call: CallShape) -> TileConfig:
     s, w = sizes(call), weight_of(call)
     fused = "norm" in call.shapes or "rows" in call.shapes
+    # In a decode bucket a launch of its own is saved; not before the head, which has by far the
+    # most columns of tiles and stands once in a step.
+    rows_first = fused and s.rows > 64 and (call.kind != "decode" or _logits(call))
+    norm_inside = "norm" in call.shapes and not rows_first
+    x_left = False
     aligned = int(s.k * w.row_bytes) % 16 == 0
     if not half(call):  # the ordinary cores multiply float32: small tiles
         block_k = max(32 * (1 if not w.bits else 16 * w.per // 32), w.group)
@@ -338,8 +353,9 @@ def _tile_default(call: CallShape) -> TileConfig:
         # 16 KiB of weights per step (8 KiB of int4): with four steps on their way and two programs
         # beside each other a processor has 100 KiB and more in flight; it needs about 30.
         block_k = {"bf16": 128, "fp8e4nv": 256, "i32": 256 if w.bits == 4 else 128}[w.type]
-        norm = w.type == "fp8e4nv" and "norm" in call.shapes
-        if block_m == 64 and (norm or (w.type != "bf16" and s.gated)):
+        if block_m == 64 and (
+            (w.type == "fp8e4nv" and norm_inside) or (w.type != "bf16" and s.gated)
+        ):
             block_k = 128  # registers
         block_n = 64
         wanted, warps, stages = 2 * PROCESSORS, 4, 4
@@ -354,8 +370,12 @@ def _tile_default(call: CallShape) -> TileConfig:
         wanted, warps, stages = PROCESSORS, 8, 3
         if w.type == "fp8e4nv":
             block_k = 128
+            if norm_inside:  # registers
+                block_m = 64 if s.gated else 128
         if w.bits and s.gated:  # each pair of warp groups decodes rows of its own
             block_m = 64
+        if norm_inside and w.type == "bf16":  # wide tiles: fewer products with the norm's weight
+            x_left, block_m, block_n = True, 128, 128 if s.gated or s.rows <= 128 else 256
     block_k = max(block_k, w.group, 16 * w.per)
     if s.k < block_k:
         block_k = max(power(s.k), w.group, 16 * w.per)
@@ -369,12 +389,18 @@ def _tile_default(call: CallShape) -> TileConfig:
         stages=stages,
         tma=aligned,
         programs=PROCESSORS if s.rows > 256 and tiles > PROCESSORS else 0,
-        rows_first=fused and s.rows > 64,
+        rows_first=rows_first,
+        x_left=x_left,
     )
     config = _split(config, tiles, _ceil(s.k, block_k), wanted, 4)
     while _tile_valid(call, config) is not None and config.stages > 2:
         config = replace(config, stages=config.stages - 1)
     return config
+
+
+def _logits(call: CallShape) -> bool:
+    """The head's results alone are kept more precisely than its inputs."""
+    return call.dtypes["out"] == "float32" and half(call)
 
 
 def _split(config: TileConfig, tiles: int, steps: int, wanted: int, least: int) -> TileConfig:
@@ -405,6 +431,7 @@ def _tile_space(call: CallShape) -> list[TileConfig]:
             for stages in (3, 4, 6)
             for tma in (True, False)
         ]
+    left = "norm" in call.shapes and w.type == "bf16"
     return [
         TileConfig(
             block_n=n,
@@ -415,6 +442,7 @@ def _tile_space(call: CallShape) -> list[TileConfig]:
             stages=stages,
             programs=programs,
             rows_first=first,
+            x_left=left and not first,
         )
         for n, m in ((64, 128), (64, 256), (128, 128), (128, 256), (256, 128))
         for k in ((64, 128) if not w.bits else (128, 256))
@@ -485,6 +513,7 @@ def _tile_launches(call: CallShape, config: TileConfig) -> tuple[Launch, ...]:
             W_TMA=config.tma,
             HALF=half(call),
             BLOCK_M=config.block_m,
+            X_LEFT=config.x_left,
             SUPER=min(8, row_tiles),
             PROGRAMS=config.programs,
             **common,

@@ -55,6 +55,8 @@ WAYS = {
     "persistent": replace(TILE, programs=3),
     "rows first": replace(TILE, rows_first=True),
     "rows first, split, persistent": replace(TILE, rows_first=True, split=2, programs=2),
+    "rows left": replace(TILE, x_left=True, block_m=64, warps=8),
+    "rows left by pointers, split": replace(TILE, x_left=True, block_m=64, split=2, tma=False),
 }
 
 
@@ -68,7 +70,7 @@ def test_ways_through_a_tile(way: str, label: str) -> None:
         reason = kernel.valid(case.call, replace(config, split=1, block_k=32))
         assert reason == "there is nothing to do for a first launch"
         return
-    for fmt in ("bfloat16", "int4g32", "fp8r"):
+    for fmt in ("bfloat16",) if config.x_left else ("bfloat16", "int4g32", "fp8r"):
         case = make_case(LINEAR, sample, "bfloat16", fmt)
         small = config
         if sample.args["x"].shape[1] <= 128:
@@ -81,15 +83,36 @@ def test_ways_through_a_tile(way: str, label: str) -> None:
 
 def test_rows_do_not_depend_on_the_batch() -> None:
     """A row's result is the same bits beside other rows."""
-    sample = SAMPLES["odd rows"]
     kernel = KERNEL["linear_tiles"]
-    whole = make_case(LINEAR, sample, "bfloat16", "bfloat16")
-    config = kernel.default(whole.call)
-    run_case(kernel, whole, config)
-    args = {**sample.args, "live": sample.args["live"].clamp(max=2)}
-    few = make_case(LINEAR, replace(sample, args=args), "bfloat16", "bfloat16")
-    run_case(kernel, few, config)
-    assert torch.equal(whole.memory["out"][:2], few.memory["out"][:2])
+    for label in ("odd rows", "chunk"):  # the second with its norm inside
+        sample = SAMPLES[label]
+        whole = make_case(LINEAR, sample, "bfloat16", "bfloat16", kind="decode")
+        config = replace(kernel.default(whole.call), block_n=64, block_k=64)
+        run_case(kernel, whole, config)
+        args = {**sample.args, "live": sample.args["live"].clamp(max=2)}
+        few = make_case(LINEAR, replace(sample, args=args), "bfloat16", "bfloat16")
+        run_case(kernel, few, config)
+        assert torch.equal(whole.memory["out"][:2], few.memory["out"][:2])
+
+
+@pytest.mark.parametrize("rows", [1, 8, 64, 128, 256])
+@pytest.mark.parametrize("fmt", ["bfloat16", "int8g32", "int4g128", "fp8r"])
+def test_a_norm_costs_no_launch_in_a_decode_bucket(fmt: str, rows: int) -> None:
+    shape = replace(call(rows, 6144, 4096, fmt, norm=True), kind="decode")
+    kernel = KERNEL["linear_tiles"]
+    assert len(kernel.launches(shape, kernel.default(shape))) == 1
+    candidates = kernel.candidates(shape)
+    assert any(config.rows_first for config in candidates) == (rows > 64)
+
+
+def test_what_cannot_stand_on_the_left() -> None:
+    kernel = KERNEL["linear_tiles"]
+    config = TileConfig(block_n=128, block_m=128, block_k=128, warps=8, x_left=True)
+    assert kernel.valid(call(128, 256, 256, norm=True), config) is None
+    reason = kernel.valid(call(128, 256, 256, "int4g32", norm=True), config)
+    assert reason == "weights as int4g32 are decoded in registers, on the left"
+    reason = kernel.valid(call(128, 256, 256, norm=True), replace(config, block_m=32))
+    assert reason == "block_m 32 on the left, 64 at least"
 
 
 # ---- cubins --------------------------------------------------------------------------
@@ -169,6 +192,7 @@ def test_cubins(tmp_path: Path) -> None:
             call(8, 2048, 8192, residual=True),
             call(64, 2 * 8192, 2048, "int4g32", norm=True, act="swiglu"),
             call(512, 2 * 8192, 2048, norm=True, act="swiglu"),
+            replace(call(256, 3072, 2048, norm=True), kind="decode"),
         ],
         tmp_path,
     )
@@ -196,3 +220,15 @@ def test_cubins_of_real_shapes(
 ) -> None:
     cache = tmp_path_factory.getbasetemp() / "cubins"
     check_cubins(calls("llama3-8b", rows, fmt), cache)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("fmt", STORED)
+def test_cubins_of_large_decode_buckets(
+    fmt: str, model: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Norms inside the product."""
+    cache = tmp_path_factory.getbasetemp() / "cubins"
+    shapes = [shape for rows in (128, 256) for shape in calls(model, rows, fmt)]
+    check_cubins([replace(shape, kind="decode") for shape in shapes], cache)

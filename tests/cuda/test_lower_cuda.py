@@ -55,3 +55,21 @@ def test_every_named_shape(name: str) -> None:
         config = cuda_config(spec, scheme)
         config.shape.context = min(spec.context, 8192)
         lowered(spec, config, (DECODE, MIXED))
+
+
+@pytest.mark.parametrize("name", ["llama3-8b", "llama3.2-1b", "qwen3-0.6b"])
+@pytest.mark.parametrize("scheme", CHOICES)
+def test_launches_of_a_decode_layer(name: str, scheme: str) -> None:
+    """At most six for a dense decoder layer, however many sequences."""
+    _, spec = read_shape(name)
+    for seqs in (1, 8, 64, 128, 256):
+        bucket = Bucket(name=f"d{seqs}", tokens=seqs, seqs=seqs, pages=512, kind="decode")
+        counts = []
+        for layers in (2, 3):
+            cut = structs.replace(spec, layers=spec.layers[:layers])
+            config = cuda_config(cut, scheme)
+            config.shape.context = 8192
+            counts.append(sum(len(node.launches) for node in lowered(cut, config, (bucket,))))
+        assert counts[1] - counts[0] <= 6, seqs
+        # Beside them edits, embedding, angles, head and sampling.
+        assert counts[0] <= 2 * 6 + 7, seqs

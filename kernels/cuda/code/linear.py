@@ -190,6 +190,7 @@ def _tile(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,
+    X_LEFT: tl.constexpr,
     SUPER: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -239,6 +240,7 @@ def _tile(
         BLOCK_M,
         BLOCK_K,
         STAGES,
+        X_LEFT,
     )
     acc, acc_up, square, last = reduce(
         acc,
@@ -335,6 +337,7 @@ def tiles_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,
+    X_LEFT: tl.constexpr,
     SUPER: tl.constexpr,
     PROGRAMS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -386,6 +389,7 @@ def tiles_kernel(
                 BLOCK_M,
                 BLOCK_K,
                 SPLIT,
+                X_LEFT,
                 SUPER,
                 STAGES,
             )
@@ -422,6 +426,7 @@ def tiles_kernel(
                 BLOCK_M,
                 BLOCK_K,
                 SPLIT,
+                X_LEFT,
                 SUPER,
                 STAGES,
             )

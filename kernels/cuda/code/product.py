@@ -3,7 +3,8 @@ rows.
 
 The weight tile is the left operand (`W x^T`, out transposed): wgmma wants 64 or more rows on the
 left and takes the left operand from registers, which is where quantised weights are decoded; few
-activation rows then cost a narrow right operand instead of a mostly empty left one.
+activation rows then cost a narrow right operand instead of a mostly empty left one. With X_LEFT the
+sides change: activations that are multiplied by a norm's weight go from registers into the product.
 
 Weights: float rows, or 32-bit words of integer codes (`kernels.cuda.layout`). A word is decoded
 without integer-to-float conversions: code bits are put into the mantissa of a float whose exponent
@@ -101,24 +102,22 @@ def _activations(
 ):
     """Activation tile [rows, columns] in TYPE, times the norm's weight, and its squares' sums."""
     if X_TMA:
-        tile = x.load([first_row, k]).to(TYPE)
+        tile = x.load([first_row, k])
     else:
         if WHOLE:
             mask = here[:, None]
         else:
             mask = here[:, None] & (column < K)[None, :]
         tile = tl.load(x + x_at[:, None] + column[None, :], mask, 0.0)
-        if norm_ptr is None:
-            tile = tile.to(TYPE)
+    if norm_ptr is not None:
+        wide = tile.to(tl.float32)
+        square += tl.sum(wide * wide, 1)
+        if WHOLE:
+            norm = tl.load(norm_ptr + column)
         else:
-            wide = tile.to(tl.float32)
-            square += tl.sum(wide * wide, 1)
-            if WHOLE:
-                norm = tl.load(norm_ptr + column)
-            else:
-                norm = tl.load(norm_ptr + column, column < K, 0.0)
-            tile = (wide * norm.to(tl.float32)[None, :]).to(TYPE)
-    return tile, square
+            norm = tl.load(norm_ptr + column, column < K, 0.0)
+        tile = wide * norm.to(tl.float32)[None, :]
+    return tile.to(TYPE), square
 
 
 @triton.jit
@@ -147,7 +146,11 @@ def _weights(
 
 
 @triton.jit
-def _multiply(left, right, acc, TYPE: tl.constexpr):
+def _multiply(w, x, acc, TYPE: tl.constexpr, X_LEFT: tl.constexpr):
+    if X_LEFT:
+        left, right = x, w
+    else:
+        left, right = w, x
     if TYPE == tl.float32:
         acc = tl.dot(left, tl.trans(right), acc, input_precision="ieee")
     else:
@@ -180,6 +183,7 @@ def product(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    X_LEFT: tl.constexpr = False,
 ):
     """Sums over inputs begin..end of w[w_first:+BLOCK_N] x^T, [BLOCK_N, BLOCK_M] float32; of
     w[up_first:+BLOCK_N] too with GATED (the first again without); and sums of x^2 [BLOCK_M] when
@@ -187,11 +191,14 @@ def product(
 
     x: pointer with element offsets `x_at` [BLOCK_M] of the rows and `here` [BLOCK_M], or with X_TMA
     a descriptor read from row `x_first`. w: pointer or descriptor over rows of K inputs; `there`
-    [BLOCK_N]. begin and end are multiples of BLOCK_K (end may exceed K).
+    [BLOCK_N]. begin and end are multiples of BLOCK_K (end may exceed K). With X_LEFT weights are
+    floats.
     """
     WHOLE: tl.constexpr = K % BLOCK_K == 0
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    acc_up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    LEFT: tl.constexpr = BLOCK_M if X_LEFT else BLOCK_N
+    RIGHT: tl.constexpr = BLOCK_N if X_LEFT else BLOCK_M
+    acc = tl.zeros((LEFT, RIGHT), tl.float32)
+    acc_up = tl.zeros((LEFT, RIGHT), tl.float32)
     square = tl.zeros((BLOCK_M,), tl.float32)
     n = tl.arange(0, BLOCK_N)
     gate_row = (w_first + n).to(tl.int64)
@@ -203,10 +210,10 @@ def product(
                 x, x_at, x_first, here, norm_ptr, square, k, column, K, X_TMA, WHOLE, BLOCK_K, TYPE
             )
             b = _weights(w, w_first, gate_row * K, there, k, column, K, W_TMA, WHOLE, BLOCK_N)
-            acc = _multiply(b.to(TYPE), a, acc, TYPE)
+            acc = _multiply(b.to(TYPE), a, acc, TYPE, X_LEFT)
             if GATED:
                 c = _weights(w, up_first, up_row * K, there, k, column, K, W_TMA, WHOLE, BLOCK_N)
-                acc_up = _multiply(c.to(TYPE), a, acc_up, TYPE)
+                acc_up = _multiply(c.to(TYPE), a, acc_up, TYPE, X_LEFT)
     else:
         zero = tl.program_id(2) * 0x12345679  # no bit of it is known
         PER: tl.constexpr = 32 // BITS
@@ -259,8 +266,11 @@ def product(
                     TYPE,
                 )
                 value = code(b, zero, i, BITS) * s - magic(i, BITS) * s
-                acc = _multiply(value.to(TYPE), a, acc, TYPE)
+                acc = _multiply(value.to(TYPE), a, acc, TYPE, X_LEFT)
                 if GATED:
                     value = code(c, zero, i, BITS) * s_up - magic(i, BITS) * s_up
-                    acc_up = _multiply(value.to(TYPE), a, acc_up, TYPE)
+                    acc_up = _multiply(value.to(TYPE), a, acc_up, TYPE, X_LEFT)
+    if X_LEFT:
+        acc = tl.trans(acc)
+        acc_up = tl.trans(acc_up)
     return acc, acc_up, square
