@@ -220,7 +220,7 @@ class _Check:
             raise self.fail(f"{name} has the parameter kind {param.kind}, expected an address")
         start = param.value - slot.offset
         base = _Param.at(param.kind, param.arena, start)
-        reserved = counters_bytes(self.binaries)
+        reserved = counters_bytes(bool(self.binaries))
 
         def room(size: int) -> None:
             if slot.offset + extent > size:

@@ -78,6 +78,10 @@ class Draft:
     buckets: tuple[Bucket, ...]
 
     @property
+    def weights_bytes(self) -> int:
+        return self.tensors[-1].offset + self.tensors[-1].size
+
+    @property
     def addresses(self) -> Addresses:
         return Addresses(weights={t.name: t.offset for t in self.tensors}, state=self.state_offsets)
 

@@ -95,7 +95,7 @@ def _random(config: CompileConfig) -> Imported:
         name=model_name(config),
         architectures=tuple(values["architectures"]),
         spec=spec,
-        dtype=str(values.get("dtype") or values.get("torch_dtype") or "float32"),
+        dtype=published_dtype(values),
         weights=random_weights(spec, config.seed),
         text=text,
         digests={
@@ -105,6 +105,11 @@ def _random(config: CompileConfig) -> Imported:
         },
         dimensions=matryoshka(config.model, values),
     )
+
+
+def published_dtype(values: Mapping[str, Any]) -> str:
+    """What config.json says the weights are stored as."""
+    return str(values.get("dtype") or values.get("torch_dtype") or "float32")
 
 
 def _check_shape(

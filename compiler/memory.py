@@ -7,6 +7,7 @@ of ALIGN, the same for the same input. Called by `record` (work, io), `pipeline`
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -40,10 +41,10 @@ class Block:
 def place(blocks: Iterable[Block]) -> tuple[dict[str, int], int]:
     """Offsets and the arena's size: largest block first, each at the lowest free offset among
     the blocks alive with it."""
-    placed: list[tuple[int, Block]] = []
+    placed: list[tuple[int, Block]] = []  # by offset
     for block in sorted(blocks, key=lambda b: (-b.size, b.first, b.name)):
         offset = 0
-        for start, other in sorted(placed, key=lambda p: p[0]):
+        for start, other in placed:
             alive = other.first <= block.last and block.first <= other.last
             if (
                 alive
@@ -51,7 +52,7 @@ def place(blocks: Iterable[Block]) -> tuple[dict[str, int], int]:
                 and offset < start + aligned(other.size)
             ):
                 offset = start + aligned(other.size)
-        placed.append((offset, block))
+        bisect.insort(placed, (offset, block), key=lambda p: p[0])
     return {b.name: offset for offset, b in placed}, max(
         (offset + aligned(b.size) for offset, b in placed), default=0
     )

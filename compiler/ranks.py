@@ -17,13 +17,14 @@ Pure: reads no weight, and makes no artifact. Called by `python -m compiler.fami
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from msgspec import structs
 
+from compiler import report
+from compiler.design import draft, nodes_of
 from compiler.errors import CompileError
-from compiler.families.names import logical_weights
 from compiler.families.spec import (
     Attention,
     GatedFfn,
@@ -33,48 +34,61 @@ from compiler.families.spec import (
     MoeFfn,
     PlainFfn,
 )
-from compiler.model import StepShape, page_bytes
-from compiler.quantize.scheme import parse_format
+from compiler.lower import Node, bucket_sizes
+from compiler.memory import Block, io_layout, work_blocks
+from compiler.program import Program
+from compiler.record import work_layout
+from compiler.tuned import NO_RECORDS, load_records
+from conf.schema import CompileConfig
 
-FLOAT_BYTES = {"float32": 4, "bfloat16": 2}
 
-
-def rank_spec(spec: ModelSpec, tp: int) -> ModelSpec:
+def rank_spec(spec: ModelSpec, tp: int, *, whole_vocab: bool = False) -> ModelSpec:
     """The sizes of rank 0 of `tp`; CompileError where a part cannot be cut evenly."""
     layers = {layer: _layer(layer, tp) for layer in dict.fromkeys(spec.layers)}
     return structs.replace(
         spec,
-        vocab=-(-spec.vocab // tp),
+        vocab=spec.vocab if whole_vocab else -(-spec.vocab // tp),
         layers=tuple(layers[layer] for layer in spec.layers),
     )
 
 
-def rank_fit(
-    spec: ModelSpec, formats: Mapping[str, str], shape: StepShape, tp: int
-) -> dict[str, int]:
-    """Bytes on each rank: stored weights, and keys and values of one token. `formats`: storage
-    format by logical weight (`quantize.scheme.storage_formats`)."""
-    part = rank_spec(spec, tp)
-    weights = sum(
-        stored_bytes(dims, formats.get(name, "float32"), name)
-        for name, dims in logical_weights(part).items()
-    )
-    return {"weights": weights, "kv_token": page_bytes(part, shape) // shape.page_size}
+def rank_fit(spec: ModelSpec, config: CompileConfig, tp: int) -> dict[str, int]:
+    """Bytes by arena on each rank (`report.fit`), at one rank those of the artifact. Of more, the
+    sampler sees the logits of the whole vocabulary on every rank: its own rows, gathered, and the
+    counts and biases of all. What ranks exchange otherwise is summed in place."""
+    part, device = draft(rank_spec(spec, tp), config), config.target.kind == "cuda"
+    whole = part if tp == 1 else draft(rank_spec(spec, tp, whole_vocab=True), config)
+    records = load_records(config.target.name) if device else NO_RECORDS
+    work = io = 0
+    for bucket in part.buckets:
+        nodes = [
+            nodes_of(base.program, base.weights, bucket, config.target.kind, records)
+            for base in (part, whole)
+        ]
+        blocks = rank_blocks((part.program, whole.program), nodes, bucket_sizes(bucket), tp)
+        work = max(work, work_layout(blocks, device)[1])
+        io = max(io, io_layout(part.program, bucket_sizes(bucket)).io_bytes)
+    return report.fit(part.weights_bytes, whole.state, work, io)
 
 
-def stored_bytes(dims: tuple[int, ...], format: str, name: str) -> int:
-    """Of one weight, without what a device's layout adds to fill its last tile."""
-    count = math.prod(dims)
-    quantized = parse_format(format)
-    if quantized is None:
-        return count * FLOAT_BYTES[format]
-    scheme, group = quantized
-    if group and dims[-1] % group:
-        raise CompileError(
-            f"quant.group_size={group} does not divide the {dims[-1]} inputs of {name} that are "
-            "left on a rank; use a smaller group or fewer ranks"
-        )
-    return count * scheme.bits // 8 + count // dims[-1] * scheme.scale_bytes(dims[-1], group)
+def rank_blocks(
+    programs: tuple[Program, Program],
+    nodes: Sequence[Sequence[Node]],
+    sizes: Mapping[str, int],
+    tp: int,
+) -> list[Block]:
+    """What lives in the work arena of a rank. Of both the rank's own program and that with the
+    whole vocabulary, which differ in embedding, head and sampler."""
+    calls = programs[0].calls
+    sampler = next((i for i, call in enumerate(calls) if call.op == "edit"), len(calls))
+    if tp == 1 or sampler == len(calls):
+        return work_blocks(programs[0], nodes[0], sizes)
+    own = work_blocks(programs[0], nodes[0][:sampler], sizes)
+    return own + [
+        replace(block, name=f"gathered.{block.name}")
+        for block in work_blocks(programs[1], nodes[1], sizes)
+        if block.last >= sampler
+    ]
 
 
 def _layer(layer: LayerSpec, tp: int) -> LayerSpec:

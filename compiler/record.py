@@ -8,7 +8,7 @@ out: the plan and the work bytes it needs. Called by the pipeline, once per buck
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from compiler.binaries import PACK, code_path, tensor_map
 from compiler.errors import ProgramError
 from compiler.lower import Node, bucket_sizes, launch_labels, node_workspace
-from compiler.memory import io_layout, place, work_blocks
+from compiler.memory import Block, io_layout, place, work_blocks
 from compiler.program import Program
 from kernels.launch import (
     COUNTERS,
@@ -58,9 +58,16 @@ class Addresses:
     state: Mapping[str, int]
 
 
-def counters_bytes(binaries: Binaries) -> int:
-    """Semaphores at the start of the work arena; the CPU has none."""
-    return COUNTERS_BYTES if binaries else 0
+def counters_bytes(device: bool) -> int:
+    """Semaphores at the start of the work arena; the CPU (not a `device`) has none."""
+    return COUNTERS_BYTES if device else 0
+
+
+def work_layout(blocks: Iterable[Block], device: bool) -> tuple[dict[str, int], int]:
+    """Offsets in the work arena, behind the counters, and the arena's size."""
+    reserved = counters_bytes(device)
+    offsets, size = place(blocks)
+    return {name: offset + reserved for name, offset in offsets.items()}, size + reserved
 
 
 def record(
@@ -72,12 +79,11 @@ def record(
 ) -> tuple[LaunchPlan, int]:
     sizes = bucket_sizes(bucket)
     io = io_layout(program, sizes)
-    work, work_bytes = place(work_blocks(program, nodes, sizes))
-    reserved = counters_bytes(binaries)
+    work, work_bytes = work_layout(work_blocks(program, nodes, sizes), bool(binaries))
     arenas: dict[str, Mapping[str, int]] = {
         "weights": addresses.weights,
         "state": addresses.state,
-        "work": {name: offset + reserved for name, offset in work.items()},
+        "work": work,
         "io": io.offsets(),
     }
     launches = [(index, launch) for index, node in enumerate(nodes) for launch in node.launches]
@@ -112,7 +118,7 @@ def record(
         labels=tuple(name for node in nodes for name in launch_labels(node)),
         tensormaps=tuple(maps),
     )
-    return LaunchPlan(header=header, nodes=table, params=params), work_bytes + reserved
+    return LaunchPlan(header=header, nodes=table, params=params), work_bytes
 
 
 def _reference(node: Node, launch: Launch, binaries: Binaries) -> KernelRef:

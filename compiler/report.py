@@ -81,11 +81,18 @@ def check_fit(figures: Mapping[str, int], context: int, memory: int) -> str:
             f"{memory / GIB:.2f} GiB are there; choose a smaller shape.context, quant or model"
         )
     return (
-        f"fit  weights {size(figures['weights'])} + token state {size(figures['token_state'])} + "
-        f"work {size(figures['work'])} + io {size(figures['io'])}; "
-        f"{size(figures['kv_token'])}/token of context\n"
+        f"fit  {arenas(figures)}\n"
         f"     {size(memory)} memory hold {tokens} tokens: "
         f"{tokens // context} sequences of {context}"
+    )
+
+
+def arenas(figures: Mapping[str, int]) -> str:
+    """What `fit` found, in one line."""
+    return (
+        f"weights {size(figures['weights'])} + token state {size(figures['token_state'])} + "
+        f"work {size(figures['work'])} + io {size(figures['io'])}; "
+        f"{size(figures['kv_token'])}/token of context"
     )
 
 

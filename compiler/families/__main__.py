@@ -2,22 +2,27 @@
 
 python -m compiler.families                       for people
 python -m compiler.families --write FILE          between the marks in docs/models.md
-python -m compiler.families --fit llama3-70b      bytes per rank, by tensor-parallel degree
+python -m compiler.families --fit llama3-70b target=h200 quant=int8 …
+                                                  bytes per rank, by tensor-parallel degree
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from compiler.errors import CompileError
 from compiler.families.table import markdown, named_shapes, read_shape, rows, text
-from compiler.model import KV_BYTES, StepShape
-from compiler.quantize import register  # noqa: F401  (fills SCHEMES)
-from compiler.quantize.scheme import SCHEMES, storage_formats
+from compiler.importer import published_dtype
 from compiler.ranks import rank_fit
-from compiler.report import size
+from compiler.report import arenas
+from conf.errors import ConfigError
+from conf.load import load
+from conf.resolve import resolve, settle_target
+from conf.schema import CompileConfig
+from runtime.device.machine import gpu_names
 from runtime.errors import UsageError
 
 BEGIN, END = "<!-- families -->\n", "<!-- end -->\n"
@@ -30,18 +35,18 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--write", type=Path, help="a Markdown file with the marks of the table")
     parser.add_argument("--fit", metavar="MODEL", help="a named shape: bytes per rank")
-    parser.add_argument("--dtype", choices=sorted(KV_BYTES), default="bfloat16")
-    parser.add_argument("--quant", choices=("none", *sorted(SCHEMES)), default="none")
-    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("overrides", nargs="*", help="with --fit: options of a compile, key=value")
     given = parser.parse_args(arguments)
     try:
+        if given.overrides and not given.fit:
+            raise UsageError(f"{given.overrides[0]}: options of a compile belong to --fit MODEL")
         if given.fit:
-            print(fit(given.fit, given.dtype, given.quant, given.group_size), end="")
+            print(fit(given.fit, given.overrides), end="")
         elif given.write:
             given.write.write_text(written(given.write.read_text()))
         else:
             print(text(rows()), end="")
-    except (CompileError, UsageError) as error:
+    except (CompileError, ConfigError, UsageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -56,24 +61,32 @@ def written(page: str) -> str:
     return f"{before}{BEGIN}\n{markdown(rows())}\n{END}{after}"
 
 
-def fit(name: str, dtype: str, quant: str, group: int) -> str:
-    """A line per tensor-parallel degree; what cannot be cut says why."""
+def fit(name: str, overrides: Sequence[str]) -> str:
+    """A line per tensor-parallel degree; what cannot be cut says why. `overrides`: as a compile
+    takes them."""
     if name not in named_shapes():
         raise UsageError(f"--fit {name}: not a named shape; choices: {', '.join(named_shapes())}")
     _, spec = read_shape(name)
-    formats = storage_formats(spec, dtype=dtype, scheme=quant, group=group, head=False)
-    shape = StepShape(slots=1, edits=0, page_size=16, kv_dtype=dtype, context=spec.context)
-    lines = [f"{name}, {spec.parameters() / 1e9:.2f} B parameters"]
+    loaded = load(CompileConfig, "compile", [f"model={name}", "weights=random", *overrides])
+    config, sources = settle_target(loaded.config, loaded.sources, gpu_names())
+    config, _ = resolve(
+        config,
+        sources,
+        checkpoint_dtype=published_dtype(config.model.config),
+        context=spec.context,
+        whole=spec.whole,
+    )
+    shape = config.shape
+    lines = [
+        f"{name}, {spec.parameters() / 1e9:.2f} B parameters, target={config.target.name} "
+        f"dtype={config.dtype} shape.context={shape.context} shape.max_seqs={shape.max_seqs} "
+        f"shape.max_tokens={shape.max_tokens}; on each rank:"
+    ]
     for tp in DEGREES:
         try:
-            figures = rank_fit(spec, formats, shape, tp)
+            lines.append(f"tp {tp}  {arenas(rank_fit(spec, config, tp))}")
         except CompileError as error:
             lines.append(f"tp {tp}  {error}")
-            continue
-        lines.append(
-            f"tp {tp}  weights {size(figures['weights'])} per rank, "
-            f"{size(figures['kv_token'])} per token of context"
-        )
     return "\n".join(lines) + "\n"
 
 

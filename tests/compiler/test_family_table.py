@@ -6,21 +6,28 @@ from pathlib import Path
 
 import pytest
 from msgspec import structs
+from toy_specs import FAMILIES as TOYS
+from toy_specs import toy, toy_config
 
 import kernels.cpu.register  # noqa: F401  (fills KERNELS)
+from compiler import report
+from compiler.design import design
 from compiler.errors import CompileError
 from compiler.families.__main__ import DEGREES, fit, main, written
 from compiler.families.family import FAMILIES
 from compiler.families.names import logical_weights
+from compiler.families.spec import ModelSpec
 from compiler.families.table import named_shapes, read_shape, rows, text
 from compiler.fuse import fuse
+from compiler.inspect import inputs
 from compiler.lower import accepting, call_shape, label
 from compiler.model import StepShape, build
 from compiler.quantize.scheme import storage_formats
 from compiler.ranks import rank_fit, rank_spec
-from compiler.report import size
 from compiler.store import stored_weights, weight_formats
-from runtime.artifact import Bucket
+from conf.schema import CompileConfig
+from runtime.artifact import Artifact, Bucket
+from runtime.device.staging import arena_sizes
 from runtime.errors import UsageError
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -46,14 +53,21 @@ def test_bad_pages_and_names(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     page.write_text("no marks")
     assert main(["--write", str(page)]) == 2
     assert main(["--fit", "llama9"]) == 2
+    assert main(["--fit", "llama3-8b", "quant=int9"]) == 2
+    assert main(["quant=int8"]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert "has no <!-- families -->" in errors[0] and "llama9: not a named shape" in errors[1]
+    assert "quant=int9" in errors[2] and "belong to --fit MODEL" in errors[3]
     with pytest.raises(UsageError, match="to write between"):
         written("<!-- families -->\nopen")
 
 
-def step_shape() -> StepShape:
-    return StepShape(slots=1, edits=0, page_size=16, kv_dtype="bfloat16", context=64)
+def config_for(spec: ModelSpec, scheme: str = "none", group: int = 64) -> CompileConfig:
+    """A CPU compile of short sequences, 512 tokens and 64 sequences a step."""
+    config = toy_config(spec, scheme, "bfloat16")
+    config.quant.group_size, config.quant.head, config.kv.dtype = group, False, "bfloat16"
+    config.shape.context, config.shape.max_seqs, config.shape.max_tokens = 64, 64, 512
+    return config
 
 
 @pytest.mark.parametrize("name", named_shapes())
@@ -83,20 +97,50 @@ def test_ranks_together_hold_the_model(name: str) -> None:
             assert 1 <= copies < 1.01 or (repeated and copies <= tp)
 
 
-def test_fit_by_hand() -> None:
-    """Llama 3 70B in bfloat16 on 8 ranks: 64 heads and 8 kv heads of 128, width 28672."""
+@pytest.mark.parametrize("family", TOYS)
+def test_one_rank_is_the_whole_model(family: str) -> None:
+    spec = toy(family)
+    made = design(spec, toy_config(spec))
+    figures = report.fit(made.weights_bytes, made.state, made.work_bytes, made.io_bytes)
+    assert rank_fit(spec, toy_config(spec), 1) == figures
+
+
+def test_one_rank_is_the_artifact(tiny_artifact: Path) -> None:
+    manifest = Artifact.open(tiny_artifact).manifest
+    figures = rank_fit(*inputs(manifest), 1)
+    assert figures == manifest.report["fit"]
+    weights, state, work, io = arena_sizes(manifest, 3)
+    assert (figures["weights"], figures["work"]) == (weights, work)
+    assert figures["token_state"] + 3 * figures["kv_page"] == state
+    assert figures["io"] <= io
+
+
+@pytest.mark.parametrize("seqs", [64, 256])
+def test_fit_by_hand(seqs: int) -> None:
+    """Four layers of Llama 3 70B in bfloat16 on 8 ranks: 64 heads and 8 kv heads of 128, width
+    28672. The work arena is full in the down projection, or (of 256 sequences) where the logits are
+    gathered."""
     _, spec = read_shape("llama3-70b")
-    formats = storage_formats(spec, dtype="bfloat16", scheme="none", group=64, head=False)
-    layer = 8192 * (8 * 128 + 2 * 128) + 8 * 128 * 8192 + 3 * 8192 * 28672 // 8
-    weights = 2 * (80 * layer + 2 * 128256 // 8 * 8192) + 4 * (2 * 80 + 1) * 8192
-    found = rank_fit(spec, formats, step_shape(), 8)
-    assert found == {"weights": weights, "kv_token": 80 * 2 * 128 * 2}
-    assert f"tp 8  weights {size(weights)} per rank" in fit("llama3-70b", "bfloat16", "none", 64)
+    spec = structs.replace(spec, layers=spec.layers[:4])
+    config = config_for(spec)
+    config.shape.max_seqs = seqs
+    dim, width, vocab, tokens = 8192, 28672 // 8, 128256, 512
+    layer = dim * (8 * 128 + 2 * 128) + 8 * 128 * dim + 3 * dim * width
+    frequencies = 4096  # 64 numbers, and what is left of their page
+    weights = 2 * (4 * layer + 2 * vocab // 8 * dim) + 4 * (2 * 4 + 1) * dim + frequencies
+    # Residual, result, the narrow input, the same as the kernel's copy; the angles of a step.
+    down = tokens * 4 * (2 * dim + 2 * width + 128)
+    # The last hidden rows, the kernel's copy of them, own logits, all logits.
+    head = seqs * 4 * (2 * dim + vocab // 8 + vocab)
+    found = rank_fit(spec, config, 8)
+    state = -(-(seqs * 4 * (1 + 2 * vocab)) // 4096) * 4096
+    assert (found["weights"], found["token_state"]) == (weights, state)
+    assert (found["work"], found["kv_token"]) == (max(down, head), 4 * 2 * 128 * 2)
 
 
 def test_fewer_kv_heads_than_ranks_are_repeated() -> None:
     _, spec = read_shape("chatglm3-6b")  # two kv heads
-    tokens = [rank_fit(spec, {}, step_shape(), tp)["kv_token"] for tp in DEGREES]
+    tokens = [rank_fit(spec, config_for(spec), tp)["kv_token"] for tp in DEGREES]
     assert tokens == [tokens[0], tokens[0] // 2, tokens[0] // 2, tokens[0] // 2]
 
 
@@ -104,10 +148,14 @@ def test_what_cannot_be_cut_says_so() -> None:
     _, spec = read_shape("qwen2-7b")
     with pytest.raises(CompileError, match="28 heads cannot be cut into 8 equal parts"):
         rank_spec(spec, 8)
+    options = ("target=cpu", "shape.context=64", "quant.head=false")
+    lines = fit("qwen2-0.5b", options).splitlines()
+    _, small = read_shape("qwen2-0.5b")
+    assert lines[2] == f"tp 2  {report.arenas(rank_fit(small, config_for(small), 2))}"
+    assert lines[3] == "tp 4  14 heads cannot be cut into 4 equal parts; use fewer ranks"
     _, spec = read_shape("llama3-8b")
-    formats = storage_formats(spec, dtype="bfloat16", scheme="int8", group=256, head=False)
     with pytest.raises(CompileError, match="group_size=256 does not divide the 128 inputs"):
-        rank_fit(spec, formats, step_shape(), 32)
+        rank_fit(spec, config_for(spec, "int8", 256), 32)
 
 
 @pytest.mark.parametrize("name", named_shapes())
