@@ -71,6 +71,7 @@ class RequestMetrics:
         self.tpot = Histogram(
             "request_time_per_output_token_seconds", "Per request, after the first token.", ITL_S
         )
+        self.queue = Histogram("queue_time_seconds", "Arrival to first admission.", TTFT_S)
         self.e2e = Histogram("e2e_request_latency_seconds", "Request to last token.", E2E_S)
         self.prompts = Histogram("prompt_tokens_histogram", "Prompt lengths.", TOKENS)
         self.uncached = Histogram(
@@ -100,6 +101,9 @@ class RequestMetrics:
             self.ttft.observe(now - seq.created)
         seq.last_token_at = now
         self.generation_tokens += count
+
+    def admitted(self, queue_s: float) -> None:
+        self.queue.observe(queue_s)
 
     def finished(self, seq: Sequence) -> None:
         if seq.error is not None:
@@ -136,7 +140,8 @@ class _Scrape(Collector):
 
     def collect(self) -> Iterable[Metric]:
         m = self._metrics
-        for histogram in (m.ttft, m.itl, m.tpot, m.e2e, m.prompts, m.uncached, m.outputs):
+        latencies = (m.queue, m.ttft, m.itl, m.tpot, m.e2e)
+        for histogram in (*latencies, m.prompts, m.uncached, m.outputs):
             yield histogram.family(self._model)
         for name, text, value in (
             ("prompt_tokens", "Prompt tokens received.", m.prompt_tokens),

@@ -82,7 +82,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=Fa
 
     `prompt_logprobs` has one entry per prompt position from `prompt_logprobs_from` on (None for
     position 0); `cached_tokens` is told with the first tokens and with the finish, `retractions`
-    with the finish; `embedding`, the float32 numbers (little-endian) an embedding model gives
+    with the finish; `queue_s`, seconds from arrival to first admission, with the first news of an
+    admitted request; `embedding`, the float32 numbers (little-endian) an embedding model gives
     instead of tokens, with the finish.
     """
 
@@ -94,6 +95,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=Fa
     prompt_top_logprobs: list[TopLogprobs | None] = []
     cached_tokens: int = 0
     retractions: int = 0
+    queue_s: float | None = None
     embedding: bytes = b""
     finish: Finish | None = None
 

@@ -82,7 +82,7 @@ def _commit_vectors(
         bad = int(output.status[row])
         if scheduler.slots.life[chunk.slot] == chunk.life and (chunk.final or bad):
             vector = vectors[row].astype("<f4").tobytes()
-            event = Event(id=chunk.seq.request.id, embedding=vector)
+            event = Event(id=chunk.seq.request.id, embedding=vector, queue_s=chunk.seq.tell_queue())
             events.append(_finished(scheduler, chunk.seq, event, -1, bad))
     return events
 
@@ -110,6 +110,7 @@ def _commit_chunk(scheduler: Scheduler, chunk: Chunk, output: StepOutput, row: i
     if not seq.started:  # a second time, after a preemption, these are old news
         seq.started = True
         news["cached_tokens"] = seq.cached
+        news["queue_s"] = seq.tell_queue()
         if seq.scores:
             news["prompt_logprobs"] = seq.prompt_logprobs
             if request.top_logprobs:
@@ -146,7 +147,7 @@ def _finished(scheduler: Scheduler, seq: Sequence, event: Event, token: int, sta
     if status:
         scheduler.count.aborted += 1
         scheduler.end(seq, keep=False)
-        event = Event(id=event.id)
+        event = Event(id=event.id, queue_s=seq.tell_queue())
         finish = Finish(reason="abort", message=NOT_FINITE, status=500)
     else:
         scheduler.end(seq)
@@ -161,5 +162,6 @@ def _finished(scheduler: Scheduler, seq: Sequence, event: Event, token: int, sta
         embedding=event.embedding,
         cached_tokens=seq.cached,
         retractions=seq.retractions,
+        queue_s=event.queue_s,
         finish=finish,
     )

@@ -90,6 +90,7 @@ class Scheduler:
         seq = Sequence(
             request,
             arrival=self._arrivals,
+            arrived=now,
             seed=self._seeds.getrandbits(63) if sampling.seed is None else sampling.seed,
             stops=stops,
             wait_deadline=now + (policy.queue_wait_s or float("inf")),
@@ -112,7 +113,11 @@ class Scheduler:
             self.end(seq)
             self.outbox.append(
                 Event(
-                    id=request, cached_tokens=seq.cached, retractions=seq.retractions, finish=finish
+                    id=request,
+                    cached_tokens=seq.cached,
+                    retractions=seq.retractions,
+                    queue_s=seq.tell_queue(),
+                    finish=finish,
                 )
             )
 
@@ -151,7 +156,7 @@ class Scheduler:
         lives = self.held.lives
         rows, positions = self._grow()
         if len(self.waiting) and self.held.lives == lives:  # not right after a preemption
-            self._admit()
+            self._admit(now)
         step = Step(rows=rows, positions=positions, lives=self.held.lives)
         if self.banned:
             lift_bans(self, step)
@@ -212,7 +217,7 @@ class Scheduler:
 
     # --- admission and preemption ---------------------------------------------------------------
 
-    def _admit(self) -> None:
+    def _admit(self, now: float) -> None:
         free = self.policy.max_running - len(self.running)
         if free <= 0 or not (self._admission_open or self.count.steps % RETRY_STEPS == 0):
             return
@@ -220,7 +225,7 @@ class Scheduler:
         preferred = self.waiting.candidates(self.held.matched)
         entered = 0
         for seq in preferred:
-            if not self._enter(seq):
+            if not self._enter(seq, now):
                 if seq.passed >= PATIENCE:
                     return  # what comes free is kept for it
                 continue
@@ -232,7 +237,7 @@ class Scheduler:
                 return
         self._admission_open = entered == len(preferred)  # there may be more behind them
 
-    def _enter(self, seq: Sequence) -> bool:
+    def _enter(self, seq: Sequence, now: float) -> bool:
         if self.held.comes_soon(seq):
             return False
         if self._ban_edits and self._ban_edits + len(seq.ban) > self.capacity.edits:
@@ -243,6 +248,7 @@ class Scheduler:
         if seq.order < 0:
             seq.cached = int(self.slots.length[seq.slot])
             self.count.cached_tokens += seq.cached
+            seq.queue_s = now - seq.arrived
         seq.prefill = len(seq.tokens)
         seq.tokens = seq.tokens[:0]
         self._orders += 1

@@ -34,6 +34,7 @@ class Sequence:
 
     __slots__ = (
         "arrival",
+        "arrived",
         "ban",
         "cached",
         "deadline",
@@ -43,6 +44,7 @@ class Sequence:
         "prefill",
         "prompt_logprobs",
         "prompt_top",
+        "queue_s",
         "request",
         "retractions",
         "rope_row",
@@ -62,6 +64,7 @@ class Sequence:
         request: Request,
         *,
         arrival: int,
+        arrived: float,
         seed: int,
         stops: frozenset[int],
         wait_deadline: float,
@@ -70,6 +73,7 @@ class Sequence:
         sampling = request.sampling
         self.request = request
         self.arrival = arrival
+        self.arrived = arrived  # the engine's clock, in seconds
         self.seed = seed
         self.stops = stops
         self.wait_deadline = wait_deadline
@@ -83,6 +87,7 @@ class Sequence:
         self.passed = 0  # younger requests admitted past this one
         self.prefill = 0  # tokens to compute before decoding goes on
         self.cached = 0  # prompt tokens found in the cache at first admission
+        self.queue_s: float | None = None  # until first admission; None again once told
         self.started = False  # the client has heard of cached tokens and prompt logprobs
         self.retractions = 0
         # Banned until min_new_tokens are out.
@@ -94,6 +99,11 @@ class Sequence:
         if request.prompt_logprobs_from == 0:
             self.prompt_logprobs.append(None)
             self.prompt_top.append(None)
+
+    def tell_queue(self) -> float | None:
+        """Seconds it waited for its first admission, the first time this is asked."""
+        waited, self.queue_s = self.queue_s, None
+        return waited
 
     @property
     def scores(self) -> bool:

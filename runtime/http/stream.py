@@ -99,6 +99,8 @@ class Track:
 
     def on_event(self, event: Event) -> None:
         seq = self.seq
+        if event.queue_s is not None:
+            self.job.metrics.admitted(event.queue_s)
         if event.tokens:
             self.job.metrics.tokens(seq, len(event.tokens))
         seq.feed(event)

@@ -35,6 +35,7 @@ class Answer:
     finish: Finish | None = None
     cached: int = 0
     retractions: int = 0
+    queue_s: float | None = None
 
     def feed(self, event: Event) -> None:
         assert self.finish is None, "an event after the last one"
@@ -42,6 +43,9 @@ class Answer:
         self.logprobs += event.logprobs
         self.prompt_logprobs += event.prompt_logprobs
         self.cached = max(self.cached, event.cached_tokens)
+        if event.queue_s is not None:
+            assert self.queue_s is None, "told twice"
+            self.queue_s = event.queue_s
         self.finish = event.finish
 
 

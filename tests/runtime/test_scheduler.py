@@ -114,6 +114,7 @@ def test_every_request_gets_its_own_tokens(
 
 def compare(answer: Answer, expected: Answer, *, may_abort: bool) -> None:
     assert answer.finish is not None
+    assert answer.queue_s is not None or not answer.tokens
     if answer.finish.reason == "abort":
         assert may_abort
         assert answer.tokens == expected.tokens[: len(answer.tokens)]
@@ -262,6 +263,27 @@ def test_deadlines_and_full_queue() -> None:
     )
     drain(loop, answers)
     assert loop.scheduler.held.pool.used == 0
+
+
+def test_queue_time_is_told_once_from_arrival_to_first_admission() -> None:
+    clock = Clock()
+    loop = make_loop(replace(SMALL, pages=16), clock=clock, max_running=2)
+    answers: dict[int, Answer] = {}
+    for number in range(3):
+        clock.now = number / 4
+        loop.add(greedy(number, [number] * 20, most=30))  # two of them outgrow the pool
+    loop.add(greedy(3, [3], most=30))
+    while loop.has_work:
+        clock.now += 1
+        for event in loop.step():
+            answers.setdefault(event.id, Answer()).feed(event)
+        if clock.now > 5:
+            loop.abort(3)
+    assert loop.stats().retractions > 0
+    assert (answers[0].queue_s, answers[1].queue_s) == (1.5, 1.25)
+    waited = answers[2].queue_s
+    assert waited is not None and waited >= 20, "until the first two ended"
+    assert answers[3].queue_s is None, "it was never admitted"
 
 
 def test_numbers_that_are_not_finite_end_their_request_and_are_not_cached() -> None:
