@@ -105,6 +105,8 @@ def greedy_step(
         "row_target": torch.full((rows,), -1, dtype=torch.int32),
         "row_flags": ints([], rows),
         "row_top": ints([], rows),
+        "row_mask": torch.full((rows,), -1, dtype=torch.int32),
+        "masks": torch.zeros(rows, 0, dtype=torch.int32),  # no row is constrained
         "top_k": ints([], rows),
         "seed": torch.zeros(rows, dtype=torch.int64),
         "edits": torch.zeros(edits, 4, dtype=torch.int32),

@@ -95,10 +95,10 @@ class IoLayout:
 
 
 def io_layout(program: Program, sizes: Mapping[str, int]) -> IoLayout:
-    """Inputs in upload order (`edits` last), then outputs."""
+    """Inputs in upload order (`masks` first, `edits` last), then outputs."""
     fields: list[IoField] = []
     end = upload = 0
-    for name in (*INPUTS, "edits", *OUTPUTS):
+    for name in ("masks", *INPUTS, "edits", *OUTPUTS):
         if name not in program.values:
             continue  # an input this model has no use for
         value = program.values[name]

@@ -41,8 +41,9 @@ GATED_ACT = {act: gated for gated, act in GATED.items()} | {"silu_clamped": CLAM
 PAGE_ALIGN = 64
 
 # Every io input and output of a step in upload order, as in runtime.device.base.StepInput and
-# StepOutput. `edits` is last: its unused tail is not uploaded. `rope_variant` is there only where
-# rope depends on the request's length; a pooled model has neither rows nor edits.
+# StepOutput. The upload is one piece that takes only what is used of its two ends: before these
+# inputs come `masks` (filled from the end), behind them `edits`. `rope_variant` is there only where
+# rope depends on the request's length; a pooled model has neither rows, masks nor edits.
 INPUTS: dict[str, tuple[str, tuple[Dim, ...]]] = {
     "live": ("int32", (8,)),
     "tokens": ("int32", ("tokens",)),
@@ -57,6 +58,7 @@ INPUTS: dict[str, tuple[str, tuple[Dim, ...]]] = {
     "row_target": ("int32", ("seqs",)),
     "row_flags": ("int32", ("seqs",)),
     "row_top": ("int32", ("seqs",)),
+    "row_mask": ("int32", ("seqs",)),
     "top_k": ("int32", ("seqs",)),
     "temperature": ("float32", ("seqs",)),
     "top_p": ("float32", ("seqs",)),
@@ -82,6 +84,7 @@ SAMPLE_INPUTS = (
     "row_target",
     "row_flags",
     "row_top",
+    "row_mask",
     "temperature",
     "top_k",
     "top_p",
@@ -182,6 +185,7 @@ class _Step:
             if name not in absent:
                 self.b.value(name, dtype, dims, "input")
         if sampled:
+            self.b.value("masks", "int32", ("seqs", -(-spec.vocab // 32)), "input")
             self.b.value("edits", "int32", (shape.edits, 4), "input")
         for name in SAMPLED if sampled else POOLED:
             dtype, dims = OUTPUTS[name]
@@ -562,7 +566,7 @@ class _Step:
         b = self.b
         b.call("edit", {"live": "live", "edits": "edits", "counts": "counts", "bias": "bias"})
         ins = {"live": "live", "logits": logits, **{name: name for name in SAMPLE_INPUTS}}
-        ins |= {"counts": "counts", "bias": "bias", "last_token": "last_token"}
+        ins |= {n: n for n in ("masks", "counts", "bias", "last_token")}
         b.call("sample", ins, {name: name for name in SAMPLED}, vocab=self.spec.vocab)
 
     def pool(self, h: str, head: PoolSpec) -> None:

@@ -67,6 +67,7 @@ def step_inputs(
         "row_token": starts[1:] - 1,
         "row_slot": np.arange(count, dtype=np.int32),
         "row_target": np.full(count, -1, np.int32),
+        "row_mask": np.full(count, -1, np.int32),
         "top_p": np.ones(count, np.float32),
         "repetition": np.ones(count, np.float32),
     }

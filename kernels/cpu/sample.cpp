@@ -17,6 +17,7 @@ constexpr int TOP = 20;
 constexpr int32_t SEEN = 1 << 30;
 constexpr float GREEDY_BELOW = 1e-5f;  // temperatures that would overflow are greedy
 enum RowFlag { PENALTIES = 1, LOGPROB = 2 };
+enum Status { NOT_FINITE = 1, NOTHING_ALLOWED = 2 };
 
 struct Partial {
     float best;      // of the adjusted logits
@@ -37,6 +38,7 @@ struct Row {
     const float* logits;
     const int32_t* counts;
     const float* bias;
+    const uint32_t* mask;  // bits of the allowed tokens, or null: all are
     int64_t vocab;
     int32_t target, flags, top, top_k;
     float temperature, top_p, min_p, frequency, presence, repetition;
@@ -54,7 +56,16 @@ struct Row {
         if (i + VL <= vocab) return loadf(logits + i);
         return select(lanes() < (int32_t)(vocab - i), load_part(logits + i, (int)(vocab - i)), splat(-INFINITY));
     }
-    vf adjusted(int64_t i) const { return flags & PENALTIES ? penalized(i) : raw(i); }
+    vf adjusted(int64_t i) const {
+        vf z = flags & PENALTIES ? penalized(i) : raw(i);
+        return mask ? allowed(i, z) : z;
+    }
+
+    // i is a multiple of VL, which divides 32: the lanes' bits are in one word.
+    vf allowed(int64_t i, vf z) const {
+        vi bits = vi{} + (int32_t)(mask[i / 32] >> (i % 32));
+        return select((bits >> lanes() & 1) != 0, z, splat(-INFINITY));
+    }
 
     vf penalized(int64_t i) const {
         vf x = raw(i);
@@ -75,7 +86,8 @@ struct Row {
 };
 
 struct Call {
-    const int32_t *live, *row_token, *row_slot, *row_target, *row_flags, *row_top, *top_k;
+    const int32_t *live, *row_token, *row_slot, *row_target, *row_flags, *row_top, *row_mask, *top_k;
+    const uint32_t* masks;
     const float *logits, *temperature, *top_p, *min_p, *frequency, *presence, *repetition;
     const int64_t* seed;
     const int32_t* positions;
@@ -88,9 +100,10 @@ struct Call {
 
     int64_t blocks() const { return (vocab + BLOCK - 1) / BLOCK; }
     Row row(int64_t r) const {
-        int64_t state = row_slot[r] * state_columns;
-        return {logits + r * columns, counts + state, bias + state, vocab, row_target[r], row_flags[r], row_top[r], top_k[r],
-                temperature[r], top_p[r], min_p[r], frequency[r], presence[r], repetition[r]};
+        int64_t state = row_slot[r] * state_columns, words = (vocab + 31) / 32;
+        const uint32_t* mask = row_mask[r] >= 0 && row_target[r] < 0 ? masks + row_mask[r] * words : nullptr;
+        return {logits + r * columns, counts + state, bias + state, mask, vocab, row_target[r], row_flags[r], row_top[r],
+                top_k[r], temperature[r], top_p[r], min_p[r], frequency[r], presence[r], repetition[r]};
     }
 };
 
@@ -115,6 +128,7 @@ Partial scan(const Row& row, int64_t begin, int64_t end) {
         bad |= (((vi)x & 0x7f800000) == 0x7f800000) & (id < (int32_t)row.vocab);
         raw_max = vmax(x, raw_max);
         vf z = row.flags & PENALTIES ? row.penalized(i) : x;
+        if (row.mask) z = row.allowed(i, z);
         vi better = z > best;
         best = select(better, z, best);
         best_id = better ? id : best_id;
@@ -307,8 +321,8 @@ void finish_row(const Call& c, int64_t r) {
     for (int i = 0; i < TOP; i++) c.top_ids[r * TOP + i] = -1, c.top_logprobs[r * TOP + i] = NAN;
     c.logprob[r] = NAN;
     c.token[r] = 0;
-    c.status[r] = s.bad;
-    if (s.bad) return;
+    c.status[r] = s.bad ? NOT_FINITE : row.mask && s.best == -INFINITY ? NOTHING_ALLOWED : 0;
+    if (c.status[r]) return;
     int32_t token = row.target;
     if (row.sampled()) {
         token = s.best_id;
@@ -328,8 +342,8 @@ void finish_row(const Call& c, int64_t r) {
 
 HS_EXPORT void hs_sample(const hs_ctx* ctx, const hs_arg* a) {
     enum {
-        LIVE, LOGITS, ROW_TOKEN, ROW_SLOT, ROW_TARGET, ROW_FLAGS, ROW_TOP, TOP_K, TEMPERATURE, TOP_P, MIN_P, FREQUENCY,
-        PRESENCE, REPETITION, SEED, POSITIONS, COUNTS, BIAS, LAST_TOKEN, TOKEN, LOGPROBS, TOP_IDS, TOP_LOGPROBS, STATUS,
+        LIVE, LOGITS, ROW_TOKEN, ROW_SLOT, ROW_TARGET, ROW_FLAGS, ROW_TOP, ROW_MASK, MASKS, TOP_K, TEMPERATURE, TOP_P, MIN_P,
+        FREQUENCY, PRESENCE, REPETITION, SEED, POSITIONS, COUNTS, BIAS, LAST_TOKEN, TOKEN, LOGPROBS, TOP_IDS, TOP_LOGPROBS, STATUS,
         WORKSPACE, COLUMNS, VOCAB, STATE_COLUMNS
     };
     Call c;
@@ -340,6 +354,8 @@ HS_EXPORT void hs_sample(const hs_ctx* ctx, const hs_arg* a) {
     c.row_target = (const int32_t*)a[ROW_TARGET].p;
     c.row_flags = (const int32_t*)a[ROW_FLAGS].p;
     c.row_top = (const int32_t*)a[ROW_TOP].p;
+    c.row_mask = (const int32_t*)a[ROW_MASK].p;
+    c.masks = (const uint32_t*)a[MASKS].p;
     c.top_k = (const int32_t*)a[TOP_K].p;
     c.temperature = (const float*)a[TEMPERATURE].p;
     c.top_p = (const float*)a[TOP_P].p;

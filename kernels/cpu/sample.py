@@ -19,6 +19,8 @@ _ARGS = (
     "row_target",
     "row_flags",
     "row_top",
+    "row_mask",
+    "masks",
     "top_k",
     "temperature",
     "top_p",
@@ -45,6 +47,8 @@ def _accepts(call: CallShape) -> str | None:
     if not 1 <= vocab <= min(columns, call.shapes["counts"][1]):
         state = call.shapes["counts"][1]
         return f"vocab {vocab} is not within {columns} logit columns and {state} state columns"
+    if (words := call.shapes["masks"][1]) != -(-vocab // 32):
+        return f"masks of {words} words do not hold vocab {vocab}"
     return not_float32(call)
 
 

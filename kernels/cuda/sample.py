@@ -20,7 +20,8 @@ ROOM = 8192  # candidates of a row
 MOST_SPLITS = 256
 
 ROW_INPUTS = (
-    *("row_token", "row_slot", "row_target", "row_flags", "row_top", "top_k", "temperature"),
+    *("row_token", "row_slot", "row_target", "row_flags", "row_top", "row_mask", "masks"),
+    *("top_k", "temperature"),
     *("top_p", "min_p", "frequency", "presence", "repetition", "seed"),
 )
 STATE = {"counts": "counts", "bias": "bias", "last": "last_token"}
@@ -122,6 +123,7 @@ def _launches(call: CallShape, config: SampleConfig) -> tuple[Launch, ...]:
         "VOCAB": call.attrs["vocab"],
         "COLUMNS": columns,
         "STATE": call.shapes["counts"][1],
+        "MASK": call.shapes["masks"][1],
         "CHUNK": config.chunk,
         "SPLITS": splits,
         "SPLIT_TILE": power(splits),

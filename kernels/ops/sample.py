@@ -1,8 +1,12 @@
 """Sampling, the last call of a step.
 
-Order of sampling: repetition, frequency and presence penalties, bias, temperature, top-k, top-p
-(over what top-k kept, renormalised), min-p; then inverse CDF in order of token ids. `uniform` below
-is the whole random number generator. S logit rows, V vocabulary.
+Order of sampling: repetition, frequency and presence penalties, bias, the grammar's mask (what it
+leaves out is -inf), temperature, top-k, top-p (over what top-k kept, renormalised), min-p; then
+inverse CDF in order of token ids. `uniform` below is the whole random number generator.
+Log-probabilities are those of the logits as they came. S logit rows, V vocabulary.
+
+`masks` is a table of bits, [rows, ceil(V / 32)] int32: bit b of word w allows token 32 w + b.
+`row_mask` is a row's place in it, -1 where every token is allowed. Only the rows it names are read.
 """
 
 from __future__ import annotations
@@ -15,11 +19,12 @@ from torch import Tensor
 
 from kernels.op import Arg, Cost, Op, Sample, register
 from kernels.ops.embed import LIVE, live_count
-from kernels.ops.samples import floats, generator, live, padded
+from kernels.ops.samples import POISON, floats, generator, live, padded
 from kernels.ops.state import BIASES, COUNTS, SEEN
 
 TOP = 20
 PENALTIES, LOGPROB = 1, 2  # row_flags
+NOT_FINITE, NOTHING_ALLOWED = 1, 2  # status; such a row has no token and leaves the state as it is
 GREEDY_BELOW = 1e-5  # temperatures that would overflow are greedy
 _MASK = 2**64 - 1
 
@@ -86,10 +91,13 @@ def sample_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str, T
 
 def _sample_row(r: int, args: dict[str, Any], logits: Tensor, out: dict[str, Tensor]) -> None:
     if not bool(torch.isfinite(logits).all()):
-        out["status"][r] = 1
+        out["status"][r] = NOT_FINITE
         return
     slot, target, flags = (int(args[n][r]) for n in ("row_slot", "row_target", "row_flags"))
     token = target if target >= 0 else _choose(r, args, logits, slot, flags)
+    if token < 0:
+        out["status"][r] = NOTHING_ALLOWED
+        return
     out["token"][r] = token
     logprobs = logits.double().log_softmax(0)
     if flags & LOGPROB or target >= 0:
@@ -103,7 +111,14 @@ def _sample_row(r: int, args: dict[str, Any], logits: Tensor, out: dict[str, Ten
         args["counts"][slot, token] += 1
 
 
+def allowed(words: Tensor, vocab: int) -> Tensor:
+    """A mask's bits, [vocab] bool."""
+    ids = torch.arange(vocab)
+    return (words[ids // 32] >> (ids % 32)) & 1 != 0
+
+
 def _choose(r: int, args: dict[str, Any], logits: Tensor, slot: int, flags: int) -> int:
+    """The token, -1 where the mask leaves none."""
     value = {
         n: float(args[n][r])
         for n in ("temperature", "top_p", "min_p", "frequency", "presence", "repetition")
@@ -112,6 +127,10 @@ def _choose(r: int, args: dict[str, Any], logits: Tensor, slot: int, flags: int)
     if flags & PENALTIES:
         state = (args["counts"][slot, : len(z)], args["bias"][slot, : len(z)])
         z = penalized(logits, *state, value["frequency"], value["presence"], value["repetition"])
+    if (mask := int(args["row_mask"][r])) >= 0:
+        z = z.masked_fill(~allowed(args["masks"][mask], len(z)), -math.inf)
+        if float(z.max()) == -math.inf:
+            return -1
     if value["temperature"] < GREEDY_BELOW or not bool(torch.isfinite(z.max())):
         return int((z == z.max()).nonzero()[0])
     weights = kept_weights(
@@ -133,6 +152,7 @@ _ROW_DEFAULTS: dict[str, float] = {
     "row_target": -1,
     "row_flags": 0,
     "row_top": 0,
+    "row_mask": -1,
     "top_k": 0,
     "temperature": 1.0,
     "top_p": 1.0,
@@ -165,6 +185,7 @@ def make_sample(
     args["row_token"] = padded([2 * r + 1 for r in range(n)], size)
     args["row_slot"] = padded([slots - 1 - r for r in range(n)], size)
     args["positions"] = padded([5 + 7 * t for t in range(2 * n)], 2 * n + 1)
+    args["masks"] = torch.full((size, -(-vocab // 32)), POISON, dtype=torch.int32)
     counts = torch.randint(0, 4, (slots, columns), generator=g) * torch.randint(
         0, 2, (slots, columns), generator=g
     )
@@ -231,7 +252,45 @@ def _sample_samples() -> list[Sample]:
     banned = make_sample("all banned", [{"row_flags": PENALTIES}], vocab=40, columns=48)
     banned.args["bias"][:] = -math.inf
     tiny = make_sample("tiny", [{"row_top": 20, "top_k": 2}], vocab=3, columns=16)
-    return [greedy, drawn, bad, flat, banned, tiny]
+    return [greedy, drawn, bad, flat, banned, tiny, _masked_sample()]
+
+
+def _masked_sample() -> Sample:
+    """Constrained rows among others, in a vocabulary that is no multiple of 32."""
+    penalties: dict[str, float] = {"row_flags": PENALTIES, "presence": 1.5, "repetition": 1.2}
+    few, half, one, none, edge = 5, 3, 0, 7, 9
+    rows: list[dict[str, float]] = [
+        {"temperature": 0.0, "row_mask": few, "row_flags": LOGPROB, "row_top": 5},
+        {"temperature": 0.0},
+        {"seed": 1, "row_mask": half},
+        {"seed": 2, "row_mask": few, "top_k": 40},  # more than are allowed
+        {"seed": 3, "row_mask": half, "top_k": 40, "top_p": 0.9, "min_p": 0.01},
+        {"seed": 4, "row_mask": one, "top_p": 0.5, "row_flags": LOGPROB},
+        {"seed": 5, "row_mask": none, "row_top": 2, "row_flags": LOGPROB},
+        {"temperature": 0.0, "row_mask": none},
+        {"seed": 6, "row_mask": half, **penalties},
+        {"seed": 7, "row_mask": few, "min_p": 0.3},
+        {"seed": 8, "row_mask": edge, "temperature": 5.0},
+        {"seed": 9, "row_mask": few, "top_p": 0.8},
+        {"row_target": 17, "row_mask": none},
+        {"seed": 10, "top_k": 5},
+    ]
+    sample = make_sample("masked", rows, vocab=1003, columns=1008)
+    masks, g = sample.args["masks"], generator(62)
+    choices = {
+        few: [3, 31, 32, 500, 769],
+        half: torch.randperm(1003, generator=g)[:500].tolist(),
+        one: [640],
+        none: [],
+        edge: [0, 1002],
+    }
+    bits = torch.zeros(len(choices), masks.shape[1] * 32, dtype=torch.int64)
+    bits[:, 1003:] = 1  # no tokens
+    for row, ids in enumerate(choices.values()):
+        bits[row, ids] = 1
+    words = (bits.unflatten(1, (-1, 32)) << torch.arange(32)).sum(2)
+    masks[list(choices)] = torch.where(words < 2**31, words, words - 2**32).int()
+    return sample
 
 
 def _row(name: str, dtype: str) -> Arg:
@@ -246,8 +305,10 @@ SAMPLE = register(
             Arg(name="logits", role="input", dims=("seqs", "V"), dtypes=("float32",)),
             *(
                 _row(n, "int32")
-                for n in ("row_token", "row_slot", "row_target", "row_flags", "row_top", "top_k")
+                for n in ("row_token", "row_slot", "row_target", "row_flags", "row_top", "row_mask")
             ),
+            Arg(name="masks", role="input", dims=("M", "W"), dtypes=("int32",)),
+            _row("top_k", "int32"),
             *(_row(n, "float32") for n in _FLOAT_ROWS),
             _row("seed", "int64"),
             Arg(name="positions", role="input", dims=("tokens",), dtypes=("int32",)),

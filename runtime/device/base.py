@@ -60,6 +60,8 @@ class StepInput:
     row_target[r]  -1: sample; otherwise only report this token's logprob (prompt scoring)
     row_flags[r]   1: penalties or bias apply; 2: logprob wanted
     row_top[r]     number of top logprobs wanted, 0..20
+    row_mask[r]    row of `masks` with the tokens that may be sampled, -1: all; None: all -1
+    masks[m, ceil(vocab / 32)]  int32; bit b of word w allows token 32 w + b
     temperature, top_p, min_p, frequency, presence, repetition [r] float32; temperature 0 = greedy
     top_k[r]       int32, 0 = all
     seed[r]        int64; the draw is a function of (seed, position of the row's token)
@@ -90,6 +92,8 @@ class StepInput:
     repetition: F32
     seed: I64
     edits: I32
+    row_mask: I32 | None = None
+    masks: I32 | None = None
     rope_variant: I32 | None = None
 
 
@@ -97,7 +101,8 @@ class StepInput:
 class StepOutput:
     """Per logit row: token[r] (sampled, or row_target echoed), logprob[r] of it under the model's
     own distribution (before temperature, penalties and bias; NaN unless wanted),
-    top_ids/top_logprobs[r, 20], status[r] (0 ok, 1 non-finite logits).
+    top_ids/top_logprobs[r, 20], status[r] (0 ok, 1 non-finite logits, 2 the mask leaves no token
+    whose value is finite; such rows have no token).
 
     An embedding model has no logit rows. Per sequence: embedding[s, dim], of what its tokens up to
     this step's last one give, and status[s] (1: not finite, the vector is 0).

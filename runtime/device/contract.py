@@ -87,7 +87,19 @@ def _check_rows(step: StepInput, c: Capacity) -> None:
     need(((step.row_slot >= 0) & (step.row_slot < c.slots)).all(), "a slot out of range")
     need((step.row_target < c.vocab).all(), "a target out of range")
     need(((step.row_top >= 0) & (step.row_top <= TOP)).all(), "too many top logprobs")
+    _check_masks(step, c)
     sampled = step.row_slot[step.row_target < 0]
     need(len(np.unique(sampled)) == len(sampled), "two samples for one slot")
     edits = step.edits[:, :2]
     need(((edits >= 0) & (edits < (c.slots, c.vocab))).all(), "an edit out of range")
+
+
+def _check_masks(step: StepInput, c: Capacity) -> None:
+    if step.row_mask is None or step.masks is None:
+        need(step.row_mask is None and step.masks is None, "masks and their rows come together")
+        return
+    m, words = step.masks.shape
+    need(words == -(-c.vocab // 32), f"masks of {words} words for {c.vocab} tokens")
+    need(len(step.row_mask) == len(step.row_token), "arrays of unequal length")
+    used = step.row_mask[step.row_mask >= 0]
+    need((used < m).all() and len(np.unique(used)) == m <= c.max_seqs, "masks without their rows")

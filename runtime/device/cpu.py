@@ -91,15 +91,15 @@ class CpuSession:
         plan = self._fitting(demand(step))
         side = self._steps % DEPTH
         self._steps += 1
-        upload = plan.io.fill(side, step)
+        first, upload = plan.io.fill(side, step)
         ticket = self._native.hs_submit(
             self._team,
             plan.handle,
-            self._arenas[3].address,
-            self._staging[side].ctypes.data,
+            self._arenas[3].address + first,
+            self._staging[side].ctypes.data + first,
             upload,
             self._received[side].ctypes.data,
-            plan.io.start,
+            plan.io.start - first,
             plan.io.size,
         )
         rows = len(step.seq_len) if self.capacity.embedding else len(step.row_token)

@@ -90,10 +90,11 @@ class CudaSession:
         self._plans.check()
         plan = self._plans.fitting(demand(step))
         side = self._steps % DEPTH
-        size = plan.io.fill(side, step)
+        first, size = plan.io.fill(side, step)
         driver, stream, io = self._driver, self._stream, self._bases[ARENAS.index("io")]
         driver("cuEventRecord", self._begun[side], stream)
-        driver("cuMemcpyHtoDAsync", io, self._staging[side].address, size, stream)
+        source = self._staging[side].address + first
+        driver("cuMemcpyHtoDAsync", io + first, source, size, stream)
         plan.graph.launch(stream)
         received = self._received[side].address
         driver("cuMemcpyDtoHAsync", received, io + plan.io.start, plan.io.size, stream)

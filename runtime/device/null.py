@@ -57,8 +57,18 @@ class TokenState:
         return (sum(counted) + sum(marked)) & (2**63 - 1)
 
 
-def choose(value: int, vocab: int, bias: dict[int, float]) -> int:
-    """A token by hash; forbidden ones are stepped over, a strong wish is granted."""
+def allowed(mask: I32, vocab: int) -> list[int]:
+    """Tokens whose bits are set."""
+    bits = np.unpackbits(mask.view(np.uint8), bitorder="little")[:vocab]
+    return np.flatnonzero(bits).tolist()
+
+
+def choose(value: int, vocab: int, bias: dict[int, float], among: list[int] | None = None) -> int:
+    """A token by hash; forbidden ones are stepped over, a strong wish is granted. `among` a mask's
+    tokens: -1 where all of them are forbidden."""
+    if among is not None:
+        among = [token for token in among if bias.get(token, 0.0) > -100]
+        return among[value % len(among)] if among else -1
     if bias:
         best = max(bias.values())
         if best >= 100:
@@ -184,6 +194,7 @@ class NullSession:
                 float(abs(step.frequency[r]) + abs(step.presence[r])), float(step.repetition[r])
             )
             token[r] = choose(int(values[r]) + penalty, vocab, slot.bias)
+        self._constrain(step, values, token, status)
         sampled = (step.row_target < 0) & (status == 0)
         token[status != 0] = 0
         self._last[step.row_slot[sampled]] = token[sampled]
@@ -192,6 +203,18 @@ class NullSession:
             counts[int(token[r])] = counts.get(int(token[r]), 0) + 1
         token = np.where(step.row_target >= 0, step.row_target, token).astype(np.int32)
         return self._outputs(step, state, token, status, rows)
+
+    def _constrain(self, step: StepInput, values: U64, token: I32, status: I32) -> None:
+        """Rows with a mask take one of its tokens."""
+        if step.row_mask is None or step.masks is None:
+            return
+        for r in np.flatnonzero((step.row_mask >= 0) & (step.row_target < 0)).tolist():
+            slot = self._state[int(step.row_slot[r])]
+            bias = slot.bias if step.row_flags[r] & 1 else {}
+            among = allowed(step.masks[step.row_mask[r]], self.capacity.vocab)
+            token[r] = choose(int(values[r]), self.capacity.vocab, bias, among)
+            if token[r] < 0 and not status[r]:
+                status[r] = 2
 
     def _outputs(
         self, step: StepInput, state: U64, token: I32, status: I32, rows: int

@@ -124,13 +124,17 @@ class PlanIo:
         outputs = [f for f in header.io if f.output]
         self.start = min(f.offset for f in outputs)
         self.size = header.io_bytes - self.start
-        # `edits` come last: their unused tail is not uploaded. A pooled model has none.
+        # `masks` come first and are filled from their end, `edits` come last: what is unused of
+        # both is not uploaded. A pooled model has neither.
+        self._first = next(f.offset for f in inputs if f.name == "live")
+        self._masks = next((f.offset for f in inputs if f.name == "masks"), 0)
         self._upload = next((f.offset for f in inputs if f.name == "edits"), self.start)
         self._fields = tuple({f.name: _view(b, f, 0) for f in inputs} for b in staging)
         self._outputs = tuple({f.name: _view(b, f, self.start) for f in outputs} for b in received)
 
-    def fill(self, side: int, step: StepInput) -> int:
-        """Writes the step into a staging buffer; the bytes to upload."""
+    def fill(self, side: int, step: StepInput) -> tuple[int, int]:
+        """Writes the step into a staging buffer; where the bytes to upload begin, and how many
+        they are."""
         fields = self._fields[side]
         n, s, r, e = len(step.tokens), len(step.seq_len), len(step.row_token), len(step.edits)
         fields["live"][:4] = n, s, r, e
@@ -141,6 +145,15 @@ class PlanIo:
             fields["rope_variant"][:n] = step.rope_variant
         for name in ROW_FIELDS if r else ():
             fields[name][:r] = getattr(step, name)
+        first, row_mask = self._first, step.row_mask
+        if r:
+            fields["row_mask"][:r] = -1
+        if row_mask is not None and step.masks is not None and len(step.masks):
+            table = fields["masks"]
+            unused = len(table) - len(step.masks)
+            table[unused:] = step.masks
+            fields["row_mask"][:r] = np.where(row_mask < 0, -1, row_mask + unused)
+            first = self._masks + unused * table.strides[0]
         fields["seq_start"][: s + 1] = step.seq_start
         fields["seq_len"][:s] = step.seq_len
         table = fields["pages"]
@@ -151,7 +164,7 @@ class PlanIo:
                 row[: len(pages)] = pages
         if e:
             fields["edits"][:e] = step.edits
-        return self._upload + e * EDIT_BYTES
+        return first, self._upload + e * EDIT_BYTES - first
 
     def take(self, side: int, rows: int, seconds: float) -> StepOutput:
         """Copies of what a finished step left in its received buffer."""

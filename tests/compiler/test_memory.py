@@ -60,9 +60,9 @@ def test_io_has_inputs_in_upload_order_then_outputs() -> None:
     io = io_layout(program, {"tokens": 8, "seqs": 3, "pages": 2})
     names = [field.name for field in io.fields]
     always = [name for name in INPUTS if name != "rope_variant"]
-    assert names == [*always, "edits", *SAMPLED] and names[0] == "live"
+    assert names == ["masks", *always, "edits", *SAMPLED] and always[0] == "live"
     by_length = io_layout(build(toy("sinks"), SHAPE), {"tokens": 8, "seqs": 3, "pages": 2})
-    assert [field.name for field in by_length.fields] == [*INPUTS, "edits", *SAMPLED]
+    assert [field.name for field in by_length.fields] == ["masks", *INPUTS, "edits", *SAMPLED]
     end = 0
     for field in io.fields:
         assert field.offset % ALIGN == 0 and field.offset >= end
@@ -71,6 +71,7 @@ def test_io_has_inputs_in_upload_order_then_outputs() -> None:
     assert end <= io.io_bytes
     shapes = {field.name: field.shape for field in io.fields}
     assert shapes["seq_start"] == (4,) and shapes["pages"] == (3, 2) and shapes["edits"] == (70, 4)
+    assert shapes["masks"] == (3, 4), "a bit for each of 97 tokens"
 
 
 def test_state_holds_token_state_then_pages() -> None:

@@ -116,11 +116,11 @@ def calls(model: Model, kind: str, tokens: int, seqs: int) -> Iterator[CallShape
     for pooling in ("last", "mean"):
         yield call("pool", {"pooling": pooling, "normalise": True}, pooled)
     yield call("edit", {}, {"edits": ((CONTEXT, 4), i32), **state})
-    rows = ("row_token", "row_slot", "row_target", "row_flags", "row_top", "top_k")
+    rows = ("row_token", "row_slot", "row_target", "row_flags", "row_top", "row_mask", "top_k")
     reals = ("temperature", "top_p", "min_p", "frequency", "presence", "repetition")
     sample = {"logits": ((seqs, m.vocab), f32), "seed": ((seqs,), "int64"), **last, **state}
     sample |= dict.fromkeys((*rows, "token", "status"), per_row)
     sample |= dict.fromkeys((*reals, "logprob"), ((seqs,), f32))
-    sample |= {"positions": per_token}
+    sample |= {"positions": per_token, "masks": ((seqs, -(-m.vocab // 32)), i32)}
     sample |= {"top_ids": ((seqs, 20), i32), "top_logprobs": ((seqs, 20), f32)}
     yield call("sample", {"vocab": m.vocab}, sample)

@@ -200,16 +200,38 @@ def test_a_step_is_one_upload_one_launch_one_download(artifact: Artifact, stub: 
         "cuEventRecord",
     ]
     io, upload, _ = toy_cuda.io_fields(toy_cuda.BUCKETS[0])
-    edits = next(f.offset for f in io if f.name == "edits")
+    live, edits = (next(f.offset for f in io if f.name == name) for name in ("live", "edits"))
     base = session._bases[ARENAS.index("io")]
-    assert stub.named("cuMemcpyHtoDAsync")[-1] == [str(base), str(edits)]
+    assert stub.named("cuMemcpyHtoDAsync")[-1] == [str(base + live), str(edits - live)]
     size = max(f.offset for f in io) + 4 * toy_cuda.TOP - upload
     start, length = stub.named("cuMemcpyDtoHAsync")[-1]
     assert int(start) == base + upload and int(length) >= size
     session.collect(ticket)
     edited = replace(step([5]), edits=np.ones((3, 4), np.int32))
     session.collect(session.submit(edited))
-    assert stub.named("cuMemcpyHtoDAsync")[-1] == [str(base), str(edits + 48)]
+    assert stub.named("cuMemcpyHtoDAsync")[-1] == [str(base + live), str(edits - live + 48)]
+    session.close()
+
+
+def test_masks_of_constrained_rows_alone_are_uploaded(artifact: Artifact, stub: Stub) -> None:
+    """They end where the other inputs begin; a step's index is turned into the table's."""
+    session = opened(artifact)
+    bucket = next(b for b in toy_cuda.BUCKETS if b.name == "d4")
+    io, _, _ = toy_cuda.io_fields(bucket)
+    at = {f.name: f.offset for f in io}
+    words = -(-toy_cuda.VOCAB // 32)
+    masks = np.arange(2 * words, dtype=np.int32).reshape(2, words)
+    row_mask = np.array([-1, 1, 0], np.int32)
+    given = replace(step([5, 6, 7], seqs=3), row_mask=row_mask, masks=masks)
+    session.collect(session.submit(given))
+    base = session._bases[ARENAS.index("io")]
+    first = 2 * words * 4  # of the table's four rows, two are in use
+    assert at["masks"] == 0 and at["live"] >= 4 * words * 4
+    assert stub.named("cuMemcpyHtoDAsync")[-1] == [str(base + first), str(at["edits"] - first)]
+    device = np.ctypeslib.as_array(ctypes.cast(base, ctypes.POINTER(ctypes.c_int32)), (4096,))
+    np.testing.assert_array_equal(device[2 * words : 4 * words].reshape(2, words), masks)
+    placed = device[at["row_mask"] // 4 :][:3]
+    assert placed.tolist() == [-1, 3, 2]
     session.close()
 
 

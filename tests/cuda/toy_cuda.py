@@ -84,11 +84,12 @@ def register(stub: Stub, kernels: tuple[CudaBinary, ...] = KERNELS) -> None:
 
 def io_fields(bucket: Bucket) -> tuple[tuple[IoField, ...], int, int]:
     n, s = bucket.tokens, bucket.seqs
-    inputs: list[tuple[str, str, tuple[int, ...]]] = [("live", "int32", (8,))]
+    inputs: list[tuple[str, str, tuple[int, ...]]] = [("masks", "int32", (s, -(-VOCAB // 32)))]
+    inputs += [("live", "int32", (8,))]
     inputs += [(name, "int32", (n,)) for name in ("tokens", "positions", "kv_slots")]
     inputs += [("seq_start", "int32", (s + 1,)), ("seq_len", "int32", (s,))]
     inputs += [("pages", "int32", (s, bucket.pages))]
-    for name in ROW_FIELDS:
+    for name in (*ROW_FIELDS, "row_mask"):
         dtype = "float32" if name in FLOATS else "int64" if name == "seed" else "int32"
         inputs.append((name, dtype, (s,)))
     inputs.append(("edits", "int32", (EDITS, 4)))

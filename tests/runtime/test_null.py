@@ -73,6 +73,10 @@ def test_a_good_step_passes_in_both_forms_of_page_tables() -> None:
         ({"row_slot": i32(0, 0)}, "two samples"),
         ({"row_target": i32(-1, 40)}, "target"),
         ({"row_top": i32(0, 21)}, "top logprobs"),
+        ({"row_mask": i32(0, -1)}, "come together"),
+        ({"row_mask": i32(0, -1), "masks": np.zeros((1, 3), np.int32)}, "3 words for 40 tokens"),
+        ({"row_mask": i32(1, -1), "masks": np.zeros((1, 2), np.int32)}, "without their rows"),
+        ({"row_mask": i32(0, -1), "masks": np.zeros((2, 2), np.int32)}, "without their rows"),
         ({"edits": np.array([[4, 0, 0, 0]], np.int32)}, "edit out of range"),
         ({"edits": np.zeros((81, 4), np.int32)}, "81 edits"),
     ],
@@ -81,6 +85,15 @@ def test_a_good_step_passes_in_both_forms_of_page_tables() -> None:
 def test_broken_promises_are_named(change: dict, what: str) -> None:
     with pytest.raises(ValueError, match=what):
         NullSession(SMALL, strict=True).submit(replace(good(), **change))
+
+
+def test_rows_with_a_mask_take_one_of_its_tokens() -> None:
+    masks = np.array([[1 << 5 | 1 << 31, 1 << 7], [0, 0]], np.uint32).view(np.int32)
+    step = replace(good(), row_mask=i32(0, 1), masks=masks)
+    session = NullSession(SMALL, strict=True)
+    out = session.collect(session.submit(step))
+    assert out.token[0] in (5, 31, 39)
+    assert out.status.tolist() == [0, 2]
 
 
 def test_going_on_from_a_foreign_key_is_seen() -> None:

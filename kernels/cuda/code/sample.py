@@ -27,6 +27,7 @@ TOP_TILE = tl.constexpr(32)
 SEEN = tl.constexpr(1 << 30)
 PENALTIES = tl.constexpr(1)
 LOGPROB = tl.constexpr(2)
+NOTHING_ALLOWED = tl.constexpr(2)
 GREEDY_BELOW = tl.constexpr(1e-5)
 LEAD = tl.constexpr(1024)  # logits whose maximum and spread place the bins
 LOWEST = tl.constexpr(-(1 << 63))
@@ -80,8 +81,8 @@ def unpack(key):
 
 @triton.jit
 def row_values(row, column, inside):
-    """What sampling makes of a row's logits, -inf outside the vocabulary."""
-    logits, counts_ptr, bias_ptr, penalised, frequency, presence, repetition = row
+    """What sampling makes of a row's logits, -inf outside the vocabulary and the row's mask."""
+    logits, counts_ptr, bias_ptr, penalised, frequency, presence, repetition, mask_ptr, masked = row
     x = tl.load(logits + column, inside, float("-inf"))
     z = x
     if penalised:
@@ -90,6 +91,9 @@ def row_values(row, column, inside):
         z = tl.where(counts != 0, tl.where(x > 0.0, tl.div_rn(x, repetition), x * repetition), x)
         z = z - frequency * output.to(tl.float32) - tl.where(output > 0, presence, 0.0)
         z += tl.load(bias_ptr + column, inside, 0.0)
+    if masked:
+        word = tl.load(mask_ptr + (column >> 5), inside, 0)
+        z = tl.where(((word >> (column & 31)) & 1) != 0, z, float("-inf"))
     return x, z
 
 
@@ -169,6 +173,8 @@ def scan_kernel(
     row_target_ptr,
     row_flags_ptr,
     row_top_ptr,
+    row_mask_ptr,
+    masks_ptr,
     top_k_ptr,
     temperature_ptr,
     top_p_ptr,
@@ -200,6 +206,7 @@ def scan_kernel(
     VOCAB: tl.constexpr,
     COLUMNS: tl.constexpr,
     STATE: tl.constexpr,
+    MASK: tl.constexpr,
     CHUNK: tl.constexpr,
     SPLITS: tl.constexpr,
     SPLIT_TILE: tl.constexpr,
@@ -232,7 +239,10 @@ def scan_kernel(
         state_at = slot.to(tl.int64) * STATE
         counts = counts_ptr + state_at
         bias = bias_ptr + state_at
-        row = (logits, counts, bias, penalised, frequency, presence, repetition)
+        mask_row = tl.load(row_mask_ptr + r)
+        masked = (target < 0) & (mask_row >= 0)
+        mask = masks_ptr + mask_row.to(tl.int64) * MASK
+        row = (logits, counts, bias, penalised, frequency, presence, repetition, mask, masked)
 
         column = c * CHUNK + tl.arange(0, CHUNK)
         inside = column < VOCAB
@@ -267,7 +277,8 @@ def scan_kernel(
             mean = tl.sum(tl.where(exists, y, 0.0), axis=0) / tl.minimum(LEAD, VOCAB)
             # 32 bins to a factor of e, more where the logits are so even that many share a bin
             scale = tl.maximum(32.0 * inverse, 200.0 / tl.maximum(reference - mean, 1e-6))
-            bins = tl.histogram(bin_of(z, reference, scale, BINS), BINS, mask=inside)
+            possible = inside & (z > float("-inf"))
+            bins = tl.histogram(bin_of(z, reference, scale, BINS), BINS, mask=possible)
             b = tl.arange(0, BINS)
             tl.store(bins_ptr + part.to(tl.int64) * BINS + b, bins.to(tl.int16))
             tl.store(reals_ptr + r * REALS + REFERENCE, reference)  # every chunk, the same
@@ -285,6 +296,7 @@ def scan_kernel(
             raw_maxs = tl.load(raw_max_ptr + parts, used, lowest, cache_modifier=".cg")
             bad = tl.max(tl.load(bad_ptr + parts, used, 0, cache_modifier=".cg"), axis=0)
             best = tl.max(bests, axis=0)
+            bad = tl.where((bad == 0) & masked & (best == lowest), NOTHING_ALLOWED, bad)
             first = tl.min(tl.where(used & (bests == best), s, SPLITS - 1), axis=0)
             best_id = tl.load(best_id_ptr + r * SPLITS + first, cache_modifier=".cg")
             log_sum = tl.max(raw_maxs, axis=0)
@@ -405,7 +417,9 @@ def find_bins(
     reference = tl.load(reals_ptr + r * REALS + REFERENCE)
     scale = tl.load(reals_ptr + r * REALS + SCALE)
     from_here = tl.sum(n, axis=0) - tl.cumsum(n, 0) + n  # values in this bin and better ones
+    # 0, and no limit, where there are no k values
     bin_k = tl.where(has_k, tl.max(tl.where(from_here >= k, b, 0), axis=0), 0)
+    has_k = bin_k > 0
     above_k = tl.sum(tl.where(b > bin_k, n, 0), axis=0)
     bin_top = bin_k
     bin_low = tl.where(has_k, bin_k, 1)
@@ -562,6 +576,8 @@ def collect_kernel(
     row_token_ptr,
     row_slot_ptr,
     row_flags_ptr,
+    row_mask_ptr,
+    masks_ptr,
     top_k_ptr,
     temperature_ptr,
     top_p_ptr,
@@ -584,6 +600,7 @@ def collect_kernel(
     VOCAB: tl.constexpr,
     COLUMNS: tl.constexpr,
     STATE: tl.constexpr,
+    MASK: tl.constexpr,
     CHUNK: tl.constexpr,
     SPLITS: tl.constexpr,
     SPLIT_TILE: tl.constexpr,
@@ -609,15 +626,18 @@ def collect_kernel(
             repetition = tl.load(repetition_ptr + r)
             inverse = 1.0 / tl.load(temperature_ptr + r)
             penalised = (flags & PENALTIES) != 0
-            has_k = (k > 0) & (k < VOCAB)
             has_p = top_p < 1.0
             logits = logits_ptr + r.to(tl.int64) * COLUMNS
             state_at = slot.to(tl.int64) * STATE
             counts = counts_ptr + state_at
             bias = bias_ptr + state_at
-            row = (logits, counts, bias, penalised, frequency, presence, repetition)
+            mask_row = tl.load(row_mask_ptr + r)
+            mask = masks_ptr + mask_row.to(tl.int64) * MASK
+            masked = mask_row >= 0
+            row = (logits, counts, bias, penalised, frequency, presence, repetition, mask, masked)
             best_id = tl.load(words_ptr + r * WORDS + BEST_ID)
             bin_k = tl.load(words_ptr + r * WORDS + BIN_K)
+            has_k = bin_k > 0
             bin_top = tl.load(words_ptr + r * WORDS + BIN_TOP)
             bin_low = tl.load(words_ptr + r * WORDS + BIN_LOW)
             best = tl.load(reals_ptr + r * REALS + BEST)
@@ -637,7 +657,8 @@ def collect_kernel(
             tl.store(own_masses, tl.sum(tl.where(b > bin_k, weight, 0), axis=0))
             tl.store(own_masses + 1, tl.sum(tl.where(above, weight, 0), axis=0))
             tl.store(own_masses + 2, tl.sum(tl.where(sure, weight, 0), axis=0))
-            among = inside & (((b >= bin_low) & (b <= bin_top)) | (b == bin_k))
+            among = inside & (z > float("-inf"))
+            among = among & (((b >= bin_low) & (b <= bin_top)) | (b == bin_k))
             among_here = tl.sum(among.to(tl.int32), axis=0)
             if among_here > 0:
                 place = tl.atomic_add(
