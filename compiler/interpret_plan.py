@@ -72,9 +72,9 @@ class InterpretedSession:
         began = time.perf_counter()
         plan, io, values = self._plans[bucket.name]
         side = self._steps % DEPTH
-        size = io.fill(side, step)
+        first, size = io.fill(side, step)
         block = self._arenas[3].bytes
-        block[:size] = self._staging[side][:size]
+        block[first : first + size] = self._staging[side][first : first + size]
         for index in range(len(plan.nodes)):
             self.run_node(plan, values, index)
         self._received[side][: io.size] = block[io.start : io.start + io.size]
