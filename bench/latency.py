@@ -131,7 +131,7 @@ def main(config: LatencyConfig, sources: Mapping[str, str]) -> int:
                 static.run(static.prompts(shape[0], shape[1], config.seed + 1 + index), steps)
             print("Benchmark ..." if len(shapes) == 1 else f"Benchmark {shape} ...")
             result = measure(static, config, artifact, buffer, shape)
-            result["threads"] = threads
+            result |= {"threads": threads, "kv_dtype": artifact.manifest.kv_dtype}
             results.append(
                 config.output_file, results.stamp("latency", result, artifact=artifact.digest)
             )

@@ -33,10 +33,10 @@ from compiler.families.spec import (
 )
 from compiler.program import Builder, Dim, Program
 from kernels.ops import register  # noqa: F401  (fills OPS)
+from kernels.ops.kv import KV_DTYPES
 from kernels.ops.mlp import GATED
 from kernels.ops.moe import CLAMPED
 
-KV_BYTES = {"float32": 4, "bfloat16": 2}
 GATED_ACT = {act: gated for gated, act in GATED.items()} | {"silu_clamped": CLAMPED}
 PAGE_ALIGN = 64
 
@@ -157,7 +157,7 @@ def layer_page_bytes(mixer: Attention | Mla, shape: StepShape) -> int:
         width = mixer.latent + mixer.rope.rotary_dim
     else:
         width = 2 * mixer.kv_heads * mixer.head_dim
-    size = shape.page_size * width * KV_BYTES[shape.kv_dtype]
+    size = shape.page_size * width * KV_DTYPES[shape.kv_dtype].itemsize
     return -(-size // PAGE_ALIGN) * PAGE_ALIGN
 
 
@@ -170,9 +170,10 @@ class _Step:
     computed."""
 
     def __init__(self, spec: ModelSpec, shape: StepShape) -> None:
-        if shape.kv_dtype not in KV_BYTES:
+        if shape.kv_dtype not in KV_DTYPES:
+            choices = ", ".join(KV_DTYPES)
             raise CompileError(
-                f"kv dtype {shape.kv_dtype!r} is not supported; choose one of {', '.join(KV_BYTES)}"
+                f"kv dtype {shape.kv_dtype!r} is not supported; choose one of {choices}"
             )
         self.spec, self.shape, self.b = spec, shape, Builder()
         self.page_bytes, self.layer_offset = page_bytes(spec, shape), 0

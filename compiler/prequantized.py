@@ -47,6 +47,11 @@ def stand_ins(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> dict[s
 
 def check_method(quantization: Mapping[str, Any], where: str) -> None:
     """Raise unless the `quantization_config` names a format that is read."""
+    if (scheme := quantization.get("kv_cache_scheme")) is not None:
+        raise CompileError(
+            f"{where}: kv_cache_scheme {scheme!r} asks for scaled keys and values, and pages are "
+            "stored without scales; set it to null and choose kv=fp8_e4m3 or fp8_e5m2 instead"
+        )
     method = quantization.get("quant_method")
     if method == "mxfp4" or (method == "fp8" and quantization.get("weight_block_size")):
         return

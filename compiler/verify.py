@@ -9,7 +9,7 @@ gate when `accuracy.max_delta` is set) and golden greedy tokens. Called by the p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import numpy as np
@@ -21,6 +21,7 @@ from compiler.errors import CompileError
 from compiler.families.spec import MoeFfn, PoolSpec
 from compiler.interpret import Chunk, greedy_step, new_state, run
 from compiler.model import constants
+from compiler.program import Program
 from compiler.store import exact, rounded
 from compiler.weights import Weights
 from conf.schema import CompileConfig
@@ -31,8 +32,10 @@ PROMPT_TOKENS = 32
 GOLDEN_TOKENS = 12
 LOGPROB_WANTED = 2  # StepInput.row_flags
 # Largest root-mean-square difference of logprobs between device and reference, in units of their
-# spread. Kernels may round activations (to bfloat16, or to int8 per group), never more than that.
+# spread. Kernels may round activations (to bfloat16, or to int8 per group), never more than that; a
+# rounded activation sends some stored keys and values to the next code of an fp8 page.
 DEVICE_LIMIT = {"float32": 0.01, "bfloat16": 0.05, "int8": 0.1, "int4": 0.2, "fp8": 0.1}
+DEVICE_LIMIT |= {"fp8_e4m3": 0.1, "fp8_e5m2": 0.2}
 # Times this where tokens choose experts: a rounded activation sends some to others, in a different
 # place than the reference's rounded weights do. A defect is off by the spread itself.
 EXPERTS_SLACK = 3.0
@@ -55,17 +58,19 @@ def prompt(made: Design, seed: int = 0) -> list[int]:
 
 
 def measure(made: Design, source: Weights) -> Measured:
-    """Logits of every prompt position with the stored numbers against the original ones, both in
-    the reference interpreter: relative error, largest difference, share of equal best tokens. Of an
-    embedding model the vectors of the golden prompts: relative error and largest difference."""
+    """Logits of every prompt position with the stored numbers, of weights and of KV pages, against
+    the original ones, both in the reference interpreter: relative error, largest difference, share
+    of equal best tokens. Of an embedding model the vectors of the golden prompts: relative error
+    and largest difference."""
     weights = {weight.name: weight for weight in made.weights}
     fixed = constants(made.spec, made.shape.context)
     pooled = isinstance(made.spec.head, PoolSpec)
     compute = _vectors if pooled else _logits
-    b = compute(made, lambda name: rounded(weights[name], source, fixed))
+    b = compute(made, made.program, lambda name: rounded(weights[name], source, fixed))
     a = b
-    if any(format != "float32" for format in made.formats.values()):
-        a = compute(made, lambda name: exact(weights[name], source, fixed))
+    if any(format != "float32" for format in (*made.formats.values(), made.shape.kv_dtype)):
+        whole = exact_pages(made.program)
+        a = compute(made, whole, lambda name: exact(weights[name], source, fixed))
     if pooled:
         return Measured(
             accuracy={
@@ -85,27 +90,44 @@ def measure(made: Design, source: Weights) -> Measured:
     )
 
 
+def exact_pages(program: Program) -> Program:
+    """The program with keys and values kept as they were computed."""
+    calls = (
+        replace(call, attrs={**call.attrs, "kv_dtype": "float32"})
+        if "kv_dtype" in call.attrs
+        else call
+        for call in program.calls
+    )
+    return replace(program, calls=tuple(calls))
+
+
 def check_accuracy(accuracy: dict[str, float], config: CompileConfig) -> None:
     limit = config.accuracy.max_delta
     what = "vector" if "vector_error" in accuracy else "logit"
     if limit is not None and accuracy[f"{what}_error"] > limit:
         raise CompileError(
-            f"quant={config.quant.scheme} dtype={config.dtype}: relative {what} error "
-            f"{accuracy[f'{what}_error']:.4g} exceeds accuracy.max_delta={limit:g}; choose smaller "
-            "groups, another scheme or a larger limit"
+            f"quant={config.quant.scheme} dtype={config.dtype} kv.dtype={config.kv.dtype}: "
+            f"relative {what} error {accuracy[f'{what}_error']:.4g} exceeds "
+            f"accuracy.max_delta={limit:g}; choose smaller groups, another scheme or a larger limit"
         )
 
 
-def _logits(made: Design, weight: WeightOf) -> torch.Tensor:
-    return _computed(made, [prompt(made)], weight, "logits", until="logits")
+def _logits(made: Design, program: Program, weight: WeightOf) -> torch.Tensor:
+    return _computed(made, program, [prompt(made)], weight, "logits", until="logits")
 
 
-def _vectors(made: Design, weight: WeightOf) -> torch.Tensor:
-    return _computed(made, golden_prompts(made), weight, "embedding", until=None)
+def _vectors(made: Design, program: Program, weight: WeightOf) -> torch.Tensor:
+    return _computed(made, program, golden_prompts(made), weight, "embedding", until=None)
 
 
 def _computed(
-    made: Design, prompts: list[list[int]], weight: WeightOf, name: str, *, until: str | None
+    made: Design,
+    program: Program,
+    prompts: list[list[int]],
+    weight: WeightOf,
+    name: str,
+    *,
+    until: str | None,
 ) -> torch.Tensor:
     """One value of the step that computes the prompts, each from its first token on."""
     size = made.shape.page_size
@@ -114,12 +136,12 @@ def _computed(
         Chunk(tokens=tokens, pages=pages) for tokens, pages in zip(prompts, tables, strict=True)
     ]
     inputs = greedy_step(chunks, size, made.shape.edits, every_row=until is not None)
-    state = new_state(made.program, sum(map(len, tables)))
+    state = new_state(program, sum(map(len, tables)))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the same sums, so the same record, on any number of cores
     try:
         with torch.inference_mode():
-            out = run(made.program, inputs, state, weight, keep=(name,), until=until)
+            out = run(program, inputs, state, weight, keep=(name,), until=until)
             return out[name].double()
     finally:
         torch.set_num_threads(threads)
@@ -139,13 +161,14 @@ def check_device(made: Design, measured: Measured, session: Session, scheme: str
         found = _step(session, [tokens], [0], rows=rows, targets=tokens[1:]).logprob
     difference = found.astype(np.float64) - measured.reference
     error = float(np.sqrt(np.mean(difference**2)) / max(float(measured.reference.std()), 1e-9))
-    limit = DEVICE_LIMIT[scheme]
+    kv = made.shape.kv_dtype
+    limit = max(DEVICE_LIMIT[scheme], DEVICE_LIMIT[kv] if kv.startswith("fp8") else 0.0)
     if scheme != "float32" and any(isinstance(layer.ffn, MoeFfn) for layer in made.spec.layers):
         limit *= EXPERTS_SLACK
     if not error <= limit:
         raise CompileError(
             f"the compiled model and the reference disagree: {what} error {error:.3g} exceeds "
-            f"{limit:g} for {scheme}; this is a defect of a kernel, please report it"
+            f"{limit:g} for {scheme} and {kv} pages; this is a defect of a kernel, please report it"
         )
     return error
 

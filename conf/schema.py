@@ -66,10 +66,11 @@ class ParallelConfig:
 
 @dataclass(slots=True)
 class KvConfig:
-    """`dtype`: auto | float32 | bfloat16. `page_size` in tokens: what the
-    kernels are written for."""
+    """`dtype`: auto (the model's `dtype`) | float32 | bfloat16 | fp8_e4m3 | fp8_e5m2 (half of
+    bfloat16's memory; no scales: beyond 448 and 57344 they saturate). `page_size` in tokens: what
+    the kernels are written for."""
 
-    dtype: str = option("auto", choices=("auto", "float32", "bfloat16"))
+    dtype: str = option("auto", choices=("auto", "float32", "bfloat16", "fp8_e4m3", "fp8_e5m2"))
     page_size: int = option(16, low=16, high=16)
 
 

@@ -287,6 +287,10 @@ def split_up_projection(tensor: str) -> Packing:
     return packing
 
 
+# As the exporters of quantized checkpoints name them.
+KV_SCALE = re.compile(r".*\.([kv]_scale|kv_scale|[kv]_proj\.([kv]_scale|output_scale))")
+
+
 def bind(
     spec: ModelSpec, names: NameMap, tensors: Tensors, unused: Iterable[str]
 ) -> tuple[str, ...]:
@@ -326,6 +330,12 @@ def bind(
     ignorable = re.compile("|".join(f"(?:{p})" for p in unused) or r"(?!)")
     for tensor in tensors.names():
         if tensor not in taken and not ignorable.fullmatch(tensor):
+            if KV_SCALE.fullmatch(tensor):
+                raise CompileError(
+                    f"tensor {tensor} is a scale of the KV cache, and pages are stored without "
+                    "scales; compile a checkpoint without KV scales, with kv=fp8_e4m3 if pages "
+                    "shall be fp8"
+                )
             raise CompileError(
                 f"tensor {tensor} {list(tensors.shape(tensor))} is not used by family "
                 f"{spec.family}; the checkpoint holds more than the model"

@@ -71,13 +71,10 @@ HS_INLINE int64_t head_of(const Call& c, const Item& item, int64_t r) {
     return item.kv_head * c.group + (item.first_row + r) % c.group;
 }
 
-HS_INLINE vf widen(const float* p) { return loadf(p); }
-HS_INLINE vf widen(const uint16_t* p) { return bf16_to_float(load<vh>(p)); }
-
 // scores[r][key] = q[r] . k[key] for R rows and KP pages. AHEAD: also prefetch `ahead`, as many bytes as are read here.
 template <class T, int R, bool AHEAD>
 void score_tile(const float* q, int64_t dim, const T* const* k, const T* const* ahead, float* scores) {
-    constexpr int STEP = sizeof(T) == 4 ? 1 : 2;  // dims that share a row of a page
+    constexpr int STEP = sizeof(T) == 2 ? 2 : 1;  // dims that share a row of a page
     vf acc[R][KP * W] = {};
     for (int64_t e = 0; e < dim; e += STEP) {
         vf keys[STEP][KP * W];
@@ -85,8 +82,8 @@ void score_tile(const float* q, int64_t dim, const T* const* k, const T* const* 
         for (int j = 0; j < KP * W; j++) {
             const T* p = k[j / W] + e * PAGE + j % W * VL * STEP;
             if (AHEAD && j % W == 0) prefetch(ahead[j / W] + e * PAGE);
-            if (STEP == 1) {
-                keys[0][j] = load<vf>(p);
+            if constexpr (STEP == 1) {
+                keys[0][j] = widen(p);
             } else {
                 vu pair = load<vu>(p);
                 keys[0][j] = as_f(pair << 16);
@@ -419,3 +416,5 @@ void attention(const hs_ctx* ctx, const hs_arg* a) {
 
 HS_EXPORT void hs_attention_f32(const hs_ctx* ctx, const hs_arg* a) { attention<float>(ctx, a); }
 HS_EXPORT void hs_attention_bf16(const hs_ctx* ctx, const hs_arg* a) { attention<uint16_t>(ctx, a); }
+HS_EXPORT void hs_attention_e4m3(const hs_ctx* ctx, const hs_arg* a) { attention<E4M3>(ctx, a); }
+HS_EXPORT void hs_attention_e5m2(const hs_ctx* ctx, const hs_arg* a) { attention<E5M2>(ctx, a); }

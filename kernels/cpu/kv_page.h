@@ -1,9 +1,9 @@
 // Where a key or value lives. The pool is page-major; a page holds every layer; one layer of a page is, per KV head:
-//   K  float32 [E][16]      bfloat16 [E/2][16][2]      16 keys side by side, so that one vector holds one dim of 16 keys
-//   V  [16][E]              both dtypes
+//   K  float32, fp8 [E][16]      bfloat16 [E/2][16][2]      16 keys side by side, so that one vector holds one dim of 16 keys
+//   V  [16][E]                   every dtype
 // kernels/cpu/layout.py (pack_kv, unpack_kv) writes the same in numpy.
 #pragma once
-#include "vec.h"
+#include "fp8.h"
 
 namespace hs {
 
@@ -26,8 +26,14 @@ HS_INLINE void narrow(float x, uint16_t* out) {  // bfloat16, nearest even; NaN 
     *out = x != x ? (uint16_t)(u >> 16 | 0x40) : (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
 
-HS_INLINE int64_t k_index(const float*, int64_t e, int64_t key) { return e * PAGE + key; }
+template <class T>
+HS_INLINE int64_t k_index(const T*, int64_t e, int64_t key) { return e * PAGE + key; }
 HS_INLINE int64_t k_index(const uint16_t*, int64_t e, int64_t key) { return (e / 2 * PAGE + key) * 2 + e % 2; }
+
+HS_INLINE vf widen(const float* p) { return loadf(p); }
+HS_INLINE vf widen(const uint16_t* p) { return bf16_to_float(load<vh>(p)); }
+HS_INLINE float widen_one(const float* p) { return *p; }
+HS_INLINE float widen_one(const uint16_t* p) { return bf16_to_float(*p); }
 
 // Key and value of one head of one token, into slot = page * 16 + offset.
 template <class T>

@@ -159,8 +159,8 @@ def _pack_scale(scale: Array, shape: tuple[int, int], gated: bool) -> Array:
 
 
 def pack_kv(kv: Array) -> NDArray[np.uint8]:
-    """One layer [pages, 2, K, 16, E] (float32, or bf16 bits as uint16) -> bytes [pages, layer
-    bytes], as in kernels/cpu/kv_page.h."""
+    """One layer [pages, 2, K, 16, E] (float32, or bits of bf16 as uint16, of fp8 as uint8) -> bytes
+    [pages, layer bytes], as in kernels/cpu/kv_page.h."""
     pages, _, heads, size, dim = kv.shape
     step = 2 if kv.dtype == np.uint16 else 1  # dims of a key that lie side by side
     k = (
@@ -176,7 +176,7 @@ def pack_kv(kv: Array) -> NDArray[np.uint8]:
 def unpack_kv(
     packed: NDArray[np.uint8], kv_heads: int, page_size: int, head_dim: int, dtype: str
 ) -> Array:
-    """The inverse of pack_kv; `dtype` float32 or uint16."""
+    """The inverse of pack_kv; `dtype` float32, uint16 or uint8."""
     both = np.ascontiguousarray(packed).view(dtype).reshape(len(packed), kv_heads, 2, -1)
     step = 2 if dtype == "uint16" else 1
     k = (

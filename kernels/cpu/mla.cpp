@@ -30,11 +30,6 @@ struct LatentLayer {
     T* row(int64_t page, int64_t offset) const { return (T*)(base + page * page_bytes) + offset * width; }
 };
 
-HS_INLINE vf widen(const float* p) { return loadf(p); }
-HS_INLINE vf widen(const uint16_t* p) { return bf16_to_float(load<vh>(p)); }
-HS_INLINE float widen_one(const float* p) { return *p; }
-HS_INLINE float widen_one(const uint16_t* p) { return bf16_to_float(*p); }
-
 template <class T>
 void kv_write(const hs_ctx* ctx, const hs_arg* a) {
     enum { LIVE, X, NORM, TABLE, KV_SLOTS, KV, LAYER_OFFSET, PAGE_BYTES, LATENT, ROTARY, INTERLEAVED, EPS };
@@ -319,8 +314,12 @@ void attention(const hs_ctx* ctx, const hs_arg* a) {
 
 HS_EXPORT void hs_mla_kv_write_f32(const hs_ctx* ctx, const hs_arg* a) { kv_write<float>(ctx, a); }
 HS_EXPORT void hs_mla_kv_write_bf16(const hs_ctx* ctx, const hs_arg* a) { kv_write<uint16_t>(ctx, a); }
+HS_EXPORT void hs_mla_kv_write_e4m3(const hs_ctx* ctx, const hs_arg* a) { kv_write<E4M3>(ctx, a); }
+HS_EXPORT void hs_mla_kv_write_e5m2(const hs_ctx* ctx, const hs_arg* a) { kv_write<E5M2>(ctx, a); }
 HS_EXPORT void hs_mla_attention_f32(const hs_ctx* ctx, const hs_arg* a) { attention<float>(ctx, a); }
 HS_EXPORT void hs_mla_attention_bf16(const hs_ctx* ctx, const hs_arg* a) { attention<uint16_t>(ctx, a); }
+HS_EXPORT void hs_mla_attention_e4m3(const hs_ctx* ctx, const hs_arg* a) { attention<E4M3>(ctx, a); }
+HS_EXPORT void hs_mla_attention_e5m2(const hs_ctx* ctx, const hs_arg* a) { attention<E5M2>(ctx, a); }
 HS_EXPORT void hs_head_linear_f32(const hs_ctx* ctx, const hs_arg* a) { head_linear<F32>(ctx, a); }
 HS_EXPORT void hs_head_linear_bf16(const hs_ctx* ctx, const hs_arg* a) { head_linear<BF16>(ctx, a); }
 HS_EXPORT void hs_head_linear_int8(const hs_ctx* ctx, const hs_arg* a) { head_linear<INT8>(ctx, a); }

@@ -95,5 +95,9 @@ HS_EXPORT void hs_rope(const hs_ctx* ctx, const hs_arg* a) {
 
 HS_EXPORT void hs_kv_write_f32(const hs_ctx* ctx, const hs_arg* a) { kv_write<float>(ctx, a); }
 HS_EXPORT void hs_kv_write_bf16(const hs_ctx* ctx, const hs_arg* a) { kv_write<uint16_t>(ctx, a); }
+HS_EXPORT void hs_kv_write_e4m3(const hs_ctx* ctx, const hs_arg* a) { kv_write<E4M3>(ctx, a); }
+HS_EXPORT void hs_kv_write_e5m2(const hs_ctx* ctx, const hs_arg* a) { kv_write<E5M2>(ctx, a); }
 HS_EXPORT void hs_rope_kv_f32(const hs_ctx* ctx, const hs_arg* a) { rope_kv<float>(ctx, a); }
 HS_EXPORT void hs_rope_kv_bf16(const hs_ctx* ctx, const hs_arg* a) { rope_kv<uint16_t>(ctx, a); }
+HS_EXPORT void hs_rope_kv_e4m3(const hs_ctx* ctx, const hs_arg* a) { rope_kv<E4M3>(ctx, a); }
+HS_EXPORT void hs_rope_kv_e5m2(const hs_ctx* ctx, const hs_arg* a) { rope_kv<E5M2>(ctx, a); }

@@ -13,7 +13,7 @@ from kernels.kernel import CallShape, Kernel, register
 
 PAGE_SIZE = 16  # PAGE in kv_page.h
 MAX_HEAD_DIM = 256  # MAX_DIM in attention.cpp and rope.cpp
-KV_SUFFIXES = {"float32": "f32", "bfloat16": "bf16"}
+KV_SUFFIXES = {"float32": "f32", "bfloat16": "bf16", "fp8_e4m3": "e4m3", "fp8_e5m2": "e5m2"}
 
 
 def refuse_pages(call: CallShape, kv_dtype: str) -> str | None:

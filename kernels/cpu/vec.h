@@ -119,7 +119,7 @@ HS_INLINE float bf16_to_float(uint16_t h) {
     memcpy(&f, &u, 4);
     return f;
 }
-HS_INLINE vf fp16_to_float(vh v) {  // finite values, subnormals included
+HS_INLINE vf fp16_to_float(vh v) {
 #if defined(HS_AVX512)
     return (vf)_mm512_maskz_cvtph_ps(-1, (__m256i)v);
 #elif defined(__AVX2__) && defined(__F16C__)
@@ -127,7 +127,8 @@ HS_INLINE vf fp16_to_float(vh v) {  // finite values, subnormals included
 #else
     vu u = __builtin_convertvector(v, vu);
     vf magnitude = as_f((u & 0x7fff) << 13) * 0x1p112f;
-    return as_f((vu)magnitude | ((u & 0x8000) << 16));
+    vu beyond = (vu)((u & 0x7c00) == 0x7c00) & 0x7f800000;  // infinity and NaN
+    return as_f((vu)magnitude | beyond | ((u & 0x8000) << 16));
 #endif
 }
 HS_INLINE float fp16_to_float(uint16_t h) {
@@ -136,7 +137,7 @@ HS_INLINE float fp16_to_float(uint16_t h) {
     memcpy(&f, &u, 4);
     f *= 0x1p112f;
     memcpy(&u, &f, 4);
-    u |= sign;
+    u |= sign | ((h & 0x7c00) == 0x7c00 ? 0x7f800000 : 0);
     memcpy(&f, &u, 4);
     return f;
 }

@@ -25,8 +25,9 @@ from kernels.cuda.kernel import (
     register,
     workspace,
 )
+from kernels.cuda.kv_write import kv_pointer, kv_stride, refuse_pages
 from kernels.kernel import CallShape
-from kernels.launch import COUNTERS_BYTES, Constant, Launch, Pointer, Slot
+from kernels.launch import COUNTERS_BYTES, Constant, Launch, Slot
 
 PAGE_SIZE = 16  # tokens; PAGE_TOKENS in code/attention.py
 MAX_HEAD_DIM = 256
@@ -104,7 +105,7 @@ def _power(n: int) -> int:
 def _shape(call: CallShape) -> _Shape:
     attrs, shapes = call.attrs, call.shapes
     latent = "latent" in attrs
-    kv = TYPES[attrs["kv_dtype"]]
+    kv = kv_pointer(attrs).type
     return _Shape(
         heads=attrs["heads"],
         kv_heads=1 if latent else attrs["kv_heads"],
@@ -114,7 +115,7 @@ def _shape(call: CallShape) -> _Shape:
         tokens=shapes["q"][0],
         columns=shapes["pages"][1],
         kv=kv,
-        page=attrs["page_bytes"] // SIZES[kv],
+        page=kv_stride(attrs),
         values=0 if latent else attrs["kv_heads"] * PAGE_SIZE * attrs["head_dim"],
         wide="fp32" in (kv, TYPES[call.dtypes["q"]]),
     )
@@ -126,6 +127,8 @@ def _accepts(served: str) -> Callable[[CallShape], str | None]:
 
     def accepts(call: CallShape) -> str | None:
         attrs = call.attrs
+        if reason := refuse_pages(attrs):
+            return reason
         kind = call.kind if attrs.get("causal", True) else "whole"
         if kind != served:
             return f"the call is for {kind} sequences, this kernel serves {served} ones"
@@ -151,7 +154,7 @@ def _arguments(call: CallShape, config: TileConfig) -> dict[str, Slot | Constant
     return {
         "live_ptr": pointer(call, "live"),
         "q_ptr": pointer(call, "q"),
-        "kv_ptr": Pointer(arg="kv", offset=attrs["layer_offset"], type=shape.kv),
+        "kv_ptr": kv_pointer(attrs),
         "seq_start_ptr": pointer(call, "seq_start"),
         "seq_len_ptr": pointer(call, "seq_len"),
         "pages_ptr": pointer(call, "pages"),

@@ -83,11 +83,12 @@ def _argument(value: Slot | Constant, address: Address, constant: bool) -> Any:
 
 @cache
 def prepare() -> None:
-    """Makes the interpreter compute bfloat16 as devices do, run on numpy >= 2.4 and leave the
-    language patched, once per process.
+    """Makes the interpreter compute bfloat16 and convert fp8 as devices do, run on numpy >= 2.4 and
+    leave the language patched, once per process.
 
-    Upstream multiplies the bit patterns of bfloat16 and truncates on conversion (triton issues
-    11584, 11604); here values are widened to float32, computed, and rounded to nearest even.
+    Upstream multiplies the bit patterns of bfloat16, truncates on conversion and rounds some values
+    of fp8 wrongly (triton issues 11584, 11604); here values are widened to float32, computed, and
+    rounded to nearest even. fp8 saturates as the device's instruction does (cvt.rn.satfinite).
     """
     import triton
     import triton.language as tl
@@ -106,17 +107,15 @@ def prepare() -> None:
         kind = value.dtype.scalar
         if kind == tl.bfloat16:
             return _up(value.data)
-        if kind.primitive_bitwidth == 8 and kind.is_floating():
-            raw = interpreter._convert_float(value.data, kind, tl.float32, None)
-            return raw.view(np.float32).reshape(value.data.shape)
+        if fp8(kind):
+            return fp8_values(kind.fp_mantissa_width, kind.exponent_bias)[value.data]
         return value.data
 
+    def fp8(kind: Any) -> bool:
+        return bool(kind.primitive_bitwidth == 8 and kind.is_floating())
+
     def create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
-        if any(
-            x.dtype.scalar in (tl.bfloat16, tl.float16)
-            or (x.dtype.scalar.primitive_bitwidth == 8 and x.dtype.scalar.is_floating())
-            for x in (a, b)
-        ):
+        if any(x.dtype.scalar in (tl.bfloat16, tl.float16) or fp8(x.dtype.scalar) for x in (a, b)):
             x, y = (wide(v).astype(np.float32, copy=False) for v in (a, b))
             product = np.matmul(x, y).astype(d.data.dtype, copy=False)
             return handle(product + d.data, d.dtype.scalar)
@@ -141,8 +140,14 @@ def prepare() -> None:
         return binary(self, left, right, op)
 
     def create_fp_to_fp(self: Any, source: Any, target: Any, mode: Any) -> Any:
-        kinds = (source.dtype.scalar, target.scalar)
-        if tl.bfloat16 in kinds and 8 not in (k.primitive_bitwidth for k in kinds):
+        a, b = source.dtype.scalar, target.scalar
+        if fp8(a) and not fp8(b):
+            widened = handle(wide(source), tl.float32)
+            return widened if b == tl.float32 else self.cast_impl(widened, target)
+        if fp8(b) and a == tl.float32:
+            table = fp8_values(b.fp_mantissa_width, b.exponent_bias)
+            return handle(to_fp8(source.data, table), b)
+        if tl.bfloat16 in (a, b):
             return self.cast_impl(source, target)
         return convert(self, source, target, mode)
 
@@ -178,3 +183,28 @@ def _down(x: Any) -> Any:
     u = np.ascontiguousarray(x, np.float32).view(np.uint32)
     rounded = (u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     return np.where(np.isnan(x), np.uint16(0x7FC0), rounded.astype(np.uint16))
+
+
+@cache
+def fp8_values(mantissa: int, bias: int) -> Any:
+    """float32 of every code of e4m3 (no infinity, NaN is all ones) or e5m2 (IEEE)."""
+    code = np.arange(256)
+    exponent, fraction = (code & 127) >> mantissa, code & ((1 << mantissa) - 1)
+    unit = np.ldexp(1.0, np.maximum(exponent, 1) - bias - mantissa)
+    value = (fraction + ((exponent > 0) << mantissa)) * unit
+    top = exponent == (127 >> mantissa)
+    if mantissa == 2:
+        value = np.where(top, np.where(fraction == 0, np.inf, np.nan), value)
+    else:
+        value = np.where(top & (fraction == 7), np.nan, value)
+    return np.where(code >= 128, -value, value).astype(np.float32)
+
+
+def to_fp8(x: Any, values: Any) -> Any:
+    """float32 -> codes of the table, to nearest even, saturating, NaN kept."""
+    finite = values[:128][np.isfinite(values[:128])].astype(np.float64)
+    borders = (finite[:-1] + finite[1:]) / 2
+    below = np.searchsorted(borders, np.abs(x), "left")  # of two neighbours at a tie
+    above = np.searchsorted(borders, np.abs(x), "right")
+    code = np.where(below % 2 == 0, below, above) | np.where(np.signbit(x), 128, 0)
+    return np.where(np.isnan(x), 127, code).astype(np.uint8)

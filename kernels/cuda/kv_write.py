@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from kernels.cuda.kernel import SIZES, TYPES, CudaKernel, launch, pointer, register
+from kernels.cuda.kernel import SIZES, CudaKernel, launch, pointer, register
 from kernels.cuda.rows import (
     TileConfig,
     power,
@@ -18,24 +18,25 @@ from kernels.cuda.rows import (
 from kernels.kernel import CallShape
 from kernels.launch import Launch, Pointer
 
-KV_DTYPES = ("bfloat16", "float32")
+# Element types of pages, as Triton spells them.
+KV_TYPES = {"bfloat16": "bf16", "float32": "fp32", "fp8_e4m3": "fp8e4nv", "fp8_e5m2": "fp8e5"}
 
 
 def kv_pointer(attrs: Mapping[str, Any]) -> Pointer:
     """The call's layer in page 0. The offset of the layer is in the address, so that equal layers
     share a binary."""
-    return Pointer(arg="kv", offset=attrs["layer_offset"], type=TYPES[attrs["kv_dtype"]])
+    return Pointer(arg="kv", offset=attrs["layer_offset"], type=KV_TYPES[attrs["kv_dtype"]])
 
 
 def kv_stride(attrs: Mapping[str, Any]) -> int:
     """Elements from page to page."""
-    return int(attrs["page_bytes"]) // SIZES[TYPES[attrs["kv_dtype"]]]
+    return int(attrs["page_bytes"]) // SIZES[KV_TYPES[attrs["kv_dtype"]]]
 
 
 def refuse_pages(attrs: Mapping[str, Any]) -> str | None:
     """Why pages of this kind cannot be served, or None."""
-    if attrs["kv_dtype"] not in KV_DTYPES:
-        return f"the KV pool is {attrs['kv_dtype']}: supported are {', '.join(KV_DTYPES)}"
+    if attrs["kv_dtype"] not in KV_TYPES:
+        return f"the KV pool is {attrs['kv_dtype']}: supported are {', '.join(KV_TYPES)}"
     for name in ("layer_offset", "page_bytes"):
         if attrs[name] % 16:
             return f"{name} {attrs[name]} is not a multiple of 16 bytes"

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kernels.op import Arg, Cost, Op, Sample, register
 from kernels.ops.embed import LIVE, live_count
-from kernels.ops.kv import KV_ATTRS, KV_DTYPES, KvState, layer_bytes
+from kernels.ops.kv import KV_ATTRS, KvState, layer_bytes, stored
 from kernels.ops.samples import (
     EMPTY,
     LONG_DECODE,
@@ -49,9 +49,8 @@ def kv_write_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str,
     slots = args["kv_slots"][:n].long()
     page, offset = slots // attrs["page_size"], slots % attrs["page_size"]
     for i, name in enumerate(("k", "v")):
-        layer[page, i, :, offset] = (
-            args[name][:n].unflatten(1, (attrs["kv_heads"], -1)).to(layer.dtype)
-        )
+        x = args[name][:n].unflatten(1, (attrs["kv_heads"], -1))
+        layer[page, i, :, offset] = stored(x, attrs["kv_dtype"])
     return {}
 
 
@@ -64,12 +63,30 @@ def _kv_write_cost(shapes: dict[str, tuple[int, ...]], attrs: dict[str, Any]) ->
     )
 
 
+# Of e4m3 and e5m2: ties between neighbours, subnormal ones too, the ends of both ranges, beyond.
+HARD: tuple[float, ...] = (
+    17.0,
+    19.0,
+    -1.0625,
+    2**-9,
+    1.5 * 2**-9,
+    2**-10,
+    -(2**-17),
+    1.5 * 2**-16,
+    2**-20,
+    0.0,
+)
+HARD += (447.0, 463.9, -464.0, 480.0, 1e6, 57344.0, 61439.0, -61440.0, 3e38, -math.inf, math.nan)
+
+
 def _kv_write_samples() -> list[Sample]:
     out = []
     for label, ragged, kv_heads, dim, dtype in (
         ("mixed", MIXED, 2, 32, "float32"),
         ("bf16", MIXED, 3, 16, "bfloat16"),
         ("one", ONE_TOKEN, 1, 48, "float32"),
+        ("e4m3", MIXED, 2, 48, "fp8_e4m3"),
+        ("e5m2", MIXED, 1, 32, "fp8_e5m2"),
     ):
         g = generator(40)
         steps = ragged.arrays(ragged.page_tables(g, 16), 16)
@@ -82,6 +99,10 @@ def _kv_write_samples() -> list[Sample]:
             "kv_slots": steps["kv_slots"],
             "kv": KvState(ragged.pool_pages),
         }
+        if dtype.startswith("fp8"):
+            k = floats(g, ragged.tokens, kv_heads * dim, used=n)
+            k.view(-1)[: len(HARD)] = torch.tensor(HARD)
+            args["k"] = k
         out.append(Sample(label=label, args=args, attrs=attrs))
     return out
 
@@ -202,7 +223,7 @@ def attention_sample(
     layer = kv.layer(attrs)
     for (before, new), table in zip(ragged.lengths, tables, strict=True):
         for p in range(before + new):
-            layer[table[p // 16], :, :, p % 16] = floats(g, 2, kv_heads, dim).to(KV_DTYPES[dtype])
+            layer[table[p // 16], :, :, p % 16] = stored(floats(g, 2, kv_heads, dim), dtype)
     args = {
         "live": steps["live"],
         "q": floats(g, ragged.tokens, heads * dim, used=int(steps["live"][0])),
@@ -270,6 +291,18 @@ def _attention_samples() -> list[Sample]:
             dtype="bfloat16",
             alibi=True,
         ),
+        attention_sample(79, "e4m3", MIXED, heads=8, kv_heads=2, dim=80, dtype="fp8_e4m3"),
+        attention_sample(
+            80,
+            "e4m3 window",
+            LONG_DECODE,
+            heads=4,
+            kv_heads=1,
+            dim=64,
+            window=300,
+            dtype="fp8_e4m3",
+        ),
+        attention_sample(81, "e5m2", LONG_DECODE, heads=6, kv_heads=2, dim=32, dtype="fp8_e5m2"),
         attention_sample(75, "logn", MIXED, heads=2, kv_heads=2, dim=32, logn=19),
         attention_sample(
             76,

@@ -2,7 +2,7 @@
 token of page, dim]; for latent attention [page, token of page, latent + rotary].
 
 Kernels keep the same values in their own page layout (kernels/cpu/kv_page.h); tests convert
-between the two.
+between the two. A value becomes what a page keeps in one place, `stored`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+KV_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
 KV_ATTRS: dict[str, type] = {
     "kv_heads": int,
     "head_dim": int,
@@ -31,6 +36,16 @@ LATENT_ATTRS: dict[str, type] = {
     "page_bytes": int,
     "kv_dtype": str,
 }
+
+
+def stored(x: Tensor, kv_dtype: str) -> Tensor:
+    """x as pages keep it: to nearest even. fp8 has no scale: beyond its largest finite value (448,
+    57344), infinity included, it saturates. NaN stays NaN."""
+    dtype = KV_DTYPES[kv_dtype]
+    if dtype.itemsize == 1:
+        largest = torch.finfo(dtype).max
+        x = x.clamp(-largest, largest)
+    return x.to(dtype)
 
 
 def page_shape(attrs: dict[str, Any]) -> tuple[int, ...]:

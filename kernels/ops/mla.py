@@ -19,7 +19,7 @@ from torch import Tensor
 from kernels.op import Arg, Cost, Op, Sample, register
 from kernels.ops.attention import KV_ARG, SEQ_ARGS
 from kernels.ops.embed import LIVE, live_count
-from kernels.ops.kv import KV_DTYPES, LATENT_ATTRS, KvState, layer_bytes
+from kernels.ops.kv import LATENT_ATTRS, KvState, layer_bytes, stored
 from kernels.ops.norm import normalized
 from kernels.ops.rope import KV_SLOTS, rotated
 from kernels.ops.samples import (
@@ -112,7 +112,7 @@ def mla_kv_write_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[
     c = normalized(x[:, :latent], args["norm"], attrs["eps"])
     key = rotated(x[:, None, latent:], args["table"][:n], attrs["interleaved"])[:, 0]
     page, offset = slots // attrs["page_size"], slots % attrs["page_size"]
-    layer[page, offset] = torch.cat((c, key), dim=1).to(layer.dtype)
+    layer[page, offset] = stored(torch.cat((c, key), dim=1), attrs["kv_dtype"])
     return {}
 
 
@@ -134,6 +134,8 @@ def _mla_kv_write_samples() -> list[Sample]:
         (110, "mixed", MIXED, 32, 16, True, "float32"),
         (111, "bf16", MIXED, 64, 8, False, "bfloat16"),
         (112, "one", ONE_TOKEN, 512, 64, True, "float32"),
+        (113, "e4m3", MIXED, 48, 16, True, "fp8_e4m3"),
+        (114, "e5m2", ONE_TOKEN, 64, 8, False, "fp8_e5m2"),
     ):
         g = generator(seed)
         steps = ragged.arrays(ragged.page_tables(g, 16), 16)
@@ -227,7 +229,7 @@ def mla_attention_sample(
     layer = kv.layer(attrs)
     for (before, new), table in zip(ragged.lengths, tables, strict=True):
         for p in range(before + new):
-            layer[table[p // 16], p % 16] = floats(g, latent + rotary).to(KV_DTYPES[dtype])
+            layer[table[p // 16], p % 16] = stored(floats(g, latent + rotary), dtype)
     args = {
         "live": steps["live"],
         "q": floats(g, ragged.tokens, heads * (latent + rotary), used=int(steps["live"][0])),
@@ -245,6 +247,10 @@ def _mla_attention_samples() -> list[Sample]:
         mla_attention_sample(123, "long decode", LONG_DECODE, heads=16, latent=512, rotary=64),
         mla_attention_sample(
             124, "long bf16", LONG_DECODE, heads=8, latent=256, rotary=32, dtype="bfloat16"
+        ),
+        mla_attention_sample(127, "e4m3", MIXED, heads=5, latent=48, rotary=16, dtype="fp8_e4m3"),
+        mla_attention_sample(
+            128, "e5m2", LONG_DECODE, heads=16, latent=64, rotary=32, dtype="fp8_e5m2"
         ),
         mla_attention_sample(125, "one", ONE_TOKEN, heads=1, latent=16, rotary=2),
         mla_attention_sample(126, "empty", EMPTY, heads=2, latent=16, rotary=8),

@@ -262,6 +262,21 @@ def _rope_kv_samples() -> list[Sample]:
             own=True,
             clip=0.8,
         ),
+        _rope_kv_sample(
+            38,
+            "e4m3",
+            MIXED,
+            heads=2,
+            kv_heads=2,
+            dim=48,
+            rotary=16,
+            norms=True,
+            interleaved=True,
+            dtype="fp8_e4m3",
+        ),
+        _rope_kv_sample(
+            39, "e5m2", MIXED, heads=2, kv_heads=1, dim=32, rotary=32, dtype="fp8_e5m2"
+        ),
         _rope_kv_sample(37, "clip alone", MIXED, heads=2, kv_heads=1, dim=16, rotary=8, clip=0.5),
     ]
 

@@ -48,6 +48,22 @@ def fp8(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return codes, scales, exact.bfloat16()
 
 
+def test_scales_of_the_kv_cache_are_refused(tmp_path: Path) -> None:
+    """Never ignored: with them keys and values mean something else."""
+    toy_models.save(toy_models.RECIPES["llama"][0], tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.self_attn.k_scale"
+    checkpoint = save(tmp_path, tensors | {name: torch.ones(1)})
+    reader = ConfigReader(checkpoint.config, "config.json")
+    family = family_of(reader)
+    with pytest.raises(CompileError, match=f"{name} is a scale of the KV cache"):
+        checkpoint_weights(family, family.read(reader), checkpoint)
+    method = {"quant_method": "fp8", "weight_block_size": [8, 8], "kv_cache_scheme": {"bits": 8}}
+    config = save(tmp_path, tensors, quantization_config=method).config
+    with pytest.raises(CompileError, match=r"kv_cache_scheme .*kv=fp8_e4m3"):
+        family.read(ConfigReader(config, "config.json"))
+
+
 def test_fp8_in_blocks(tmp_path: Path) -> None:
     toy_models.save(toy_models.RECIPES["deepseek_v3"][0], tmp_path, old_config=True)
     plain, quantized = load_file(tmp_path / "model.safetensors"), dict[str, torch.Tensor]()

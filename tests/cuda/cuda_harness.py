@@ -207,4 +207,11 @@ def check_kv(case: Case, pool: torch.Tensor, after: KvState) -> None:
     rtol = 2**-6 if want.dtype == torch.bfloat16 else 1e-5
     if "bfloat16" in case.call.dtypes.values():
         rtol = 2**-6
+    if want.dtype.itemsize == 1:
+        # Inputs are the reference's: the very codes, but for values next to a rounding border
+        # where something was computed before they were narrowed.
+        differ = (got.view(torch.uint8) != want.view(torch.uint8)) & ~want.float().isnan()
+        share = float(differ.double().mean())
+        assert share == 0 or (share < 0.01 and case.op.name != "kv_write"), f"{share:%} of codes"
+        rtol = 2**-2
     torch.testing.assert_close(got.float(), want.float(), rtol=rtol, atol=rtol, equal_nan=True)

@@ -34,6 +34,7 @@ pytest.importorskip("transformers")
 PROMPTS = [[(7 * i * i + 3 * i + s) % 128 for i in range(n)] for s, n in enumerate((37, 5, 1))]
 NEW = 4
 FAST = ("qwen3",)
+QUANTIZED = ("none", "int8", "int4")
 # Each brings parts that no other has: windows and soft-caps, alibi, parallel layers with LayerNorm,
 # plain products with biases, rope by length, experts, sinks, latent attention.
 SLOW = ("gemma2", "baichuan", "cohere", "phi", "qwen", "mixtral", "gpt_oss", "deepseek_v3")
@@ -56,10 +57,10 @@ class Pair:
     made: Design
 
 
-def compiled(source: Path, out: Path, target: str, dtype: str) -> Artifact:
+def compiled(source: Path, out: Path, target: str, dtype: str, *more: str) -> Artifact:
     overrides = ["model=hf", f"model.source={source}", f"dtype={dtype}", "name=toy", f"out={out}"]
     shape = ["shape.context=64", "shape.max_tokens=16", "shape.max_seqs=4", f"target={target}"]
-    loaded = load(CompileConfig, "compile", [*overrides, *shape])
+    loaded = load(CompileConfig, "compile", [*overrides, *shape, *more])
     return Artifact.open(compile_model(loaded.config, loaded.sources, Progress()))
 
 
@@ -131,15 +132,41 @@ def test_another_gpu_than_the_targets_is_no_device_to_verify_on(
     assert not again.manifest.golden and again.digest == pair.cuda.digest
 
 
-@pytest.mark.parametrize(
-    "scheme",
-    ["fp8", *(pytest.param(s, marks=pytest.mark.slow) for s in ("none", "int8", "int4"))],
-)
-def test_bfloat16_and_quantized_plans_agree_with_the_reference(scheme: str, tmp_path: Path) -> None:
-    """The check every compile makes on its device, made on the executed plan."""
+def test_fp8_pages_hold_what_the_cpu_holds(tmp_path: Path) -> None:
+    """In float32 both targets round the same keys and values to fp8, but for a value next to the
+    border of two codes."""
     toy_models.save(toy_models.RECIPES["llama"][0], tmp_path / "source")
+    cpu, cuda = (
+        compiled(tmp_path / "source", tmp_path / target, target, "float32", "kv=fp8_e4m3")
+        for target in ("cpu", "h200")
+    )
+    made = design(*inputs(cuda.manifest))
+    ours = heard(InterpretedSession(cuda, made, pages=24), cuda)
+    wanted = heard(open_session(cpu, kv_tokens=24 * 16), cpu)
+    for one, other in zip(ours, wanted, strict=True):
+        assert one.tokens == other.tokens
+        assert one.logprobs == pytest.approx(other.logprobs, abs=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("family", "scheme", "kv"),
+    [
+        ("llama", "fp8", "auto"),
+        ("llama", "none", "fp8_e4m3"),
+        ("minicpm3", "none", "fp8_e4m3"),
+        *(pytest.param("llama", s, "auto", marks=pytest.mark.slow) for s in QUANTIZED),
+        pytest.param("llama", "int4", "fp8_e5m2", marks=pytest.mark.slow),
+        pytest.param("minicpm3", "none", "fp8_e5m2", marks=pytest.mark.slow),
+        pytest.param("gemma2", "none", "fp8_e4m3", marks=pytest.mark.slow),
+    ],
+)
+def test_bfloat16_and_quantized_plans_agree_with_the_reference(
+    family: str, scheme: str, kv: str, tmp_path: Path
+) -> None:
+    """The check every compile makes on its device, made on the executed plan."""
+    toy_models.save(toy_models.RECIPES[family][-1], tmp_path / "source")
     overrides = ["model=hf", f"model.source={tmp_path / 'source'}", "dtype=bfloat16", "name=toy"]
-    overrides += [f"out={tmp_path / 'out'}", f"quant={scheme}", "target=h200"]
+    overrides += [f"out={tmp_path / 'out'}", f"quant={scheme}", f"kv={kv}", "target=h200"]
     shape = ["shape.context=64", "shape.max_tokens=32", "shape.max_seqs=32"]
     loaded = load(CompileConfig, "compile", [*overrides, *shape])
     artifact = Artifact.open(compile_model(loaded.config, loaded.sources, Progress()))

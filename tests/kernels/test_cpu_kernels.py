@@ -119,7 +119,8 @@ def one_sequence(s: Sample, seq: int, tokens: range, pages: int) -> Sample:
 
 
 @pytest.mark.parametrize(
-    "label", ["gqa", "bf16", "window", "mqa", "softcap", "sinks", "alibi", "logn", "everything"]
+    "label",
+    ["gqa", "bf16", "window", "mqa", "softcap", "sinks", "alibi", "logn", "everything", "e4m3"],
 )
 def test_attention_bits_do_not_depend_on_the_batch(teams: dict[int, Team], label: str) -> None:
     """Whole batch on 1, 2, 3 threads, with and without split blocks; then token by token and in

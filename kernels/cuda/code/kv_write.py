@@ -11,12 +11,8 @@ import triton
 import triton.language as tl
 
 from kernels.cuda.code import pdl
+from kernels.cuda.code.narrow import clipped, narrowed
 from kernels.cuda.code.rope import load_pairs, rotate, store_pairs
-
-
-@triton.jit
-def clipped(x, LIMIT: tl.constexpr):
-    return tl.where(x > LIMIT, LIMIT, tl.where(x < -LIMIT, -LIMIT, x))  # NaN stays
 
 
 @triton.jit
@@ -44,11 +40,10 @@ def kv_write_kernel(
         to = (slot // PAGE).to(tl.int64) * STRIDE
         to += (unit % KV_HEADS * PAGE + slot % PAGE) * DIM + column
         at = unit.to(tl.int64) * DIM + column
-        type: tl.constexpr = kv_ptr.dtype.element_ty
         k = tl.load(k_ptr + at, mask, 0.0).to(tl.float32)
         v = tl.load(v_ptr + at, mask, 0.0).to(tl.float32)
-        tl.store(kv_ptr + to, k.to(type), mask)
-        tl.store(kv_ptr + to + KV_HEADS * PAGE * DIM, v.to(type), mask)
+        tl.store(kv_ptr + to, narrowed(k, kv_ptr), mask)
+        tl.store(kv_ptr + to + KV_HEADS * PAGE * DIM, narrowed(v, kv_ptr), mask)
     pdl.release()
 
 
@@ -166,8 +161,7 @@ def rope_kv_kernel(
             if CLIP > 0.0:
                 x = clipped(x, CLIP)
             tl.store(q_ptr + to_q + column, x.to(q_ptr.dtype.element_ty), in_rest & is_q)
-            kept = x.to(kv_ptr.dtype.element_ty)
-            tl.store(kv_ptr + to_kv + column, kept, in_rest & (h >= HEADS))
+            tl.store(kv_ptr + to_kv + column, narrowed(x, kv_ptr), in_rest & (h >= HEADS))
     pdl.release()
 
 
@@ -205,7 +199,7 @@ def mla_kv_write_kernel(
         mask = exists & (column < LATENT)
         x = tl.load(x_ptr + at + column, mask, 0.0).to(tl.float32)
         scale = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / LATENT + EPS)
-        tl.store(kv_ptr + to + column, (x * scale * w).to(kv_ptr.dtype.element_ty), mask)
+        tl.store(kv_ptr + to + column, narrowed(x * scale * w, kv_ptr), mask)
         pair = tl.arange(0, PAIRS)[None, :]
         mask = exists & (pair < HALF)
         a, b = load_pairs(x_ptr, at + LATENT, pair, mask, HALF, INTERLEAVED)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from kernels.cuda.code import pdl
+from kernels.cuda.code.narrow import narrowed
 
 
 @triton.jit
@@ -79,14 +80,14 @@ def load_pairs(ptr, at, pair, mask, HALF: tl.constexpr, INTERLEAVED: tl.constexp
 
 @triton.jit
 def store_pairs(ptr, at, pair, mask, a, b, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    type: tl.constexpr = ptr.dtype.element_ty
+    a, b = narrowed(a, ptr), narrowed(b, ptr)
     if INTERLEAVED:
         both = tl.arange(0, 2)[None, None, :]
         index = (at + 2 * pair)[:, :, None] + both
-        tl.store(ptr + index, tl.join(a, b).to(type), mask[:, :, None] & (both < 2))
+        tl.store(ptr + index, tl.join(a, b), mask[:, :, None] & (both < 2))
     else:
-        tl.store(ptr + at + pair, a.to(type), mask)
-        tl.store(ptr + at + HALF + pair, b.to(type), mask)
+        tl.store(ptr + at + pair, a, mask)
+        tl.store(ptr + at + HALF + pair, b, mask)
 
 
 @triton.jit
