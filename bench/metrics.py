@@ -137,6 +137,7 @@ def summarise(
         "failed": len(requests) - len(done),
         "failures": dict(Counter(r.error for r in requests if r.error is not None).most_common()),
         "total_input_tokens": prompt,
+        "total_input_text_tokens": prompt,
         "total_output_tokens": output,
         "request_throughput": len(done) / duration,
         "input_throughput": prompt / duration,

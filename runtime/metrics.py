@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence as Values
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -26,6 +27,7 @@ from runtime.request import Ready, Stats
 from runtime.text.sequence import Sequence
 
 PREFIX = "headstart:"
+GIB = 1 << 30
 
 # Finer than SGLang's below 100 ms, where small models live; its bounds are all kept.
 _SECONDS = (0.1, 0.2, 0.4, 0.6, 0.8, 1, 2, 4, 6, 8)
@@ -63,8 +65,17 @@ class Histogram:
         return family
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes of the artifact's weights and of one KV page."""
+
+    weights: int
+    page: int
+
+
 class RequestMetrics:
-    def __init__(self) -> None:
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
         self.started = time.time()
         self.ttft = Histogram("time_to_first_token_seconds", "Request to first token.", TTFT_S)
         self.itl = Histogram("inter_token_latency_seconds", "Between tokens.", ITL_S)
@@ -106,7 +117,7 @@ class RequestMetrics:
         self.queue.observe(queue_s)
 
     def finished(self, seq: Sequence) -> None:
-        if seq.error is not None:
+        if seq.finish is not None and seq.finish["type"] == "abort":
             self.aborted += 1
             return
         self.cached_tokens += seq.cached_tokens
@@ -146,11 +157,17 @@ class _Scrape(Collector):
         for name, text, value in (
             ("prompt_tokens", "Prompt tokens received.", m.prompt_tokens),
             ("generation_tokens", "Tokens generated.", m.generation_tokens),
-            ("cached_tokens", "Prompt tokens found in the prefix cache.", m.cached_tokens),
             ("num_requests", "Requests received.", m.requests),
             ("num_aborted_requests", "Requests that did not end by themselves.", m.aborted),
         ):
             yield self._counter(name, text, value)
+        cached = CounterMetricFamily(
+            PREFIX + "cached_tokens",
+            "Prompt tokens found in the prefix cache.",
+            labels=["model_name", "cache_source"],
+        )
+        cached.add_metric([self._model, "device"], m.cached_tokens)
+        yield cached
         cpu = CounterMetricFamily(PREFIX + "process_cpu_seconds", "CPU time of this process.")
         cpu.add_metric([], time.process_time())
         yield cpu
@@ -160,6 +177,7 @@ class _Scrape(Collector):
             yield from self._engine(self._stats, self._ready)
 
     def _engine(self, s: Stats, ready: Ready) -> Iterable[Metric]:
+        memory = self._metrics.memory
         used = s.pages_used * s.page_size
         cached = s.pages_cached * s.page_size
         total = s.pages_total * s.page_size
@@ -182,6 +200,12 @@ class _Scrape(Collector):
             ("page_size", "Tokens in a KV page.", s.page_size),
             ("num_pages", "KV pages.", s.pages_total),
             ("context_len", "Longest sequence.", ready.context),
+            ("weight_memory_usage_gb", "GiB of weights.", memory.weights / GIB),
+            (
+                "kv_cache_memory_usage_gb",
+                "GiB of the KV pool.",
+                s.pages_total * memory.page / GIB,
+            ),
         ):
             yield self._gauge(name, text, value)
         yield self._counter("num_retracted_requests", "Preempted sequences.", s.retractions)

@@ -29,6 +29,7 @@ from runtime.http.link import EngineLink
 from runtime.http.render import Renderer
 from runtime.http.server import Server
 from runtime.manifest import Manifest
+from runtime.metrics import Memory, RequestMetrics
 from runtime.request import Failed
 from runtime.spawn import EngineProcess
 from runtime.text.model import TextModel
@@ -37,6 +38,7 @@ from runtime.text.tokenizer import Tokenizer
 log = logging.getLogger("headstart.serve")
 
 BACKLOG = 1024
+PREFERRED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # clients may repeat
 SLOW_FLOPS = 20e9  # per second: below what one core of any machine we know sustains
 
 
@@ -88,8 +90,15 @@ def _server(config: ServeConfig, artifact: Artifact, link: EngineLink) -> Server
     if template is not None and tokenizer is not None:
         renderer = Renderer(template.decode(), tokenizer.constants())
     generation = msgspec.json.decode(artifact.text("generation_config.json") or b"{}", type=dict)
+    memory = Memory(weights=manifest.weights_bytes, page=manifest.state.page_bytes)
     return Server(
-        config, model, link, renderer, info=_info(config, artifact, generation), defaults=generation
+        config,
+        model,
+        link,
+        renderer,
+        info=_info(config, artifact, generation),
+        defaults=generation,
+        metrics=RequestMetrics(memory),
     )
 
 
@@ -104,8 +113,13 @@ def _info(config: ServeConfig, artifact: Artifact, generation: dict[str, Any]) -
             "tokenizer_path": manifest.name,
             "is_generation": manifest.model.embedding is None,
             "embedding": manifest.model.embedding,
-            "preferred_sampling_params": generation or None,
+            "preferred_sampling_params": {k: v for k, v in generation.items() if k in PREFERRED}
+            or None,
             "weight_version": "default",
+            "load_format": "safetensors",
+            "reasoning_parser": None,
+            "tool_call_parser": None,
+            "disaggregation_mode": None,
             "model_type": manifest.model.family,
             "architectures": manifest.model.architectures,
             "max_model_len": manifest.model.context,
@@ -115,6 +129,8 @@ def _info(config: ServeConfig, artifact: Artifact, generation: dict[str, Any]) -
         },
         "server": {
             **shown,
+            "model_path": manifest.name,
+            "served_model_name": name,
             "version": manifest.tool,
             "artifact_digest": artifact.digest,
             "quant": manifest.quant,

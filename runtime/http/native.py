@@ -6,14 +6,24 @@ bytes, which are pre-built for the common case and equal to the encoded object i
 
 from __future__ import annotations
 
+import asyncio
+import math
+import time
+from typing import Any
+
+import msgspec
 from aiohttp import web
 
 from runtime.errors import EngineDead, InvalidRequest
 from runtime.http.replies import encode, json_reply
 from runtime.http.server import Server
+from runtime.request import Ready
 from runtime.text.encode import read_encode
 from runtime.text.generate import read_generate
+from runtime.text.schema import convert, show
 from runtime.text.sequence import Sequence
+
+FLUSH_POLL_S = 0.05
 
 
 async def generate(server: Server, request: web.Request) -> web.StreamResponse:
@@ -29,23 +39,43 @@ async def generate(server: Server, request: web.Request) -> web.StreamResponse:
     return json_reply(answers[0] if call.single else answers)
 
 
+class AbortBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    rid: str | None = None
+    abort_all: bool | None = None
+
+
 async def abort_request(server: Server, request: web.Request) -> web.StreamResponse:
     body = await server.read_body(request)
-    if not isinstance(body, dict) or not set(body) <= {"rid", "abort_all"}:
-        raise InvalidRequest("The body must be an object with rid or abort_all.")
-    rid = body.get("rid", "")
-    if not isinstance(rid, str):
-        raise InvalidRequest("rid must be a string.", param="rid")
-    if body.get("abort_all") is True or rid:
-        server.abort(None if body.get("abort_all") is True else rid)
+    wanted = convert(body, AbortBody)
+    if wanted.abort_all:
+        server.abort(None)
+    elif wanted.rid:
+        server.abort(wanted.rid)
     return web.Response()
 
 
 async def flush_cache(server: Server, request: web.Request) -> web.StreamResponse:
-    reply = await server.link.control("flush_cache")
-    if not reply.ok:
-        raise InvalidRequest("Cache not flushed: requests are running or waiting.")
+    """`?timeout=`: seconds to wait for the running requests, 0 by default."""
+    patience = _seconds(request.query.get("timeout", "0"), server.config.limits.request_s)
+    deadline = time.monotonic() + patience
+    while not (await server.link.control("flush_cache")).ok:
+        if time.monotonic() >= deadline:
+            raise InvalidRequest("Cache not flushed: requests are running or waiting.")
+        await asyncio.sleep(FLUSH_POLL_S)
     return web.Response(text="Cache flushed.\n")
+
+
+def _seconds(given: str, most: float) -> float:
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds <= most:
+        raise InvalidRequest(
+            f"timeout must be a number of seconds in [0, {most:g}], got {show(given)}.",
+            param="timeout",
+        )
+    return seconds
 
 
 async def model_info(server: Server, request: web.Request) -> web.StreamResponse:
@@ -61,7 +91,23 @@ async def server_info(server: Server, request: web.Request) -> web.StreamRespons
         "capacity": link.capacity,
         "in_flight": link.in_flight,
     }
-    return json_reply({**server.info["server"], "internal_states": [states]})
+    return json_reply(
+        {**server.info["server"], **_resolved(link.capacity), "internal_states": [states]}
+    )
+
+
+def _resolved(capacity: Ready | None) -> dict[str, Any]:
+    """What the engine made of options that leave it the choice; nothing before it is ready."""
+    if capacity is None:
+        return {}
+    tokens = capacity.pages * capacity.page_size
+    return {
+        "kv_tokens": tokens,
+        "max_total_num_tokens": tokens,
+        "max_running": capacity.max_seqs,
+        "max_step_tokens": capacity.max_step_tokens,
+        "startup_time": capacity.phases.get("ready"),
+    }
 
 
 async def health(server: Server, request: web.Request) -> web.StreamResponse:

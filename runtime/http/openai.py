@@ -18,7 +18,13 @@ from runtime.http.replies import encode, json_reply
 from runtime.http.server import Server
 from runtime.request import MAX_TOP_LOGPROBS
 from runtime.text.call import Call, Logprobs, Prompt, salt
-from runtime.text.generate import check_count, read_rids, refuse_embedding, split_prompts
+from runtime.text.generate import (
+    call_name,
+    check_count,
+    read_rids,
+    refuse_embedding,
+    split_prompts,
+)
 from runtime.text.model import TextModel
 from runtime.text.schema import show
 from runtime.text.sequence import Sequence
@@ -154,7 +160,8 @@ def _call(model: TextModel, body: CompletionBody, tenant: bytes) -> Call:
         )
         for source, rid in zip(sources, rids, strict=True)
     ]
-    return Call(prompts=prompts, single=False, stream=bool(body.stream))
+    name = call_name(body.rid)
+    return Call(prompts=prompts, single=False, stream=bool(body.stream), name=name)
 
 
 def _echoes(server: Server, body: CompletionBody, call: Call) -> list[str]:

@@ -45,6 +45,7 @@ class Server:
         *,
         info: dict[str, Any],
         defaults: dict[str, Any],
+        metrics: RequestMetrics,
     ) -> None:
         self.config = config
         self.model = model
@@ -52,7 +53,7 @@ class Server:
         self.renderer = renderer
         self.info = info  # /server_info and /model_info draw on it
         self.defaults = defaults  # sampling defaults of the model, for chat
-        self.metrics = RequestMetrics()
+        self.metrics = metrics
         self.draining = False
         self.jobs: set[Job] = set()
         self._rids: dict[str, set[int]] = {}  # the client's name of a request -> ours
@@ -123,7 +124,8 @@ class Server:
     @contextmanager
     def _job(self, call: Call, sequences: list[Sequence], *, whole: bool) -> Iterator[Job]:
         names: Counter[str] = Counter()
-        for name in {seq.rid for seq in sequences} | {p.rid for p in call.prompts}:
+        own = {call.name} if call.name else set()
+        for name in own | {seq.rid for seq in sequences} | {p.rid for p in call.prompts}:
             if name in self._rids:
                 raise InvalidRequest(f"Duplicate request ID detected: {show(name)}", param="rid")
             names[name] = 1
@@ -132,6 +134,8 @@ class Server:
             self._rids[prompt.rid] = ids
             for seq in group:
                 self._rids.setdefault(seq.rid, {seq.request.id})
+        for name in own:
+            self._rids.setdefault(name, {seq.request.id for seq in sequences})
         slack = self.config.limits.request_s + DEADLINE_SLACK_S
         job = Job(self.link, self.metrics, sequences, deadline_s=slack, whole=whole)
         self.jobs.add(job)

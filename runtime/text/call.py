@@ -50,11 +50,13 @@ _ids = itertools.count(1)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """`single`: answer with one object instead of a list."""
+    """`single`: answer with one object instead of a list. `name`: the client's own for all of it;
+    those of its prompts and outputs follow from it."""
 
     prompts: list[Prompt]
     single: bool
     stream: bool
+    name: str = ""
 
     def build(self, model: TextModel, tokens: Seq[list[int]]) -> list[Sequence]:
         """`tokens[i]`: the ids of `prompts[i]`. Outputs are prompt-major: all `n` of the first

@@ -100,7 +100,12 @@ def read_generate(body: Any, model: TextModel, tenant: bytes = b"") -> Call:
         )
         for i, source in enumerate(sources)
     ]
-    return Call(prompts=prompts, single=single and n == 1, stream=bool(parsed.stream))
+    return Call(
+        prompts=prompts,
+        single=single and n == 1,
+        stream=bool(parsed.stream),
+        name=call_name(parsed.rid),
+    )
 
 
 def check_count(count: int, model: TextModel, param: str) -> None:
@@ -178,6 +183,10 @@ def read_rids(rid: str | list[str] | None, count: int, *, single: bool) -> list[
             param="rid",
         )
     return rid
+
+
+def call_name(rid: str | list[str] | None) -> str:
+    return rid if isinstance(rid, str) else ""
 
 
 def each(value: Any, count: int, name: str, default: Any) -> list[Any]:

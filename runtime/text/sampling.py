@@ -155,7 +155,7 @@ def _check_ranges(body: SamplingBody, temperature: float, top_k: int, low: int) 
         f"min_new_tokens must be in [0, max_new_tokens({show(most)})], got {show(low)}.",
     )
     _require(
-        math.isfinite(temperature) and 0 <= temperature <= 1e6,
+        math.isfinite(temperature) and temperature >= 0,
         "temperature",
         f"temperature must be a non-negative finite number, got {show(temperature)}.",
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from serving import ServerProcess, serving
 
@@ -124,6 +126,11 @@ def test_info_routes(server: ServerProcess):
     assert model["served_model_name"] == "toy" and model["is_generation"] is True
     info = server.get("/get_server_info").json
     assert info["policy"] == "lpm" and info["internal_states"][0]["up"] is True
+    capacity = info["internal_states"][0]["capacity"]
+    assert info["max_running"] == capacity["max_seqs"]
+    assert info["kv_tokens"] == info["max_total_num_tokens"]
+    assert info["kv_tokens"] == capacity["pages"] * capacity["page_size"]
+    assert info["max_step_tokens"] == capacity["max_step_tokens"] and info["startup_time"] > 0
 
 
 def test_metrics_count_what_happened(server: ServerProcess):
@@ -152,6 +159,9 @@ def test_metrics_count_what_happened(server: ServerProcess):
     route = '{endpoint="/generate",status_code="200"}'
     assert grown(f"headstart:http_responses_total{route}") == 1
     assert after[f"headstart:context_len{label}"] == 1024
+    assert after[f"headstart:weight_memory_usage_gb{label}"] == 0, "it has no weights"
+    assert after[f"headstart:kv_cache_memory_usage_gb{label}"] > 0
+    assert 'headstart:cached_tokens_total{cache_source="device",model_name="toy"}' in after
 
 
 def test_flush_cache(server: ServerProcess):
@@ -165,7 +175,14 @@ def test_flush_cache_is_refused_while_requests_run(toy_artifact):
         body = {"input_ids": [7], "sampling_params": {"max_new_tokens": 900, "ignore_eos": True}}
         stream = server.open_stream(body)
         assert server.post("/flush_cache").status == 400
+        start = time.monotonic()
+        assert server.get("/flush_cache?timeout=0.3").status == 400
+        assert time.monotonic() - start >= 0.3
+        for bad in ("x", "-1", "nan", "1e9"):
+            reply = server.get(f"/flush_cache?timeout={bad}")
+            assert reply.status == 400 and "timeout must be a number of seconds" in reply.message
         stream.close()
+        assert server.get("/flush_cache?timeout=20").status == 200
 
 
 def test_access_log_is_json_and_rate_limited(toy_artifact):

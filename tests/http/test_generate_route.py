@@ -299,6 +299,7 @@ def test_refusals(server: ServerProcess, body: dict, message: str):
             f"sampling_seed must be in [-2**63, 2**63 - 1], got {2**63}.",
         ),
         ({"stop_token_ids": [-1]}, "stop_token_ids must be in [0, 383], got -1."),
+        ({"temperature": 10**400}, "sampling_params.temperature is out of range."),
         ({"temperature": True}, "sampling_params.temperature must be float | null, got bool."),
     ],
 )
@@ -315,6 +316,11 @@ def test_neutral_values_of_unsupported_fields_are_accepted(server: ServerProcess
     }
     params = GREEDY | {"regex": None, "json_schema": "", "beam_width": 1, "stop": None}
     assert server.generate(text="a", sampling_params=params, **neutral).status == 200
+
+
+def test_any_finite_temperature_is_taken(server: ServerProcess):
+    params = {"max_new_tokens": 4, "temperature": 1e300, "sampling_seed": 1}
+    assert server.generate(text="a", sampling_params=params).status == 200
 
 
 def test_a_request_cannot_ask_not_to_be_counted(server: ServerProcess):

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import msgspec
+import pytest
 from serving import ENDLESS, ROOT, alive, serving, wait_until
 
 from runtime.artifact import Artifact
@@ -63,8 +64,31 @@ def test_abort_request_by_name_ends_only_that_one(toy_artifact):
         data = read_until_done(first)
         assert b'"finish_reason":{"type":"abort"' in data and data.count(b"[DONE]") == 1
         assert server.info()["in_flight"] == 1
+        for wrong in ({"abort_all": "yes"}, {"rid": 5}, {"name": "first"}, []):
+            assert server.post("/abort_request", wrong).status == 400
+        assert server.info()["in_flight"] == 1
         assert server.post("/abort_request", {"abort_all": True}).status == 200
         assert b'"type":"abort"' in read_until_done(second)
+        aborted = 'headstart:num_aborted_requests_total{model_name="toy"} 2.0'
+        assert aborted in server.get("/metrics").body.decode()
+
+
+@pytest.mark.parametrize("batch", [{"n": 2}, {"prompts": 2}])
+def test_the_name_of_a_call_aborts_all_of_it(toy_artifact, batch: dict):
+    with serving(toy_artifact, "null_step_s=0.02") as server:
+        body = {
+            "input_ids": [[7, 8]] * batch.get("prompts", 1),
+            "sampling_params": ENDLESS | {"n": batch.get("n", 1)},
+            "rid": "call",
+        }
+        stream = server.open_stream(body)
+        assert server.post("/generate", SLOW | {"rid": "call"}).status == 400
+        assert server.post("/generate", SLOW | {"rid": "call_1"}).status == 400
+        wait_until(lambda: server.info()["in_flight"] == 2)
+        assert server.post("/abort_request", {"rid": "call_1"}).status == 200
+        wait_until(lambda: server.info()["in_flight"] == 1)
+        assert server.post("/abort_request", {"rid": "call"}).status == 200
+        assert read_until_done(stream).count(b'"type":"abort"') == 2
 
 
 def read_until_done(sock) -> bytes:
