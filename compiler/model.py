@@ -273,6 +273,7 @@ class _Step:
             live_index=live_index,
             scale=scale,
             softcap=softcap or 0.0,
+            x_format="",
         )
 
     def add(self, a: str, b: str, out: str) -> str:

@@ -46,6 +46,8 @@ def _accepts(kind: str) -> Callable[[CallShape], str | None]:
         n, k = call.shapes["w"]
         if reason := misfit(call.formats.get("w", call.dtypes.get("w", "")), kind, k):
             return reason
+        if x_format := call.attrs.get("x_format"):
+            return f"x is quantized to {x_format}: needs a GPU with {x_format} tensor cores"
         act = call.attrs["act"]
         if act and act not in GATED and act not in ACTIVATION_CODES:
             known = ", ".join((*GATED, *ACTIVATION_CODES))

@@ -181,9 +181,15 @@ def _part_bytes(units: int, config: Any, block_m: int, gated: bool) -> int:
 # ---- one row -------------------------------------------------------------------------
 
 
+def refuse_quantized(call: CallShape) -> str | None:
+    """Activations that are quantized have kernels of their own."""
+    x_format = call.attrs.get("x_format")
+    return f"x is quantized to {x_format}" if x_format else None
+
+
 def _vector_accepts(call: CallShape) -> str | None:
     rows = call.shapes["out"][0]
-    return None if rows == 1 else f"one row only, the call has {rows}"
+    return refuse_quantized(call) if rows == 1 else f"one row only, the call has {rows}"
 
 
 def _vector_valid(call: CallShape, config: VectorConfig) -> str | None:
@@ -546,7 +552,7 @@ register(
     CudaKernel(
         name="linear_tiles",
         op="linear",
-        accepts=lambda call: None,
+        accepts=refuse_quantized,
         space=_tile_space,
         default=_tile_default,
         valid=_tile_valid,

@@ -7,6 +7,7 @@ from kernels.cuda import (  # noqa: F401
     kv_write,
     linear,
     linear_cutlass,
+    linear_fp8,
     mla,
     moe,
     norm,

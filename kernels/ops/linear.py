@@ -5,6 +5,9 @@
 R rows (tokens or logit rows), K inputs, N outputs, O columns of the result. `act` is "" or a name
 of `kernels.ops.mlp`; with a gated one the weight is cat(gate, up) [2F, K] and the output [R, F],
 otherwise O = N. `scale` 1 and `softcap` 0 leave the product alone; softcap(y) = c tanh(y / c).
+
+`x_format`: "" multiplies norm(x)[rows] as it is; "fp8" multiplies what `e4m3_rows` leaves of it:
+the product is one of e4m3 codes, times a scale per row.
 """
 
 from __future__ import annotations
@@ -20,6 +23,18 @@ from kernels.ops.mlp import ACTIVATIONS, GATED
 from kernels.ops.norm import normalized
 from kernels.ops.samples import floats, generator, live, padded
 
+LARGEST = 448.0  # of e4m3
+LEAST = 2.0**-100  # rows smaller than this have no codes: their scale would not be a number
+
+
+def e4m3_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes (float8_e4m3fn, [R, K]) and scales (float32, [R]) of rows, as torchao chooses them for
+    dynamic quantization per row: the scale brings a row's largest number to 448, and codes are
+    rounded to nearest even. A row's codes depend on nothing but the row."""
+    scale = x.float().abs().amax(1).clamp(min=LEAST) / LARGEST
+    codes = (x.float() / scale[:, None]).clamp(-LARGEST, LARGEST)
+    return codes.to(torch.float8_e4m3fn), scale
+
 
 def linear_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str, Tensor]:
     n = live_count(args, attrs.get("live_index", 0))
@@ -28,6 +43,9 @@ def linear_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str, T
     x = x.float()
     if args.get("norm") is not None:
         x = normalized(x, args["norm"], attrs["eps"])
+    if attrs.get("x_format") == "fp8":
+        codes, scales = e4m3_rows(x)
+        x = codes.float() * scales[:, None]
     y = x @ args["w"].float().T
     if args.get("bias") is not None:
         y = y + args["bias"]
@@ -71,6 +89,7 @@ def _sample(
     gather: bool = False,
     scale: float = 1.0,
     softcap: float = 0.0,
+    x_format: str = "",
 ) -> Sample:
     g = generator(seed)
     x_rows = rows + 3 if gather else rows
@@ -85,6 +104,7 @@ def _sample(
         "eps": 1e-5,
         "scale": scale,
         "softcap": softcap,
+        "x_format": x_format,
     }
     if bias:
         args["bias"] = floats(g, n)
@@ -146,6 +166,32 @@ def _samples() -> list[Sample]:
             scale=2.5,
             bias=True,
         ),
+        *_fp8_samples(),
+    ]
+
+
+def _fp8_samples() -> list[Sample]:
+    """Every way into and out of a product of codes; a row of zeros and one with an outlier."""
+
+    def fp8(seed: int, label: str, **sizes: Any) -> Sample:
+        made = _sample(seed, f"fp8 {label}", x_format="fp8", **sizes)
+        x = made.args["x"]
+        if len(x) > 2:
+            x[1] = 0
+            x[2, 5] = 300
+        return made
+
+    return [
+        fp8(120, "decode", used=1, rows=1, k=64, n=48),
+        fp8(121, "empty", used=0, rows=2, k=64, n=32),
+        fp8(122, "odd outputs", used=3, rows=4, k=160, n=77, bias=True),
+        fp8(123, "norm qkv", used=3, rows=3, k=256, n=96, bias=True, norm=True),
+        fp8(124, "residual", used=9, rows=12, k=160, n=64, residual=True),
+        fp8(125, "swiglu", used=5, rows=8, k=128, n=2 * 80, norm=True, act="swiglu"),
+        fp8(126, "head", used=3, rows=4, k=128, n=200, norm=True, gather=True, softcap=0.7),
+        fp8(127, "two choices", used=13, rows=13, k=64, n=48, residual=True, gather=True),
+        fp8(128, "chunk", used=70, rows=72, k=128, n=144, norm=True, scale=0.5),
+        fp8(129, "long rows", used=2, rows=2, k=4352, n=32, norm=True),
     ]
 
 
@@ -175,7 +221,14 @@ LINEAR = register(
             ),
             Arg(name="out", role="output", dims=("R", "O"), dtypes=("float",)),
         ),
-        attrs={"eps": float, "act": str, "live_index": int, "scale": float, "softcap": float},
+        attrs={
+            "eps": float,
+            "act": str,
+            "live_index": int,
+            "scale": float,
+            "softcap": float,
+            "x_format": str,
+        },
         reference=linear_reference,
         cost=_cost,
         samples=_samples,

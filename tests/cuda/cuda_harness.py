@@ -42,7 +42,9 @@ class Case:
     state: dict[str, Any]
 
 
-def matrix_formats(op: Op) -> list[str]:
+def matrix_formats(op: Op, sample: Sample | None = None) -> list[str]:
+    if sample is not None and sample.attrs.get("x_format") == "fp8":
+        return ["fp8r"]  # codes multiply codes
     if not any(a.role == "weight" and len(a.dims) >= 2 for a in op.args):
         return [""]
     named = {"int8": f"int8g{GROUP}", "int4": f"int4g{GROUP}", "fp8": "fp8r"}
@@ -51,7 +53,7 @@ def matrix_formats(op: Op) -> list[str]:
 
 def cases(op: Op, dtype: str) -> Iterator[tuple[str, Case]]:
     for sample in op.samples():
-        for fmt in matrix_formats(op):
+        for fmt in matrix_formats(op, sample):
             for kind in kinds(sample):
                 label = " ".join(filter(None, (sample.label, fmt, dtype, kind)))
                 yield label, make_case(op, sample, dtype, fmt, kind)

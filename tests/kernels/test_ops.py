@@ -99,6 +99,38 @@ def by_formula(act: str, x: np.ndarray) -> np.ndarray:
     }[act]
 
 
+def by_row_e4m3(x: np.ndarray) -> np.ndarray:
+    """Each number of a row as the nearest e4m3 number of the row, whose largest stands for 448."""
+    finite = [b for b in range(256) if b & 0x7F != 0x7F]
+    numbers = np.sort(np.unique([e4m3_number(b) for b in finite]))
+    assert numbers[-1] == 448 and len(numbers) == 253  # both zeros are one
+    scale = np.abs(x).max(axis=1, initial=0, keepdims=True) / 448
+    scale[scale == 0] = 1
+    return numbers[np.abs((x / scale)[..., None] - numbers).argmin(-1)] * scale
+
+
+def e4m3_number(bits: int) -> float:
+    """By the format's definition (Micikevicius et al. 2022): sign, 4 bits of exponent with bias 7,
+    3 of mantissa."""
+    sign, exponent, mantissa = -1.0 if bits & 0x80 else 1.0, bits >> 3 & 15, bits & 7
+    if exponent == 0:
+        return sign * mantissa * 2.0**-9
+    return sign * (8 + mantissa) * 2.0 ** (exponent - 10)
+
+
+def test_codes_and_scales_are_those_of_torchao() -> None:
+    from torchao.quantization.quant_primitives import _choose_scale_float8, _quantize_affine_float8
+
+    x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)) * 3
+    codes, scale = linear.e4m3_rows(x)
+    wanted = _choose_scale_float8(x, [1, 256])
+    assert torch.equal(scale, wanted[:, 0])
+    ours = codes.view(torch.uint8)
+    assert torch.equal(ours, _quantize_affine_float8(x, wanted).view(torch.uint8))
+    zeros, one = linear.e4m3_rows(torch.zeros(2, 16))
+    assert not zeros.float().any() and bool((one > 0).all())
+
+
 @pytest.mark.parametrize("s", linear.LINEAR.samples(), ids=lambda s: s.label)
 def test_linear(s: Sample) -> None:
     a = {n: v.double().numpy() for n, v in s.args.items()}
@@ -106,6 +138,8 @@ def test_linear(s: Sample) -> None:
     x = a["x"][a["rows"][:n].astype(int)] if "rows" in a else a["x"][:n]
     if "norm" in a:
         x = x / np.sqrt(np.mean(x * x, axis=1, keepdims=True) + s.attrs["eps"]) * a["norm"]
+    if s.attrs["x_format"] == "fp8":
+        x = by_row_e4m3(x)
     y = np.einsum("rk,nk->rn", x, a["w"]) + a.get("bias", 0.0)
     if act := mlp.GATED.get(s.attrs["act"]):
         half = y.shape[1] // 2

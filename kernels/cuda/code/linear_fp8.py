@@ -1,0 +1,424 @@
+"""linear on e4m3 codes of both operands: the rows' codes and scales (`e4m3_rows` of
+kernels/ops/linear.py) and tiles of their product.
+
+A row's codes are its numbers times 448 / largest, its scale largest / 448. A norm's factor is the
+same for the whole row, so it changes the scale alone: codes are made of x * norm, whatever computes
+them, and only the order of the sum of squares may differ between configurations, in the scale's
+last bits.
+
+Hopper's tensor cores add fp8 products in registers of about 14 bits (DeepSeek-V3 report, 3.3.2).
+So sums are moved into float32 every PROMOTE inputs, as DeepGEMM does: a constant, not a choice of
+the tuner, because it changes results.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kernels.cuda.code import pdl
+from kernels.cuda.code.linear import ahead, reduce, store
+from kernels.cuda.code.product import fetch
+
+
+@triton.jit
+def _scales(largest, square, NORM: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr):
+    """What numbers are multiplied with to become codes, and what codes stand for."""
+    largest = tl.maximum(largest, 7.888609052210118e-31)  # 2^-100, `LEAST` of the op
+    up = 448.0 / largest
+    scale = largest * (1.0 / 448.0)
+    if NORM:
+        scale = scale * tl.rsqrt(square / K + EPS)
+    return up, scale
+
+
+@triton.jit
+def rows_kernel(
+    live_ptr,
+    x_ptr,
+    norm_ptr,
+    rows_ptr,
+    codes_ptr,
+    scales_ptr,
+    LIVE: tl.constexpr,
+    K: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One row per program: codes [R, K] and scales [R] of norm(x)[rows]. A row that fits into a
+    block stays in registers between its largest number and its codes."""
+    NORM: tl.constexpr = norm_ptr is not None
+    WHOLE: tl.constexpr = K <= BLOCK
+    program = tl.program_id(0)
+    first = tl.arange(0, BLOCK)
+    if WHOLE and NORM:  # weights are nobody's output
+        norm = tl.load(norm_ptr + first, first < K, 0.0).to(tl.float32)
+    pdl.wait()
+    if program < tl.load(live_ptr + LIVE):
+        row = program
+        if rows_ptr is not None:
+            row = tl.load(rows_ptr + program)
+        x_ptr += row.to(tl.int64) * K
+        codes_ptr += program.to(tl.int64) * K
+        if WHOLE:
+            x = tl.load(x_ptr + first, first < K, 0.0).to(tl.float32)
+            square = tl.sum(x * x, 0)
+            if NORM:
+                x = x * norm
+            up, scale = _scales(tl.max(tl.abs(x), 0), square, NORM, K, EPS)
+            tl.store(codes_ptr + first, (x * up).to(tl.float8e4nv), first < K)
+        else:
+            largest = tl.zeros((BLOCK,), tl.float32)
+            square = tl.zeros((BLOCK,), tl.float32)
+            for start in tl.static_range(0, K, BLOCK):
+                column = start + first
+                x = tl.load(x_ptr + column, column < K, 0.0).to(tl.float32)
+                square += x * x
+                if NORM:
+                    x = x * tl.load(norm_ptr + column, column < K, 0.0).to(tl.float32)
+                largest = tl.maximum(largest, tl.abs(x))
+            up, scale = _scales(tl.max(largest, 0), tl.sum(square, 0), NORM, K, EPS)
+            for start in tl.static_range(0, K, BLOCK):
+                column = start + first
+                x = tl.load(x_ptr + column, column < K, 0.0).to(tl.float32)
+                if NORM:
+                    x = x * tl.load(norm_ptr + column, column < K, 0.0).to(tl.float32)
+                tl.store(codes_ptr + column, (x * up).to(tl.float8e4nv), column < K)
+        tl.store(scales_ptr + program, scale)
+    pdl.release()
+
+
+@triton.jit
+def _row_scales(
+    x_ptr,
+    norm_ptr,
+    rows_ptr,
+    m,
+    live,
+    K: tl.constexpr,
+    EPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`_scales` of rows m [BLOCK_M], of which the first ROWS may exist: the others would only fill
+    registers. All of a row is on its way at a time."""
+    r = tl.arange(0, ROWS)
+    there = r < live
+    row = r
+    if rows_ptr is not None:
+        row = tl.load(rows_ptr + r, there, 0)
+    largest = tl.zeros((ROWS, BLOCK), tl.float32)
+    square = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in tl.static_range(0, K, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < K
+        at = row.to(tl.int64)[:, None] * K + column[None, :]
+        x = tl.load(x_ptr + at, there[:, None] & inside[None, :], 0.0).to(tl.float32)
+        if norm_ptr is not None:
+            square += x * x
+            x = x * tl.load(norm_ptr + column, inside, 0.0).to(tl.float32)[None, :]
+        largest = tl.maximum(largest, tl.abs(x))
+    up, scale = _scales(tl.max(largest, 1), tl.sum(square, 1), norm_ptr is not None, K, EPS)
+    same = m[:, None] == r[None, :]
+    return tl.sum(tl.where(same, up[None, :], 0.0), 1), tl.sum(
+        tl.where(same, scale[None, :], 0.0), 1
+    )
+
+
+@triton.jit
+def _x_codes(
+    x,
+    x_at,
+    first_row,
+    here,
+    norm_ptr,
+    up,
+    k,
+    K: tl.constexpr,
+    X_TMA: tl.constexpr,
+    MADE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Codes of an activation tile [rows, BLOCK_K]: read, or made here."""
+    column = k + tl.arange(0, BLOCK_K)
+    mask = here[:, None]
+    if K % BLOCK_K != 0:
+        mask = mask & (column < K)[None, :]
+    if X_TMA:
+        tile = x.load([first_row, k])
+    elif MADE:
+        tile = fetch(x + x_at[:, None] + column[None, :], mask)
+    else:
+        wide = tl.load(x + x_at[:, None] + column[None, :], mask, 0.0).to(tl.float32)
+        if norm_ptr is not None:
+            if K % BLOCK_K == 0:
+                norm = tl.load(norm_ptr + column)
+            else:
+                norm = tl.load(norm_ptr + column, column < K, 0.0)
+            wide = wide * norm.to(tl.float32)[None, :]
+        tile = (wide * up[:, None]).to(tl.float8e4nv)
+    return tile
+
+
+@triton.jit
+def _w_codes(
+    w,
+    first_row,
+    there,
+    k,
+    K: tl.constexpr,
+    W_TMA: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Codes of a weight tile [BLOCK_N, BLOCK_K]."""
+    if W_TMA:
+        tile = w.load([first_row, k])
+    else:
+        column = k + tl.arange(0, BLOCK_K)
+        mask = there[:, None]
+        if K % BLOCK_K != 0:
+            mask = mask & (column < K)[None, :]
+        row = (first_row + tl.arange(0, BLOCK_N)).to(tl.int64)
+        tile = fetch(w + row[:, None] * K + column[None, :], mask)
+    return tile
+
+
+@triton.jit
+def _tile(
+    live,
+    tile,
+    split,
+    x,
+    x_scale_ptr,
+    w,
+    scale_ptr,
+    bias_ptr,
+    norm_ptr,
+    residual_ptr,
+    rows_ptr,
+    residual_rows_ptr,
+    out_ptr,
+    part_ptr,
+    counter_ptr,
+    OUTPUTS: tl.constexpr,
+    K: tl.constexpr,
+    EPS: tl.constexpr,
+    ACT: tl.constexpr,
+    GATED: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    X_TMA: tl.constexpr,
+    W_TMA: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PROMOTE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SUPER: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    TILES_N: tl.constexpr = (OUTPUTS + BLOCK_N - 1) // BLOCK_N
+    MADE: tl.constexpr = x_scale_ptr is not None
+    # SUPER row tiles beside each other share the weights they read, then the next weights.
+    tiles_m = (live + BLOCK_M - 1) // BLOCK_M
+    first = tile // (SUPER * TILES_N) * SUPER
+    beside = tl.minimum(tiles_m - first, SUPER)
+    inside = tile % (SUPER * TILES_N)
+    m0 = (first + inside % beside) * BLOCK_M
+    n0 = inside // beside * BLOCK_N
+    m = m0 + tl.arange(0, BLOCK_M)
+    n = n0 + tl.arange(0, BLOCK_N)
+    here = m < live
+    there = n < OUTPUTS
+    row = m
+    up = tl.zeros((BLOCK_M,), tl.float32)
+    if MADE:
+        scale = tl.load(x_scale_ptr + m, here, 0.0)
+    else:
+        up, scale = _row_scales(x, norm_ptr, rows_ptr, m, live, K, EPS, ROWS, BLOCK_X)
+        if rows_ptr is not None:
+            row = tl.load(rows_ptr + m, here, 0)
+    x_at = row.to(tl.int64) * K
+
+    STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    PART: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT * BLOCK_K
+    begin = split * PART
+    if SPLIT == 1:
+        end = PART
+    else:
+        end = tl.minimum(begin + PART, STEPS * BLOCK_K)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    acc_up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for k in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
+        a = tl.trans(_x_codes(x, x_at, m0, here, norm_ptr, up, k, K, X_TMA, MADE, BLOCK_K))
+        b = _w_codes(w, n0, there, k, K, W_TMA, BLOCK_N, BLOCK_K)
+        acc = tl.dot(b, a, acc, max_num_imprecise_acc=PROMOTE)
+        if GATED:
+            c = _w_codes(w, OUTPUTS + n0, there, k, K, W_TMA, BLOCK_N, BLOCK_K)
+            acc_up = tl.dot(c, a, acc_up, max_num_imprecise_acc=PROMOTE)
+    acc, acc_up, nothing, last = reduce(
+        acc,
+        acc_up,
+        scale,
+        tile,
+        split,
+        part_ptr,
+        counter_ptr,
+        GATED,
+        False,
+        BLOCK_N,
+        BLOCK_M,
+        SPLIT,
+    )
+    if last:
+        store(
+            acc * scale[None, :],
+            acc_up * scale[None, :],
+            nothing,
+            m,
+            here,
+            n,
+            scale_ptr,
+            bias_ptr,
+            residual_ptr,
+            residual_rows_ptr,
+            out_ptr,
+            OUTPUTS,
+            False,
+            K,
+            EPS,
+            ACT,
+            GATED,
+            SCALE,
+            SOFTCAP,
+        )
+
+
+@triton.jit
+def tiles_kernel(
+    live_ptr,
+    x,
+    x_scale_ptr,
+    w,
+    w_ptr,
+    scale_ptr,
+    bias_ptr,
+    norm_ptr,
+    residual_ptr,
+    rows_ptr,
+    residual_rows_ptr,
+    out_ptr,
+    part_ptr,
+    counter_ptr,
+    LIVE: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    K: tl.constexpr,
+    EPS: tl.constexpr,
+    ACT: tl.constexpr,
+    GATED: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    X_TMA: tl.constexpr,
+    W_TMA: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PROMOTE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SUPER: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """out [R, OUTPUTS]. With x_scale_ptr x has the codes of the chosen, normalised rows (a pointer,
+    or a descriptor with X_TMA); without, x has activations, of at most ROWS rows, and every program
+    makes codes of them. w: a pointer, or a descriptor with W_TMA; w_ptr: the weights again for
+    prefetching, or None. Programs take tiles `PROGRAMS` apart (0: exactly one each)."""
+    TILES_N: tl.constexpr = (OUTPUTS + BLOCK_N - 1) // BLOCK_N
+    program = tl.program_id(0)
+    if w_ptr is not None:
+        # With one row tile the weights of a program are known before anything else is.
+        ahead(w_ptr, program, OUTPUTS, K, K, GATED, BLOCK_N, BLOCK_K, SPLIT)
+    pdl.wait()
+    live = tl.load(live_ptr + LIVE)
+    total = (live + BLOCK_M - 1) // BLOCK_M * TILES_N * SPLIT
+    # Not one loop that happens to run once: it would take more registers.
+    if PROGRAMS == 0:
+        if program < total:
+            _tile(
+                live,
+                program // SPLIT,
+                program % SPLIT,
+                x,
+                x_scale_ptr,
+                w,
+                scale_ptr,
+                bias_ptr,
+                norm_ptr,
+                residual_ptr,
+                rows_ptr,
+                residual_rows_ptr,
+                out_ptr,
+                part_ptr,
+                counter_ptr,
+                OUTPUTS,
+                K,
+                EPS,
+                ACT,
+                GATED,
+                SCALE,
+                SOFTCAP,
+                X_TMA,
+                W_TMA,
+                ROWS,
+                BLOCK_X,
+                BLOCK_N,
+                BLOCK_M,
+                BLOCK_K,
+                PROMOTE,
+                SPLIT,
+                SUPER,
+                STAGES,
+            )
+    else:
+        for unit in tl.range(program, total, PROGRAMS):
+            _tile(
+                live,
+                unit // SPLIT,
+                unit % SPLIT,
+                x,
+                x_scale_ptr,
+                w,
+                scale_ptr,
+                bias_ptr,
+                norm_ptr,
+                residual_ptr,
+                rows_ptr,
+                residual_rows_ptr,
+                out_ptr,
+                part_ptr,
+                counter_ptr,
+                OUTPUTS,
+                K,
+                EPS,
+                ACT,
+                GATED,
+                SCALE,
+                SOFTCAP,
+                X_TMA,
+                W_TMA,
+                ROWS,
+                BLOCK_X,
+                BLOCK_N,
+                BLOCK_M,
+                BLOCK_K,
+                PROMOTE,
+                SPLIT,
+                SUPER,
+                STAGES,
+            )
+    pdl.release()
