@@ -20,10 +20,10 @@ from compiler.fuse import fuse
 from compiler.lower import Node, lower
 from compiler.memory import state_layout, weights_layout
 from compiler.model import StepShape, build
-from compiler.precision import activations
+from compiler.precision import activations, linear_inputs
 from compiler.program import Program, verify
 from compiler.quantize import register  # noqa: F401  (fills SCHEMES)
-from compiler.quantize.scheme import storage_formats
+from compiler.quantize.scheme import SCHEMES, storage_formats
 from compiler.record import Addresses, record
 from compiler.store import StoredWeight, stored_weights, weight_formats
 from compiler.tuned import NO_RECORDS, Records, load_records
@@ -105,6 +105,9 @@ def draft(spec: ModelSpec, config: CompileConfig) -> Draft:
         group=config.quant.group_size,
         head=config.quant.head,
     )
+    if config.quant.scheme != "none":
+        x_format = SCHEMES[config.quant.scheme].x_format
+        program = verify(linear_inputs(program, formats, x_format))
     weights = stored_weights(program, formats, config.target.kind)
     state, state_offsets = state_layout(program, shape)
     return Draft(

@@ -1,12 +1,14 @@
-"""Element types of a target: temps that hold activations get the activation type.
+"""Number formats of a program: temps that hold activations get the target's type, linears with
+quantized weights the format their inputs are quantized to.
 
-Comes in: a fused program (every temp float32) and a dtype. Goes out: the program as a CUDA device
-computes it. A temp keeps float32 where any contract that writes or reads it asks for float32 alone
-(angles, logits, routing weights).
+Comes in: a fused program (every temp float32), a dtype, the weights' storage formats. Goes out: the
+program as the device computes it. A temp keeps float32 where any contract that writes or reads it
+asks for float32 alone (angles, logits, routing weights).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from compiler.program import Program
@@ -28,3 +30,20 @@ def activations(program: Program, dtype: str) -> Program:
         for name, value in program.values.items()
     }
     return Program(values=values, calls=program.calls)
+
+
+def linear_inputs(program: Program, formats: Mapping[str, str], x_format: str) -> Program:
+    """Linears of quantized weights quantize their inputs to `x_format` ("": they do not). Stacks of
+    experts and of heads have ops of their own and never do. `formats` of the logical weights."""
+
+    def quantized(weight: str) -> bool:
+        parts = program.values[weight].parts or (weight,)
+        return formats.get(parts[0], "float32") not in ("float32", "bfloat16")
+
+    calls = tuple(
+        replace(call, attrs={**call.attrs, "x_format": x_format})
+        if call.op == "linear" and quantized(call.ins["w"])
+        else call
+        for call in program.calls
+    )
+    return Program(values=program.values, calls=calls)

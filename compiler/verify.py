@@ -21,6 +21,7 @@ from compiler.errors import CompileError
 from compiler.families.spec import MoeFfn, PoolSpec
 from compiler.interpret import Chunk, greedy_step, new_state, run
 from compiler.model import constants
+from compiler.precision import linear_inputs
 from compiler.program import Program
 from compiler.store import exact, rounded
 from compiler.weights import Weights
@@ -33,9 +34,10 @@ GOLDEN_TOKENS = 12
 LOGPROB_WANTED = 2  # StepInput.row_flags
 # Largest root-mean-square difference of logprobs between device and reference, in units of their
 # spread. Kernels may round activations (to bfloat16, or to int8 per group), never more than that; a
-# rounded activation sends some stored keys and values to the next code of an fp8 page.
+# rounded activation sends some stored keys and values to the next code of an fp8 page, some inputs
+# of linears to the next code of a quantized row.
 DEVICE_LIMIT = {"float32": 0.01, "bfloat16": 0.05, "int8": 0.1, "int4": 0.2, "fp8": 0.1}
-DEVICE_LIMIT |= {"fp8_e4m3": 0.1, "fp8_e5m2": 0.2}
+DEVICE_LIMIT |= {"fp8_e4m3": 0.1, "fp8_e5m2": 0.2, "fp8dq": 0.25}
 # Times this where tokens choose experts: a rounded activation sends some to others, in a different
 # place than the reference's rounded weights do. A defect is off by the spread itself.
 EXPERTS_SLACK = 3.0
@@ -58,10 +60,10 @@ def prompt(made: Design, seed: int = 0) -> list[int]:
 
 
 def measure(made: Design, source: Weights) -> Measured:
-    """Logits of every prompt position with the stored numbers, of weights and of KV pages, against
-    the original ones, both in the reference interpreter: relative error, largest difference, share
-    of equal best tokens. Of an embedding model the vectors of the golden prompts: relative error
-    and largest difference."""
+    """Logits of every prompt position with the stored numbers, of weights and of KV pages, and with
+    inputs of linears quantized as the program says, against the original ones, both in the
+    reference interpreter: relative error, largest difference, share of equal best tokens. Of an
+    embedding model the vectors of the golden prompts: relative error and largest difference."""
     weights = {weight.name: weight for weight in made.weights}
     fixed = constants(made.spec, made.shape.context)
     pooled = isinstance(made.spec.head, PoolSpec)
@@ -69,7 +71,7 @@ def measure(made: Design, source: Weights) -> Measured:
     b = compute(made, made.program, lambda name: rounded(weights[name], source, fixed))
     a = b
     if any(format != "float32" for format in (*made.formats.values(), made.shape.kv_dtype)):
-        whole = exact_pages(made.program)
+        whole = linear_inputs(exact_pages(made.program), made.formats, "")
         a = compute(made, whole, lambda name: exact(weights[name], source, fixed))
     if pooled:
         return Measured(

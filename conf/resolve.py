@@ -18,6 +18,7 @@ DEFAULT_CONTEXT = 8192  # served context when none is asked for and the model ha
 
 
 GPU_TARGETS = ("h200", "h100")
+FP8_SCHEMES = ("fp8", "fp8dq")  # for GPUs; a scale per row, so no groups
 
 
 def settle_target(
@@ -44,9 +45,10 @@ def check_supported(config: CompileConfig) -> None:
                     f"target.{key}=null: a CUDA target needs it; take target=h200 or target=h100 "
                     "as a pattern"
                 )
-    elif config.quant.scheme == "fp8":
+    elif config.quant.scheme in FP8_SCHEMES:
         raise ConfigError(
-            "quant=fp8: needs a GPU with fp8 tensor cores; choices for target=cpu: none, int8, int4"
+            f"quant={config.quant.scheme}: needs a GPU with fp8 tensor cores; "
+            "choices for target=cpu: none, int8, int4"
         )
     if config.quant.group_size not in (16, 32, 64, 128, 256):
         raise ConfigError(
@@ -79,7 +81,10 @@ def resolve(
     """
     check_supported(config)
     config, origin = settle_target(deepcopy(config), sources, ())
-    if config.quant.scheme in ("none", "fp8") and origin.get("quant.group_size") == "override":
+    if (
+        config.quant.scheme in ("none", *FP8_SCHEMES)
+        and origin.get("quant.group_size") == "override"
+    ):
         raise ConfigError(
             f"quant.group_size={config.quant.group_size}: quant={config.quant.scheme} has no "
             "groups; leave it out or take quant=int8 or quant=int4"

@@ -50,11 +50,12 @@ class ModelConfig:
 
 @dataclass(slots=True)
 class QuantConfig:
-    """Weight-only. `scheme`: none | int8 | int4 (symmetric groups of `group_size` along the input)
-    | fp8 (e4m3, a scale per output row; GPUs). `head`: also the LM head and tied embedding.
+    """`scheme`: none | int8 | int4 (weights, symmetric groups of `group_size` along the input) |
+    fp8 (weights, e4m3, a scale per output row; GPUs) | fp8dq (the same weights, and the activations
+    of linears by row at run time; GPUs). `head`: also the LM head and tied embedding.
     """
 
-    scheme: str = option("none", choices=("none", "int8", "int4", "fp8"))
+    scheme: str = option("none", choices=("none", "int8", "int4", "fp8", "fp8dq"))
     group_size: int = option(32, low=16, high=256)
     head: bool = True
 

@@ -1,4 +1,9 @@
-"""fp8 (e4m3), weight only: one float32 scale per output row brings its largest weight to 448."""
+"""fp8 (e4m3) weights: one float32 scale per output row brings its largest weight to 448.
+
+`fp8` is weight only: decoding reads half the bytes, activations stay as they are. `fp8dq` stores
+the same weights and has linears quantize their activations too, each row at run time by its own
+scale (torchao's float8 dynamic quantization per row): large batches multiply on fp8 tensor cores.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +21,11 @@ class RowScheme:
     """Codes are the bits of e4m3 numbers, uint8; torch rounds to nearest even."""
 
     name: str
+    x_format: str = ""
     bits: int = 8
 
     def format(self, group: int) -> str:
-        return f"{self.name}r"
+        return "fp8r"
 
     def refuse(self, inputs: int, group: int, what: str) -> None:
         """A row is never cut."""
@@ -39,3 +45,4 @@ class RowScheme:
 
 
 FP8 = register(RowScheme(name="fp8"))
+FP8DQ = register(RowScheme(name="fp8dq", x_format="fp8"))

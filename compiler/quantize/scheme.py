@@ -1,5 +1,6 @@
-"""Weight-only quantization: a scheme turns a float weight into codes and float32 scales, one per
-group of inputs (int8, int4) or per output row (fp8).
+"""Quantization: a scheme turns a float weight into codes and float32 scales, one per group of
+inputs (int8, int4) or per output row (fp8, fp8dq), and says what linears quantize their activations
+to.
 
 Schemes live one per file and register here; torchao does the integers' arithmetic.
 `storage_formats` says how each weight of a model is stored. Called by `compiler.pipeline`; packing
@@ -23,12 +24,15 @@ CHUNK = 1 << 20  # elements at a time: torchao makes several passes, this keeps 
 
 
 class Scheme(Protocol):
-    """`bits` of a code; `group`s are inputs that share a scale, 0 where a whole row does."""
+    """`bits` of a code; `group`s are inputs that share a scale, 0 where a whole row does;
+    `x_format` as in the op `linear`, "" for weights alone."""
 
     @property
     def name(self) -> str: ...
     @property
     def bits(self) -> int: ...
+    @property
+    def x_format(self) -> str: ...
 
     def format(self, group: int) -> str:
         """The storage format string kernels know."""
@@ -59,6 +63,7 @@ class GroupScheme:
     name: str
     low: int
     high: int
+    x_format: str = ""
 
     @property
     def bits(self) -> int:
@@ -122,7 +127,7 @@ def register(scheme: Scheme) -> Scheme:
 
 
 def parse_format(format: str) -> tuple[Scheme, int] | None:
-    """Scheme and group (0: a whole row) of a storage format; None for `float32` and `bfloat16`."""
+    """A scheme that stores it and its group (0: a whole row); None for `float32`, `bfloat16`."""
     match = re.fullmatch(r"([a-z]+\d+)(?:g(\d+)|r)", format)
     if match is None:
         return None

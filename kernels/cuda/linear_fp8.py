@@ -23,7 +23,6 @@ from kernels.cuda.kernel import (
     workspace,
 )
 from kernels.cuda.linear import (
-    ACCUMULATORS,
     SHARED,
     Sizes,
     TileConfig,
@@ -37,8 +36,9 @@ from kernels.kernel import CallShape
 from kernels.launch import COUNTERS_BYTES, WORKSPACE, Descriptor, Launch, Pointer, Slot
 
 FEW = 4  # rows of which every program makes the codes
-PROMOTE = 128  # inputs whose products the tensor cores may add by themselves
+STEP = 128  # inputs whose products the tensor cores may add by themselves
 ROW_BLOCK = 16384  # numbers of a row that one program keeps in registers
+ACCUMULATORS = 192  # per thread, the sums of a step among them
 ALIGN = 256
 
 
@@ -74,7 +74,7 @@ def rows_launch(call: CallShape, s: Sizes) -> Launch:
     return launch(
         "linear_fp8.rows_kernel",
         (s.rows, 1, 1),
-        warps=min(16, max(1, block // 512)),
+        warps=min(32, max(1, block // 512)),
         live_ptr=pointer(call, "live"),
         x_ptr=pointer(call, "x"),
         norm_ptr=pointer(call, "norm"),
@@ -105,8 +105,8 @@ def _valid(call: CallShape, config: TileConfig) -> str | None:
     s = sizes(call)
     if not config.rows_first and s.rows > FEW:
         return f"{s.rows} rows, codes are made by every program of {FEW} at most"
-    if config.block_k < 32:
-        return f"block_k {config.block_k}, 32 at least"
+    if not 32 <= config.block_k <= STEP:
+        return f"block_k {config.block_k}, 32 at least and {STEP} at most (exact sums)"
     if config.tma and s.k % 16:
         return f"rows of {s.k} bytes cannot be described to TMA, multiples of 16 can"
     if config.split > _ceil(s.k, config.block_k):
@@ -126,16 +126,17 @@ def _valid(call: CallShape, config: TileConfig) -> str | None:
 def _default(call: CallShape) -> TileConfig:
     s = sizes(call)
     if s.rows <= 64:
-        # A processor needs about 30 KiB on their way; two or three programs beside each other have
-        # three steps of 8 to 16 KiB of weights each.
+        # A processor needs about 30 KiB on their way. Two programs fit beside each other, each with
+        # 32 KiB of weights and more under way.
         block_m = max(power(s.rows), 16)
-        block_k = 128 if s.gated or block_m == 64 else 256
-        config = TileConfig(block_n=64, block_m=block_m, block_k=block_k, stages=4)
+        stages = 4 if s.gated else 6 if block_m == 64 else 8
+        config = TileConfig(block_n=64, block_m=block_m, block_k=STEP, stages=stages)
         wanted = 2 * PROCESSORS
     else:
-        # Two warp groups with 64 float32 sums per thread, and as many that are not promoted yet.
-        block_m = 64 if s.gated else 128
-        config = TileConfig(block_n=128, block_m=block_m, block_k=128, warps=8, stages=4)
+        # Two warp groups with 64 float32 sums per thread (gated: twice 64), and 64 of the step: the
+        # largest tiles that registers allow, because tiles are read from the second-level cache
+        # more slowly than the tensor cores take them.
+        config = TileConfig(block_n=128, block_m=128, block_k=STEP, warps=8, stages=4)
         wanted = PROCESSORS
     config = replace(
         config,
@@ -157,7 +158,7 @@ def _space(call: CallShape) -> list[TileConfig]:
             TileConfig(
                 block_n=n,
                 block_m=m,
-                block_k=k,
+                block_k=STEP,
                 split=split,
                 warps=warps,
                 stages=stages,
@@ -165,16 +166,15 @@ def _space(call: CallShape) -> list[TileConfig]:
             )
             for n, warps in ((64, 4), (128, 4), (128, 8))
             for m in sorted({least, min(least, 32)})
-            for k in (128, 256)
             for split in (1, 2, 4, 8)
-            for stages in (3, 4, 6)
+            for stages in (4, 6, 8)
             for first in ((True, False) if s.rows <= FEW else (True,))
         ]
     return [
         TileConfig(
             block_n=n,
             block_m=m,
-            block_k=128,
+            block_k=STEP,
             split=split,
             warps=warps,
             stages=stages,
@@ -213,7 +213,6 @@ def _launches(call: CallShape, config: TileConfig) -> tuple[Launch, ...]:
         "BLOCK_N": config.block_n,
         "BLOCK_M": config.block_m,
         "BLOCK_K": config.block_k,
-        "PROMOTE": min(PROMOTE, config.block_k),
         "SPLIT": config.split,
         "SUPER": min(8, _ceil(s.rows, config.block_m)),
         "PROGRAMS": config.programs,

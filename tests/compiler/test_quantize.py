@@ -72,7 +72,8 @@ def test_fp8_rounds_to_the_nearest_code_of_a_scaled_row() -> None:
     """Against every finite e4m3 number, in float64."""
     w = weight(6, 64)
     w[1, 0] = 3
-    fp8 = SCHEMES["fp8"]
+    fp8 = SCHEMES["fp8dq"]
+    assert fp8.format(0) == SCHEMES["fp8"].format(0), "both schemes store the same weights"
     codes, scale = fp8.quantize(w, 0)
     assert codes.dtype == torch.uint8 and scale.shape == (6,) and scale.dtype == torch.float32
     numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
@@ -121,7 +122,9 @@ def test_storage_formats(scheme: Scheme) -> None:
             assert formats["embed"] == (table if tied else "bfloat16")
             assert formats.get("head") == (None if tied else table)
             for format in set(formats.values()) - {"float32", "bfloat16"}:
-                assert parse_format(format) == (scheme, 32 if format.endswith("g32") else 0)
+                found = parse_format(format)
+                assert found is not None and found[1] == (32 if format.endswith("g32") else 0)
+                assert found[0].format(32) == format == scheme.format(32)
 
 
 def test_no_quantization_keeps_the_dtype() -> None:

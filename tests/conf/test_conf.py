@@ -15,12 +15,12 @@ from conf.bench_schema import LatencyConfig
 from conf.errors import ConfigError
 from conf.load import load, run
 from conf.options import CONF, group_choices, help_text
-from conf.resolve import GPU_TARGETS, check_supported, resolve, settle_target
+from conf.resolve import FP8_SCHEMES, GPU_TARGETS, check_supported, resolve, settle_target
 from conf.schema import CompileConfig, ServeConfig
 
 GROUPS = ("model", "quant", "parallel", "kv", "target", "shape")
 CHOICES = [(group, choice) for group in GROUPS for choice in group_choices(group)]
-REFUSED = {("quant", "fp8"), ("parallel", "tp2")}
+REFUSED = {("quant", "fp8"), ("quant", "fp8dq"), ("parallel", "tp2")}
 
 
 def compose(*overrides: str) -> CompileConfig:
@@ -73,7 +73,7 @@ def test_every_gpu_that_auto_may_choose_has_a_target() -> None:
     assert set(GPU_TARGETS) == set(group_choices("target")) - {"auto", "cpu"}
 
 
-@pytest.mark.parametrize("scheme", ["none", "fp8"])
+@pytest.mark.parametrize("scheme", ["none", *FP8_SCHEMES])
 def test_groups_of_a_scheme_without_groups_are_refused(scheme: str) -> None:
     words = ["model=tiny", f"quant={scheme}", "quant.group_size=64", "target=h200"]
     loaded = load(CompileConfig, "compile", words)

@@ -34,7 +34,7 @@ pytest.importorskip("transformers")
 PROMPTS = [[(7 * i * i + 3 * i + s) % 128 for i in range(n)] for s, n in enumerate((37, 5, 1))]
 NEW = 4
 FAST = ("qwen3",)
-QUANTIZED = ("none", "int8", "int4")
+QUANTIZED = ("none", "fp8", "int8", "int4")
 # Each brings parts that no other has: windows and soft-caps, alibi, parallel layers with LayerNorm,
 # plain products with biases, rope by length, experts, sinks, latent attention.
 SLOW = ("gemma2", "baichuan", "cohere", "phi", "qwen", "mixtral", "gpt_oss", "deepseek_v3")
@@ -151,7 +151,7 @@ def test_fp8_pages_hold_what_the_cpu_holds(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "scheme", "kv"),
     [
-        ("llama", "fp8", "auto"),
+        ("llama", "fp8dq", "auto"),
         ("llama", "none", "fp8_e4m3"),
         ("minicpm3", "none", "fp8_e4m3"),
         *(pytest.param("llama", s, "auto", marks=pytest.mark.slow) for s in QUANTIZED),

@@ -6,9 +6,10 @@ same for the whole row, so it changes the scale alone: codes are made of x * nor
 them, and only the order of the sum of squares may differ between configurations, in the scale's
 last bits.
 
-Hopper's tensor cores add fp8 products in registers of about 14 bits (DeepSeek-V3 report, 3.3.2).
-So sums are moved into float32 every PROMOTE inputs, as DeepGEMM does: a constant, not a choice of
-the tuner, because it changes results.
+Hopper's tensor cores keep about 14 bits of a sum of fp8 products (DeepSeek-V3 report, 3.3.2). So
+each step of at most 128 inputs has a sum of its own, added to the others in float32, as DeepGEMM
+does. Not through `max_num_imprecise_acc`: with it Triton adds sums before it has waited for them,
+and leaves the repair to ptxas (C7517).
 """
 
 from __future__ import annotations
@@ -215,7 +216,6 @@ def _tile(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PROMOTE: tl.constexpr,
     SPLIT: tl.constexpr,
     SUPER: tl.constexpr,
     STAGES: tl.constexpr,
@@ -255,10 +255,10 @@ def _tile(
     for k in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
         a = tl.trans(_x_codes(x, x_at, m0, here, norm_ptr, up, k, K, X_TMA, MADE, BLOCK_K))
         b = _w_codes(w, n0, there, k, K, W_TMA, BLOCK_N, BLOCK_K)
-        acc = tl.dot(b, a, acc, max_num_imprecise_acc=PROMOTE)
+        acc += tl.dot(b, a)
         if GATED:
             c = _w_codes(w, OUTPUTS + n0, there, k, K, W_TMA, BLOCK_N, BLOCK_K)
-            acc_up = tl.dot(c, a, acc_up, max_num_imprecise_acc=PROMOTE)
+            acc_up += tl.dot(c, a)
     acc, acc_up, nothing, last = reduce(
         acc,
         acc_up,
@@ -328,7 +328,6 @@ def tiles_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PROMOTE: tl.constexpr,
     SPLIT: tl.constexpr,
     SUPER: tl.constexpr,
     PROGRAMS: tl.constexpr,
@@ -379,7 +378,6 @@ def tiles_kernel(
                 BLOCK_N,
                 BLOCK_M,
                 BLOCK_K,
-                PROMOTE,
                 SPLIT,
                 SUPER,
                 STAGES,
@@ -416,7 +414,6 @@ def tiles_kernel(
                 BLOCK_N,
                 BLOCK_M,
                 BLOCK_K,
-                PROMOTE,
                 SPLIT,
                 SUPER,
                 STAGES,
