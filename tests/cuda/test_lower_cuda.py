@@ -60,7 +60,8 @@ def test_every_named_shape(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama3-8b", "llama3.2-1b", "qwen3-0.6b"])
 @pytest.mark.parametrize("scheme", CHOICES)
 def test_launches_of_a_decode_layer(name: str, scheme: str) -> None:
-    """At most six for a dense decoder layer, however many sequences."""
+    """At most six for a dense decoder layer, however many sequences; four more where activations of
+    more than a few rows are quantized first."""
     _, spec = read_shape(name)
     for seqs in (1, 8, 64, 128, 256):
         bucket = Bucket(name=f"d{seqs}", tokens=seqs, seqs=seqs, pages=512, kind="decode")
@@ -70,6 +71,7 @@ def test_launches_of_a_decode_layer(name: str, scheme: str) -> None:
             config = cuda_config(cut, scheme)
             config.shape.context = 8192
             counts.append(sum(len(node.launches) for node in lowered(cut, config, (bucket,))))
-        assert counts[1] - counts[0] <= 6, seqs
+        first = 1 if scheme == "fp8dq" and seqs > 4 else 0
+        assert counts[1] - counts[0] <= 6 + 4 * first, seqs
         # Beside them edits, embedding, angles, head and sampling.
-        assert counts[0] <= 2 * 6 + 7, seqs
+        assert counts[0] <= 2 * (6 + 4 * first) + 7 + first, seqs

@@ -1,0 +1,167 @@
+"""linear on fp8 activations on CUDA: the ways a tile is computed, codes that depend on the row
+alone, and cubins of real shapes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cuda_harness import check_case, make_case, run_case
+from test_cuda_linear import ROWS, call, calls, check_cubins
+
+import kernels.cuda.register  # noqa: F401
+from kernels.cuda.interpret import execute
+from kernels.cuda.kernel import CudaKernel
+from kernels.cuda.linear import TileConfig
+from kernels.kernel import KERNELS, CallShape
+from kernels.launch import Pointer
+from kernels.ops.linear import LINEAR, e4m3_rows
+
+KERNEL: CudaKernel = next(k for k in KERNELS["cuda"] if k.name == "linear_fp8")
+SAMPLES = {s.label.removeprefix("fp8 "): s for s in LINEAR.samples() if s.attrs["x_format"]}
+TILE = TileConfig(block_n=32, block_m=16, block_k=64, stages=2, rows_first=True)
+WAYS = {
+    "split": replace(TILE, split=2),
+    "persistent": replace(TILE, programs=3),
+    "by pointers, split, persistent": replace(TILE, tma=False, split=2, programs=2),
+    "codes in every program": replace(TILE, rows_first=False),
+    "codes in every program, by pointers, split": replace(
+        TILE, rows_first=False, tma=False, split=2
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("label", ["norm qkv", "odd outputs", "head", "swiglu", "two choices"])
+def test_ways_through_a_tile(way: str, label: str) -> None:
+    case = make_case(LINEAR, SAMPLES[label], "bfloat16", "fp8r")
+    config = WAYS[way]
+    rows, k = case.call.shapes["out"][0], case.call.shapes["w"][1]
+    if not config.rows_first and rows > 4:
+        reason = f"{rows} rows, codes are made by every program of 4 at most"
+        assert KERNEL.valid(case.call, config) == reason
+        return
+    if config.split * config.block_k > k:
+        config = replace(config, split=1)
+    run_case(KERNEL, case, config)
+    check_case(case)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("block", [64, 256])  # a row in parts, and whole
+def test_codes_are_those_of_the_contract(block: int, norm: bool) -> None:
+    """The first launch's codes and scales of bfloat16 rows, bit for bit."""
+    rows, k = 5, 200
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, k, generator=g).bfloat16()
+    x[1], x[2, 3] = 0, 900
+    weight = torch.rand(k, generator=g) + 0.5
+    codes, scales = torch.zeros(rows, k, dtype=torch.uint8), torch.zeros(rows)
+    live = torch.tensor([rows - 1, 0], dtype=torch.int32)
+    memory = {"live": live, "x": x, "norm": weight, "codes": codes, "scales": scales}
+    types = {"live": "i32", "x": "bf16", "norm": "fp32", "codes": "fp8e4nv", "scales": "fp32"}
+    slots = {name: Pointer(arg=name, type=type) for name, type in types.items()}
+    execute(
+        "linear_fp8.rows_kernel",
+        (rows, 1, 1),
+        {
+            "live_ptr": slots["live"],
+            "x_ptr": slots["x"],
+            "norm_ptr": slots["norm"] if norm else None,
+            "rows_ptr": None,
+            "codes_ptr": slots["codes"],
+            "scales_ptr": slots["scales"],
+            **{"LIVE": 0, "K": k, "EPS": 1e-5 if norm else 0.0, "BLOCK": block},
+        },
+        lambda slot: memory[slot.arg].data_ptr(),
+    )
+    wide = x.float() * weight if norm else x.float()
+    wanted, scale = e4m3_rows(wide)
+    if norm:
+        scale = scale * torch.rsqrt(x.float().square().mean(1) + 1e-5)
+    assert torch.equal(codes[:-1], wanted.view(torch.uint8)[:-1])
+    torch.testing.assert_close(scales[:-1], scale[:-1], rtol=1e-6, atol=0)
+    assert not codes[-1].any() and scales[-1] == 0, "a row that is not live was written"
+
+
+def test_rows_do_not_depend_on_the_batch_or_on_who_makes_the_codes() -> None:
+    sample = SAMPLES["norm qkv"]
+    whole = make_case(LINEAR, sample, "bfloat16", "fp8r")
+    run_case(KERNEL, whole, TILE)
+    args = {**sample.args, "live": sample.args["live"].clamp(max=2)}
+    few = make_case(LINEAR, replace(sample, args=args), "bfloat16", "fp8r")
+    run_case(KERNEL, few, TILE)
+    assert torch.equal(whole.memory["out"][:2], few.memory["out"][:2])
+    own = make_case(LINEAR, sample, "float32", "fp8r")
+    run_case(KERNEL, own, replace(TILE, rows_first=False))
+    first = make_case(LINEAR, sample, "float32", "fp8r")
+    run_case(KERNEL, first, TILE)
+    torch.testing.assert_close(own.memory["out"], first.memory["out"], rtol=1e-6, atol=1e-6)
+
+
+def test_rounding_to_8_bits_is_the_devices() -> None:
+    """The interpreter's conversion: torch's for every bfloat16 number e4m3 can hold, saturating
+    beyond, NaN kept."""
+    from kernels.cuda import interpret
+
+    bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
+    x = bits.view(torch.bfloat16).float()
+    numbers = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
+    found = interpret._eight_bits(x.numpy(), numbers)
+    wanted = x.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    number = ~torch.isnan(x).numpy()
+    np.testing.assert_array_equal(found[number], wanted[number])
+    assert (found[~number] & 0x7F == 0x7F).all()
+
+
+# ---- cubins --------------------------------------------------------------------------
+
+
+def fp8(shape: CallShape) -> CallShape:
+    return replace(shape, attrs={**shape.attrs, "x_format": "fp8"})
+
+
+def test_who_serves_what() -> None:
+    """Activations in fp8 have one kernel for every number of rows, and it has nothing else."""
+    kernels = [k for k in KERNELS["cuda"] if k.op == "linear" and not k.tuned_only]
+    for rows in ROWS:
+        shape = call(rows, 2048, 1024, "fp8r")
+        assert [k.name for k in kernels if k.accepts(fp8(shape)) is None] == ["linear_fp8"]
+        assert KERNEL.accepts(shape) == "x is bfloat16, not quantized to fp8"
+        config = KERNEL.default(fp8(shape))
+        assert KERNEL.valid(fp8(shape), config) is None and config.rows_first == (rows > 4)
+    other = KERNEL.accepts(fp8(call(8, 2048, 1024, "int8g32")))
+    assert other == "w is int8g32: fp8 activations multiply fp8r weights"
+
+
+def test_configurations_that_cannot_be() -> None:
+    shape = fp8(call(512, 2048, 1000, "fp8r"))
+    default = KERNEL.default(shape)
+    assert not default.tma  # rows of 1000 bytes
+    for config, words in (
+        (replace(default, block_k=256), "128 at most (exact sums)"),
+        (replace(default, tma=True), "1000 bytes cannot be described to TMA"),
+        (replace(default, block_m=256), "256 accumulators per thread, 192 at most"),
+        (replace(default, stages=8), "bytes of shared memory"),
+        (replace(default, split=16), "split 16 of 8 steps"),
+    ):
+        assert words in (KERNEL.valid(shape, config) or ""), config
+
+
+def test_cubins(tmp_path: Path) -> None:
+    shapes = [
+        call(1, 3072, 2048, "fp8r", norm=True),
+        call(64, 2 * 8192, 2048, "fp8r", norm=True, act="swiglu"),
+        call(512, 2048, 8192, "fp8r", residual=True),
+    ]
+    check_cubins([fp8(shape) for shape in shapes], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", ROWS)
+def test_cubins_of_real_shapes(rows: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    cache = tmp_path_factory.getbasetemp() / "cubins"
+    check_cubins([fp8(shape) for shape in calls("llama3-8b", rows, "fp8r")], cache)
