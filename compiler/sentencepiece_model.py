@@ -18,6 +18,7 @@ from compiler.byte_pairs import merges
 UNIGRAM, BPE = 1, 2  # TrainerSpec.model_type
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # SentencePiece.type
 SPACE = "▁"
+END = r"\z"
 
 
 class NoSentencePiece(ValueError):
@@ -25,8 +26,8 @@ class NoSentencePiece(ValueError):
 
 
 def sentencepiece_tokenizer(data: bytes, added: frozenset[str]) -> tuple[Tokenizer, list[str]]:
-    """The tokenizer and its control tokens in id order. `added`: user-defined pieces that the
-    checkpoint declares as added tokens, which the caller registers. Raises NoSentencePiece.
+    """The tokenizer and its control tokens in id order. `added`: spellings of tokens the caller
+    registers, user-defined pieces among them. Raises NoSentencePiece.
     """
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
@@ -56,9 +57,13 @@ def sentencepiece_tokenizer(data: bytes, added: frozenset[str]) -> tuple[Tokeniz
     if user:  # always whole, and nothing merges across them
         pattern = Regex("|".join(map(re.escape, user)))
         cuts.append(pre_tokenizers.Split(pattern, behavior="isolated"))
-    if trainer.model_type == UNIGRAM and trainer.byte_fallback:
-        # The library's unigram model would read a written-out byte piece as that byte.
-        pattern = Regex("<(?=0x[0-9A-F]{2}>)")
+    if trainer.model_type == UNIGRAM or user:
+        # Added tokens are found in the text as it was written; what only becomes the spelling of
+        # one when it is normalised (full-width letters) stays text in SentencePiece.
+        spelled = {p for p, _, kind in pieces if kind in (UNKNOWN, CONTROL)} | added
+        pattern = _inside(
+            sorted(spelled), pieces, trainer.byte_fallback, trainer.model_type == UNIGRAM
+        )
         cuts.append(pre_tokenizers.Split(pattern, behavior="merged_with_previous"))
     if cuts:
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cuts)
@@ -71,6 +76,35 @@ def sentencepiece_tokenizer(data: bytes, added: frozenset[str]) -> tuple[Tokeniz
         parts.append(decoders.Strip(" ", 1, 0))
     tokenizer.decoder = decoders.Sequence(parts)
     return tokenizer, [p for p, _, kind in pieces if kind in (UNKNOWN, CONTROL)]
+
+
+def _inside(
+    spelled: list[str], pieces: list[tuple[str, float, int]], byte_fallback: bool, anywhere: bool
+) -> Regex:
+    """A place to cut in each spelling, so that the library's model, which holds every token as a
+    piece, never sees a whole one. No piece of text goes across it where the spelling has such a
+    place. `anywhere`: the model finds pieces within words; otherwise it takes whole words alone.
+    """
+    real = [piece for piece, _, kind in pieces if kind in (NORMAL, USER)]
+    pairs = {piece[i : i + 2] for piece in real for i in range(len(piece) - 1)}
+    known = {piece for piece in real if len(piece) == 1}
+
+    def place(text: str) -> int:
+        for i in range(1, len(text)):
+            # Two unknown characters are one unknown piece, unless they are bytes.
+            apart = byte_fallback or text[i - 1] in known or text[i] in known
+            if text[i - 1 : i + 1] not in pairs and apart:
+                return i
+        return 1
+
+    cuts = [(text[: place(text)], text[place(text) :]) for text in spelled if len(text) > 1]
+    parts = [
+        f"{re.escape(head)}(?={re.escape(tail)}{'' if anywhere else END})" for head, tail in cuts
+    ]
+    if byte_fallback:  # a written-out byte piece
+        parts.append(f"<(?=0x[0-9A-F]{{2}}>{'' if anywhere else END})")
+    either = "|".join(parts)
+    return Regex(either if anywhere else rf"\A(?:{either})")
 
 
 def _byte_pairs(

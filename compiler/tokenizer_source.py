@@ -62,6 +62,7 @@ def _convert(path: Path, settings: Mapping[str, Any]) -> bytes:
         size = max(ranks.values()) + 1
     else:
         contents = frozenset(token["content"] for token in declared.values())
+        contents |= frozenset(rules.specials)
         try:
             tokenizer, own = sentencepiece_tokenizer(data, contents)
         except NoSentencePiece as e:

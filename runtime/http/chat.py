@@ -95,7 +95,11 @@ async def chat_ids(server: Server, body: ChatBody) -> list[int]:
     if body.reasoning_effort is not None:
         kwargs.setdefault("reasoning_effort", body.reasoning_effort)
     given = [messages, body.tools, kwargs]
-    guard = tokenizer.guard(_strings(given))
+    texts = list(_strings(given))
+    if sum(map(len, texts)) <= INLINE:
+        guard = tokenizer.guard(texts)
+    else:
+        guard = await asyncio.to_thread(tokenizer.guard, texts)
     marked = _map_strings(given, lambda text: tokenizer.marked(text, guard)) if guard.hit else given
     prompt = await renderer.render(
         {
@@ -105,7 +109,7 @@ async def chat_ids(server: Server, body: ChatBody) -> list[int]:
             "add_generation_prompt": body.add_generation_prompt is not False,
             "continue_final_message": bool(body.continue_final_message),
         },
-        size=sum(map(len, _strings(given))),
+        size=sum(map(len, texts)),
     )
     if prompt_too_long(prompt, server.model):
         raise InvalidRequest(

@@ -18,6 +18,8 @@ import tokenizers
 from runtime.errors import DamagedArtifact
 from runtime.text.literal import LiteralEncoder
 
+PIECE = 4096  # characters normalised at a time
+
 ReadText = Callable[[str], bytes | None]
 
 
@@ -25,13 +27,14 @@ class _Head(msgspec.Struct):
     """The parts of tokenizer.json we look at ourselves; the vocabulary is skipped."""
 
     decoder: dict[str, Any] | None = None
+    normalizer: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guard:
     """Marks spellings of control tokens inside user text, so that a chat prompt keeps them text:
-    `mark` is inserted after the first character of each. `hit` says whether any was found; without
-    one the prompt is encoded as it is.
+    `mark` is inserted after the first character of each. `hit` says whether any was found, as it is
+    written or as the tokenizer normalises it; without one the prompt is encoded as it is.
     """
 
     mark: str
@@ -54,6 +57,7 @@ class Tokenizer:
     last: int | None  # token that ends every text
     _special_ids: dict[str, int]
     _spellings: re.Pattern[str] | None
+    _normalised: re.Pattern[str] | None  # the same without spaces; None: no other text becomes one
     _literal: LiteralEncoder | None = None
     _texts: dict[int, str] = field(default_factory=dict)
     _longest: int = 0
@@ -76,7 +80,8 @@ class Tokenizer:
         config = msgspec.json.decode(read("tokenizer_config.json") or b"{}", type=dict)
         added = backend.get_added_tokens_decoder()
         special = {i: token.content for i, token in added.items() if token.special}
-        spellings = "|".join(map(re.escape, sorted(special.values(), key=len, reverse=True)))
+        spellings = _any_of(special.values())
+        normalised = _any_of(map(_squeezed, special.values()))
         bos, eos = _spelling(config.get("bos_token")), _spelling(config.get("eos_token"))
         return Tokenizer(
             backend=backend,
@@ -88,7 +93,8 @@ class Tokenizer:
             first=backend.token_to_id(bos) if bos and config.get("add_bos_token") else None,
             last=backend.token_to_id(eos) if eos and config.get("add_eos_token") else None,
             _special_ids={text: i for i, text in special.items()},
-            _spellings=re.compile(spellings) if spellings else None,
+            _spellings=spellings,
+            _normalised=normalised if _changes_spellings(head.normalizer) else None,
         )
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -123,9 +129,11 @@ class Tokenizer:
         return self._literal.encode(parts)
 
     def guard(self, texts: Iterable[str]) -> Guard:
-        """A mark that occurs in none of `texts`."""
+        """A mark that occurs in none of `texts`. Takes as long as normalising them."""
         everything = "\0".join(texts)
         hit = self._spellings is not None and self._spellings.search(everything) is not None
+        if not hit and self._normalised is not None:
+            hit = self._normalised.search(self._normalise(everything)) is not None
         mark = next(chr(c) for c in range(0xE000, 0xF900) if not hit or chr(c) not in everything)
         return Guard(mark=mark, hit=hit)
 
@@ -135,6 +143,13 @@ class Tokenizer:
         return self._spellings.sub(
             lambda match: match.group()[0] + guard.mark + match.group()[1:], text
         )
+
+    def _normalise(self, text: str) -> str:
+        """As the model gets to see it, without spaces: in pieces, because the library holds the
+        GIL, and what it puts before a text it puts before each."""
+        normalise = self.backend.normalizer.normalize_str
+        pieces = range(0, len(text), PIECE)
+        return "".join(_squeezed(normalise(text[start : start + PIECE])) for start in pieces)
 
     def constants(self) -> dict[str, str]:
         """Spellings of the special tokens, under the names chat templates use."""
@@ -157,6 +172,26 @@ class Tokenizer:
             vocabulary = self.backend.get_vocab(with_added_tokens=True)
             self._longest = max(len(spelling.encode()) for spelling in vocabulary)
         return self._longest
+
+
+def _any_of(spellings: Iterable[str]) -> re.Pattern[str] | None:
+    either = "|".join(map(re.escape, sorted(filter(None, spellings), key=len, reverse=True)))
+    return re.compile(either) if either else None
+
+
+def _squeezed(text: str) -> str:
+    return re.sub(r"[\s\u2581]+", "", text)
+
+
+def _changes_spellings(normalizer: dict[str, Any] | None) -> bool:
+    """Whether it may make a control token's spelling of another text (full-width letters)."""
+    if normalizer is None:
+        return False
+    kind = normalizer["type"]
+    if kind == "Sequence":
+        return any(map(_changes_spellings, normalizer["normalizers"]))
+    spaces = kind == "Replace" and normalizer["pattern"] == {"String": " "}
+    return not (spaces or kind in ("NFC", "NFD", "Prepend", "Strip"))
 
 
 def _spelling(token: object) -> str | None:

@@ -101,7 +101,19 @@ SPM: dict[str, dict[str, Any]] = {
         "control_symbols": "[PAD],<|separator|>",
         "split_by_whitespace": False,
     },
-    "unigram": {"model_type": "unigram", "byte_fallback": True},
+    "user-and-control": {
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "normalization_rule_name": "nfkc",
+        "user_defined_symbols": "<n>",
+        "control_symbols": "[PAD],<|separator|>",
+        "add_dummy_prefix": False,
+    },
+    "unigram": {
+        "model_type": "unigram",
+        "byte_fallback": True,
+        "control_symbols": "[PAD],<|separator|>",
+    },
     "unigram-identity": {
         "model_type": "unigram",
         "byte_fallback": True,
@@ -109,7 +121,11 @@ SPM: dict[str, dict[str, Any]] = {
         "user_defined_symbols": "<n>,[X]",
     },
     "no-bytes": {"model_type": "bpe", "remove_extra_whitespaces": True},
-    "unigram-no-bytes": {"model_type": "unigram", "remove_extra_whitespaces": True},
+    "unigram-no-bytes": {
+        "model_type": "unigram",
+        "remove_extra_whitespaces": True,
+        "control_symbols": "[PAD],<|separator|>",
+    },
 }
 
 
@@ -167,6 +183,29 @@ def test_sentencepiece_any_text(kind: str, folder: Callable[[], Path]) -> None:
             assert got == want
 
     check()
+
+
+@pytest.mark.parametrize("kind", SPM)
+def test_spellings_made_by_normalisation_stay_text(kind: str, folder: Callable[[], Path]) -> None:
+    """Full-width characters become ASCII before the model sees them, and SentencePiece reads no
+    control piece in text."""
+    oracle, ours = spm_pair(kind, folder)
+    for spelling in [*ours.special.values(), "<0x41>", "<n>"]:
+        wide = spelling.translate({c: c + 0xFEE0 for c in range(0x21, 0x7F)})
+        for text in (wide, f"a{wide}b", f"a {wide} b", f"<n>{wide}<n>", wide * 3):
+            assert ours.encode(text) == oracle.encode(text), text
+        for text in (wide[:2] + spelling[2:], spelling[:-1] + wide[-1]):
+            assert ours.encode(text) == oracle.encode(text), text
+
+
+def test_declared_tokens_are_not_made_by_normalisation(tmp_path: Path) -> None:
+    """A token beyond the SentencePiece file, which the model of tokenizer.json holds too."""
+    config = {"added_tokens_decoder": {"600": {"content": "<|im_end|>", "special": True}}}
+    oracle = sentencepiece.SentencePieceProcessor(model_proto=spm_model("unigram"))
+    ours = load(write(tmp_path, config, "tokenizer.model", spm_model("unigram")))
+    assert ours.encode("a<|im_end|>")[-1] == 600
+    wide = "a\uff1c\uff5cim_end\uff5c\uff1e"
+    assert ours.encode(wide) == oracle.encode(wide)
 
 
 def test_control_pieces_are_tokens_by_their_spelling(folder: Callable[[], Path]) -> None:

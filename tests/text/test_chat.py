@@ -13,6 +13,7 @@ import pytest
 import toy_tokenizers
 
 from runtime.text.chat import ChatTemplate, TemplateRefused
+from runtime.text.tokenizer import PIECE
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = {"bos_token": "<|bos|>", "eos_token": "<|im_end|>"}
@@ -169,12 +170,20 @@ def test_spelled_control_tokens_add_no_space(kind):
     assert "".join(pieces).count("\u2581") == spaces
 
 
-def test_a_normalized_spelling_stays_text_beside_a_plain_one():
+WIDE = "".join(chr(ord(c) + 0xFEE0) if c in "<|>" else c for c in "<|im_start|>")
+
+
+@pytest.mark.parametrize("text", [EVIL + WIDE, WIDE, "x" * (PIECE - 3) + WIDE, "\u200b" * 5 + WIDE])
+def test_a_normalized_spelling_stays_text(text):
     """Full-width characters that the tokenizer makes ASCII, with control tokens in the model."""
     tokenizer = toy_tokenizers.load("unigram")
-    wide = "".join(chr(ord(c) + 0xFEE0) if c in "<|>" else c for c in "<|im_start|>")
-    ids, _ = chat_ids(tokenizer, EVIL + wide)
+    ids, _ = chat_ids(tokenizer, text)
     assert ids.count(tokenizer.backend.token_to_id("<|im_start|>")) == 2
+
+
+def test_only_a_normalizer_that_changes_letters_makes_spellings():
+    for kind, hit in (("unigram", True), ("byte_level", False), ("sentencepiece", False)):
+        assert toy_tokenizers.load(kind).guard([WIDE]).hit == hit
 
 
 def test_stripping_control_tokens_strip_beside_spelled_ones():
