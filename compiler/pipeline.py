@@ -80,9 +80,11 @@ def compile_model(config: CompileConfig, sources: Mapping[str, str], progress: P
         building = pool.submit(build_code, made, config)
         with progress.stage("weights", made.weights_bytes) as advance:
             tensors = store_weights(package, model, made, config, advance)
-        with progress.stage("accuracy"):
-            measured = measure(made, model.weights)
-            check_accuracy(measured.accuracy, config)
+        measured = None
+        if config.accuracy.measure:
+            with progress.stage("accuracy"):
+                measured = measure(made, model.weights)
+                check_accuracy(measured.accuracy, config)
         with progress.stage("kernels"):
             code = building.result()
             for name, data in sorted(code.files.items()):
@@ -92,12 +94,13 @@ def compile_model(config: CompileConfig, sources: Mapping[str, str], progress: P
         for bucket in made.buckets:
             package.add(plan_path(0, bucket.name), "data", encode_plan(made.plans[bucket.name]))
         manifest = make_manifest(config, origins, model, made, figures, tensors, code, package)
-        with progress.stage("verify"):
-            # Another GPU than the target's is no reason to fail, and no device to verify on.
-            if made.target == "cpu" or any(config.target.name in g.lower() for g in gpus):
+        # Another GPU than the target's is no reason to fail, and no device to verify on.
+        here = made.target == "cpu" or any(config.target.name in g.lower() for g in gpus)
+        if measured is not None and here:
+            with progress.stage("verify"):
                 manifest = verified(package, manifest, made, measured)
         if made.target == "cuda":
-            progress.show(code_report(made, manifest))
+            progress.show(code_report(made, manifest, measured is not None))
         with progress.stage("publish"):
             path = package.publish(manifest)
     remember_weights(path, made, model, config)
@@ -123,7 +126,7 @@ def fit_report(made: Design, figures: Mapping[str, int], config: CompileConfig) 
     )
 
 
-def code_report(made: Design, manifest: Manifest) -> str:
+def code_report(made: Design, manifest: Manifest, measured: bool) -> str:
     """What the cubins need, and which calls no measurement chose."""
     lines = [report.binaries(manifest.kernels)]
     if made.fallbacks:
@@ -132,7 +135,7 @@ def code_report(made: Design, manifest: Manifest) -> str:
             f"tuning  {len(made.fallbacks)} calls have no record for {gpu} and take the "
             f"heuristic's choice (python -m compiler.tune on the GPU measures them)"
         )
-    if not manifest.golden:
+    if measured and not manifest.golden:
         lines.append(
             f"verify  not run: this machine has no {manifest.target.levels[0]}, so no golden "
             "tokens are recorded; `make gpu` on one compares with the reference"

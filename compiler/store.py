@@ -1,12 +1,15 @@
 """Stored weights: which arrays a program's weights become, and writing them to the weights file.
 
 Comes in: a program, the storage format of every logical weight, a source of logical weights. Goes
-out: tensor entries with checksums. One weight is in memory at a time. Called by the pipeline.
+out: tensor entries with checksums. A few weights are in memory at a time. Called by the pipeline.
 """
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +30,11 @@ from kernels.cuda import layout as cuda_layout
 from kernels.ops.mlp import GATED
 from runtime import weights_file
 from runtime.artifact import TensorEntry
+from runtime.device.machine import available_memory, cpus
+from runtime.weights_file import itemsize
+
+MAKING = 8  # bytes of memory per stored byte while a weight is made, at most
+MOST_WORKERS = 8
 
 Constants = Mapping[str, np.ndarray]
 LAYOUTS: Mapping[str, Any] = {"cpu": cpu_layout, "cuda": cuda_layout}
@@ -134,32 +142,54 @@ def write_weights(
     done: list[TensorEntry] = []
     pending = iter(tensors)
 
-    def put(data: memoryview, name: str) -> None:
+    def pad(entry: TensorEntry) -> None:
+        zeros = memoryview(bytes(entry.size))
+        done.append(_write(file, entry, zeros, _crc(zeros)))
+
+    def put(data: memoryview, name: str, crc: int) -> None:
         entry = next(pending)
         while entry.name.startswith(weights_file.PADDING):
-            done.append(_write(file, entry, memoryview(bytes(entry.size))))
+            pad(entry)
             entry = next(pending)
         if entry.name != name or entry.size != data.nbytes:
             raise ProgramError(
                 f"weights: {name} has {data.nbytes} bytes, "
                 f"the layout has {entry.name} with {entry.size}"
             )
-        done.append(_write(file, entry, data))
+        done.append(_write(file, entry, data, crc))
         progress(entry.size)
 
-    for weight in weights:
+    def made(weight: StoredWeight) -> list[tuple[str, memoryview, int]]:
         arrays = pack(weight, source, constants)
-        for array in weight.arrays:
-            put(np.ascontiguousarray(arrays[array.name]).data.cast("B"), array.name)
+        views = ((a.name, arrays[a.name]) for a in weight.arrays)
+        data = [(name, np.ascontiguousarray(view).data.cast("B")) for name, view in views]
+        return [(name, bytes_, _crc(bytes_)) for name, bytes_ in data]
+
+    # Threads make what one thread writes and hashes, in order and only a few weights ahead.
+    sizes = (sum(math.prod(a.shape) * itemsize(a.dtype) for a in w.arrays) for w in weights)
+    largest = max(sizes, default=1)
+    room = available_memory() // (MAKING * largest)
+    workers = max(min(cpus(), room, MOST_WORKERS), 1)
+    with ThreadPoolExecutor(workers) as pool:
+        ahead: deque[Future[list[tuple[str, memoryview, int]]]] = deque()
+        for weight in (*weights, *[None] * workers):
+            if weight is not None:
+                ahead.append(pool.submit(made, weight))
+            if ahead and (weight is None or len(ahead) > workers):
+                for name, data, crc in ahead.popleft().result():
+                    put(data, name, crc)
     for entry in pending:
-        done.append(_write(file, entry, memoryview(bytes(entry.size))))
+        pad(entry)
     return tuple(done)
 
 
-def _write(file: HashingFile, entry: TensorEntry, data: memoryview) -> TensorEntry:
+def _write(file: HashingFile, entry: TensorEntry, data: memoryview, crc: int) -> TensorEntry:
     file.write(data)
-    # google_crc32c wants bytes: pieces keep the copies small.
-    crc = 0
-    for start in range(0, len(data), 1 << 20):
-        crc = google_crc32c.extend(crc, bytes(data[start : start + (1 << 20)]))
     return msgspec.structs.replace(entry, crc32c=crc)
+
+
+def _crc(data: memoryview) -> int:
+    crc = 0
+    for start in range(0, len(data), 1 << 20):  # google_crc32c wants bytes: small copies
+        crc = google_crc32c.extend(crc, bytes(data[start : start + (1 << 20)]))
+    return crc

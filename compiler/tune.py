@@ -44,7 +44,7 @@ from runtime.device.driver import version
 from runtime.device.launcher import Call, Launcher
 from runtime.weights_file import itemsize
 
-NO_USE = ("out", "name", "accuracy.max_delta")  # options of a compile alone
+NO_USE = ("out", "name", "accuracy.max_delta", "accuracy.measure")  # options of a compile alone
 ALIGN = 256
 PATTERN = 0x3C  # every float format reads this byte, repeated, as a small positive number
 ROTATE = 3  # times the second-level cache that a graph's buffers take

@@ -55,6 +55,11 @@ def check_supported(config: CompileConfig) -> None:
             f"quant.group_size={config.quant.group_size}: not a choice; "
             "choices: 16, 32, 64, 128, 256"
         )
+    if config.accuracy.max_delta is not None and not config.accuracy.measure:
+        raise ConfigError(
+            f"accuracy.max_delta={config.accuracy.max_delta:g} with accuracy.measure=false: a "
+            "limit needs the measurement; leave one of them out"
+        )
     if config.name is not None and not re.fullmatch(r"\w[\w.-]*", config.name):
         raise ConfigError(
             f"name={config.name}: names a directory; use letters, digits, dots, dashes and "

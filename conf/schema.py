@@ -104,10 +104,12 @@ class ShapeConfig:
 @dataclass(slots=True)
 class AccuracyConfig:
     """`max_delta`: refuse a quantization whose relative logit error exceeds it (null: only
-    record).
+    record). `measure`: compute the model in the reference, for that error, the check of the device
+    and the golden tokens; without it a compile of made-up weights takes half the time.
     """
 
     max_delta: float | None = option(None, low=0)
+    measure: bool = True
 
 
 @dataclass(slots=True)

@@ -18,6 +18,7 @@ import safetensors.numpy
 from compiler.errors import CompileError, NoSpace
 from compiler.pipeline import compile_model
 from compiler.progress import Progress
+from conf.errors import ConfigError
 from conf.load import load
 from conf.schema import CompileConfig
 from runtime.artifact import Artifact, weights_path
@@ -199,3 +200,12 @@ def test_random_weights_depend_on_the_seed(tmp_path: Path) -> None:
     ]
     one, two = (Artifact.open(path).manifest for path in paths)
     assert one.tensors != two.tensors
+
+
+def test_a_compile_may_leave_out_the_reference(tmp_path: Path) -> None:
+    artifact = Artifact.open(
+        compile_here("model=tiny", "accuracy.measure=false", f"out={tmp_path}")
+    )
+    assert artifact.manifest.accuracy == {} and artifact.manifest.golden == ()
+    with pytest.raises(ConfigError, match=r"max_delta=1 with accuracy\.measure=false"):
+        compile_here("model=tiny", "accuracy.measure=false", "accuracy.max_delta=1")

@@ -1,0 +1,207 @@
+"""The wheels a bare GPU machine lacks: fetched where there is a network, installed where there is
+none.
+
+`fetch` walks pyproject's requirements through the environment it runs in and downloads, for the
+other machine's Python, everything but what comes with torch there. `python -m bench.gpu.wheels
+<wheels> <site>`, run on that machine by nothing but its own Python, installs what its packages do
+not satisfy into the folder `site`, for PYTHONPATH. A wheel is taken only where the machine's own
+version does not do, so that packages that were made to fit each other stay together.
+"""
+
+from __future__ import annotations
+
+import email
+import subprocess
+import sys
+import tempfile
+import tomllib
+import zipfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+EXTRAS = ("compile", "cuda", "bench")  # what compiling, serving and measuring on a GPU import
+# Large, and there wherever torch for GPUs is.
+MACHINE = ("torch", "triton", "cuda-bindings", "numpy", "pandas", "matplotlib")
+GLIBC = range(39, 16, -1)  # manylinux_2_<n> wheels that the machine takes
+
+
+class WheelError(Exception):
+    """One line: what is missing and what to do."""
+
+
+def packaging() -> Any:
+    """`packaging`, or the copy every pip has: this runs before anything is installed."""
+    try:
+        import packaging.requirements as requirements
+        import packaging.utils as utils
+    except ImportError:
+        from pip._vendor.packaging import requirements, utils  # type: ignore[no-redef]
+    return requirements, utils
+
+
+def wanted() -> list[str]:
+    """pyproject's requirements, and those of EXTRAS."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    found: list[str] = list(project["dependencies"])
+    for extra in EXTRAS:
+        found += project["optional-dependencies"][extra]
+    return found
+
+
+def closure(
+    wanted: Iterable[str],
+    requires: Callable[[Any], list[str]],
+    environment: dict[str, str],
+) -> list[str]:
+    """Names of all distributions that `wanted` leads to. `requires(requirement)`: what that one
+    asks for in turn; raises `StopIteration` where the walk ends and nothing is to be taken."""
+    requirements, utils = packaging()
+    found: dict[str, set[str]] = {}
+    todo = [(text, "") for text in wanted]
+    while todo:
+        text, extra = todo.pop(0)
+        requirement = requirements.Requirement(text)
+        marker = requirement.marker
+        if marker is not None and not marker.evaluate({**environment, "extra": extra}):
+            continue
+        name = utils.canonicalize_name(requirement.name)
+        extras = {"", *requirement.extras} - found.get(name, set())
+        if not extras:
+            continue
+        try:
+            more = requires(requirement)
+        except StopIteration:
+            continue
+        found.setdefault(name, set()).update(extras)
+        todo += [(text, e) for text in more for e in extras]
+    return list(found)
+
+
+# --- where there is a network -----------------------------------------------------------------
+
+
+def fetch(folder: Path, python: str) -> list[Path]:
+    """Downloads into `folder` (emptied first) for x86-64 Linux and Python `python`."""
+    _, utils = packaging()
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.whl"):
+        old.unlink()
+
+    def requires(requirement: Any) -> list[str]:
+        if utils.canonicalize_name(requirement.name) in MACHINE:
+            raise StopIteration
+        return metadata.requires(requirement.name) or []
+
+    environment = {
+        "python_version": python,
+        "python_full_version": f"{python}.0",
+        "sys_platform": "linux",
+        "platform_system": "Linux",
+        "platform_machine": "x86_64",
+        "implementation_name": "cpython",
+        "platform_python_implementation": "CPython",
+    }
+    names = closure(wanted(), requires, environment)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda name: _fetch_one(name, folder, python), names))
+    return sorted(folder.glob("*.whl"))
+
+
+def _fetch_one(name: str, folder: Path, python: str) -> None:
+    """One wheel of the version in use here; made from the sources where only they are published
+    (then it must be pure Python)."""
+    exact = f"{name}=={metadata.version(name)}"
+    platforms = [f"--platform=manylinux_2_{n}_x86_64" for n in GLIBC]
+    target = [f"--python-version={python}", "--implementation=cp", "--platform=linux_x86_64"]
+    target += [*platforms, "--platform=manylinux2014_x86_64", "--platform=manylinux1_x86_64"]
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    command = [*pip, "download", "--no-deps", "--only-binary=:all:", *target, "-d", str(folder)]
+    done = subprocess.run([*command, exact], capture_output=True, text=True, check=False)
+    if not done.returncode:
+        return
+    with tempfile.TemporaryDirectory() as made:
+        command = [*pip, "wheel", "--no-deps", "-w", made, exact]
+        built = subprocess.run(command, capture_output=True, text=True, check=False)
+        pure = list(Path(made).glob("*-none-any.whl"))
+        if built.returncode or not pure:
+            reason = (built.stderr if built.returncode else done.stderr).strip().splitlines()
+            raise WheelError(
+                f"{exact}: no wheel for Python {python} and none can be made: "
+                f"{reason[-1] if reason else 'its wheel is not pure Python'}"
+            )
+        (folder / pure[0].name).write_bytes(pure[0].read_bytes())
+
+
+# --- where there is none ----------------------------------------------------------------------
+
+
+def install(folder: Path, site: Path) -> list[str]:
+    """Unpacks what this machine's packages do not satisfy into `site`. Once: a second call finds
+    the same wheels listed there and does nothing. Names of what was taken."""
+    wheels = sorted(folder.glob("*.whl"))
+    if not wheels:
+        raise WheelError(f"{folder} has no wheels; make gpu-bundle fetches them")
+    listed = "\n".join([sys.version, *(path.name for path in wheels)])
+    stamp = site / ".installed"
+    if stamp.exists() and stamp.read_text("utf-8") == listed:
+        return []
+    needed = choose(wheels)
+    if needed:
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        options = ["--no-index", "--no-deps", "--no-compile", "--upgrade", "--target", str(site)]
+        done = subprocess.run(
+            [*pip, *options, *map(str, needed)], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise WheelError(f"pip cannot install the bundle: {done.stderr.strip()[-500:]}")
+    site.mkdir(parents=True, exist_ok=True)
+    stamp.write_text(listed, "utf-8")
+    return [path.name.split("-")[0] for path in needed]
+
+
+def choose(wheels: Iterable[Path], version: Callable[[str], str] = metadata.version) -> list[Path]:
+    """The wheels that pyproject's requirements lead to where `version` (of the machine's packages)
+    does not satisfy them. WheelError names what neither has."""
+    _, utils = packaging()
+    have = {utils.canonicalize_name(path.name.split("-")[0]): path for path in wheels}
+    missing: list[str] = []
+
+    def requires(requirement: Any) -> list[str]:
+        name = utils.canonicalize_name(requirement.name)
+        try:
+            found = version(requirement.name)
+        except metadata.PackageNotFoundError:
+            found = ""
+        if found and requirement.specifier.contains(found, prereleases=True):
+            raise StopIteration
+        if name not in have:
+            missing.append(f"{requirement} ({f'here {found}' if found else 'not here'})")
+            raise StopIteration
+        return _requires(have[name])
+
+    names = closure(wanted(), requires, {})
+    if missing:
+        raise WheelError(
+            f"neither this machine nor the bundle has {', '.join(sorted(set(missing)))}; "
+            "make gpu-bundle for this machine's Python"
+        )
+    return [have[name] for name in names]
+
+
+def _requires(wheel: Path) -> list[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        (inside,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        return email.message_from_bytes(archive.read(inside)).get_all("Requires-Dist") or []
+
+
+if __name__ == "__main__":
+    try:
+        taken = install(Path(sys.argv[1]), Path(sys.argv[2]))
+    except WheelError as error:
+        sys.exit(f"error: {error}")
+    if taken:
+        print(f"installed {len(taken)} packages into {sys.argv[2]}", file=sys.stderr)
