@@ -2,7 +2,7 @@
 
 Comes in: a bucket and sizes. Goes out: an array per io input. Decode buckets hold sequences of
 `context` tokens that get one more; mixed ones hold prompts of at most `context` tokens from their
-first token on. Called by `compiler.tune`.
+first token on. Called by `compiler.measure`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from runtime.artifact import Bucket
 Array = npt.NDArray[np.generic]
 
 
-def lengths(bucket: Bucket, context: int) -> tuple[list[int], list[int]]:
-    """New tokens and keys of every sequence of the step."""
+Lengths = tuple[list[int], list[int]]  # new tokens and keys of every sequence of a step
+
+
+def lengths(bucket: Bucket, context: int) -> Lengths:
+    """Those of a full bucket."""
     if bucket.kind == "decode":
         return [1] * bucket.seqs, [context] * bucket.seqs
     count = min(-(-bucket.tokens // context), bucket.seqs)
@@ -26,13 +29,13 @@ def lengths(bucket: Bucket, context: int) -> tuple[list[int], list[int]]:
     return new, new
 
 
-def pages_of(bucket: Bucket, context: int, page_size: int) -> int:
+def pages_of(held: Lengths, page_size: int) -> int:
     """KV pages the step touches."""
-    return sum(-(-keys // page_size) for keys in lengths(bucket, context)[1])
+    return sum(-(-keys // page_size) for keys in held[1])
 
 
 def step_inputs(
-    program: Program, bucket: Bucket, context: int, page_size: int, pool: int, seed: int = 0
+    program: Program, bucket: Bucket, held: Lengths, page_size: int, pool: int, seed: int = 0
 ) -> dict[str, Array]:
     """`pool`: pages there are; where fewer than wanted, sequences share them. Everything samples
     greedily. Inputs a program has no use for are left out."""
@@ -42,7 +45,7 @@ def step_inputs(
     for name, value in program.values.items():
         if value.kind == "input":
             out[name] = np.zeros(resolve(value.dims, sizes), value.dtype)
-    new, keys = lengths(bucket, context)
+    new, keys = held
     starts = np.concatenate(([0], np.cumsum(new))).astype(np.int32)
     count, tokens = len(new), int(starts[-1])
     embed = next((c.ins["table"] for c in program.calls if c.op == "embed"), None)

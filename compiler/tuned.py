@@ -8,6 +8,7 @@ has is ignored and the call counts as not measured.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ FOLDER = Path(__file__).parent.parent / "kernels" / "tuned"
 # beside what a step touches.
 PLACES = ("layer_offset", "page_bytes", "live_index", "eps", "scale")
 STATE = ("kv", "pages", "counts", "last_token", "edits")
-SCHEMA = 1
+SCHEMA = 2
 
 
 def call_key(shape: CallShape) -> str:
@@ -39,11 +40,13 @@ def call_key(shape: CallShape) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Records:
-    """`entries`: call key -> {kernel, config, us}. `versions`: what they were measured with."""
+    """`entries`: call key -> {kernel, config, us}. `versions`: what they were measured with.
+    `failed`: call key -> candidates that hung or brought the device down, with what was seen."""
 
     gpu: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     entries: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    failed: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def choice(
         self, shape: CallShape, kernels: Sequence[CudaKernel]
@@ -70,23 +73,34 @@ def load_records(gpu: str, folder: Path = FOLDER) -> Records:
         data = json.loads(path.read_text("utf-8"))
         if data["schema"] != SCHEMA:
             raise CompileError(f"{path}: schema is {data['schema']}, expected {SCHEMA}; tune again")
-        return Records(gpu=gpu, versions=data["versions"], entries=data["entries"])
+        return Records(
+            gpu=gpu,
+            versions=data["versions"],
+            entries=data["entries"],
+            failed=data["failed"],
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CompileError(f"{path} is no tuning record: {error!r}; tune again") from error
 
 
 def save_records(records: Records, folder: Path = FOLDER) -> Path:
-    """Sorted, one entry a line: a diff shows what changed."""
+    """Sorted, one entry a line: a diff shows what changed. The file is whole at every moment."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [
-        f"    {json.dumps(key)}: {json.dumps(dict(entry), sort_keys=True)}"
-        for key, entry in sorted(records.entries.items())
-    ]
     text = (
         f'{{\n  "schema": {SCHEMA},\n  "gpu": {json.dumps(records.gpu)},\n  "versions": '
         f"{json.dumps(dict(records.versions), sort_keys=True)},\n"
-        '  "entries": {\n' + ",\n".join(lines) + "\n  }\n}\n"
+        f'  "entries": {_lines(records.entries)},\n  "failed": {_lines(records.failed)}\n}}\n'
     )
     path = folder / f"{records.gpu}.json"
-    path.write_text(text, "utf-8")
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(text, "utf-8")
+    os.replace(temporary, path)
     return path
+
+
+def _lines(table: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = [
+        f"    {json.dumps(key)}: {json.dumps(dict(value), sort_keys=True)}"
+        for key, value in sorted(table.items())
+    ]
+    return "{\n" + ",\n".join(lines) + "\n  }" if lines else "{}"

@@ -131,19 +131,23 @@ class CompileConfig:
 
 @dataclass(slots=True)
 class TuneConfig(CompileConfig):
-    """What to compile, and how to measure it. `gpu`: index; `rounds`: replays a median is taken of;
-    `seconds`: for everything after the builds; `contenders`: candidates of a call tried in the
-    whole step; `context`: tokens every sequence holds; `ops`: only these (empty: all);
+    """What to compile, and how to measure it. `gpu`: index; `limit`: minutes for everything, builds
+    included (what is measured by then stands); `rounds`: replays a median is taken of;
+    `contenders`: candidates of a call tried in the whole step; `context`: tokens every sequence
+    holds; `ops`: only these (empty: all); `again`: measure calls anew that have a record of these
+    tools; `hang`: seconds after which a candidate that does not end counts as hung;
     `memory_gib`: of the GPU, for buffers; `records`: folder of the result (null: kernels/tuned,
     where a compile looks).
     """
 
     gpu: int = option(0, low=0)
+    limit: float = option(9.0, low=0.01)
     rounds: int = option(20, low=1)
-    seconds: float = option(900.0, low=1)
     contenders: int = option(2, low=0)
     context: int = option(1024, low=16)
     ops: list[str] = field(default_factory=list)
+    again: bool = False
+    hang: float = option(5.0, low=0.1)
     memory_gib: float = option(32.0, low=0.1)
     records: str | None = None
 

@@ -16,12 +16,12 @@ import os
 import re
 import subprocess
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from kernels.cache import cached, key_of
 from kernels.launch import Binary, MapRecipe, Parameter, Source
@@ -77,6 +77,41 @@ def build_each(
                     failed[task[0]] = error
     good = [source for source in wanted if source not in failed]
     return build_cuda(good, cache_dir, arch), failed
+
+
+class Builders:
+    """Builds in the background. `submit(source)`: a future that is done when the cubin is in the
+    cache and raises ToolchainError when it cannot be built. Leaving the context drops what has not
+    begun."""
+
+    def __init__(self, cache_dir: Path, arch: str = "sm_90a", jobs: int | None = None) -> None:
+        self._root, self._arch = Path(cache_dir).expanduser() / "cuda", arch
+        spare = max(len(os.sched_getaffinity(0)) - 2, 1)  # cores for who waits for the builds
+        self._pool = _pool(POOL_FROM * (jobs or spare), jobs or spare)
+        self._submitted: dict[Source, Future[None]] = {}
+
+    def submit(self, source: Source) -> Future[None]:
+        if source not in self._submitted:
+            self._submitted[source] = self._begun(source)
+        return self._submitted[source]
+
+    def _begun(self, source: Source) -> Future[None]:
+        done: Future[None] = Future()
+        try:
+            entry = key(source, self._arch)
+        except ToolchainError as error:  # a tool that is not installed
+            done.set_exception(error)
+            return done
+        if (self._root / entry).exists():
+            done.set_result(None)
+            return done
+        return self._pool.submit(_build_one, (source, self._arch, self._root, entry))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _pool(count: int, jobs: int | None) -> ProcessPoolExecutor:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from cuda_stub import build, load
+from cuda_stub import environment, load
 
 from bench.errors import BenchUsage
 from bench.gpu import peers
@@ -27,15 +26,10 @@ ROOT = Path(__file__).resolve().parents[2]
 def on_stub(*words: str) -> subprocess.CompletedProcess[str]:
     """A program whose driver is the stub."""
     load()  # skips where there is a real driver
-    environment = os.environ | {
-        "LD_LIBRARY_PATH": str(build().parent),
-        "CUDA_STUB_cubins": "1",
-        "CUDA_STUB_free": str(2 << 30),
-    }
     return subprocess.run(
         [sys.executable, "-m", *words],
         cwd=ROOT,
-        env=environment,
+        env=environment(),
         capture_output=True,
         text=True,
         check=False,

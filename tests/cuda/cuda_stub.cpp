@@ -5,6 +5,7 @@
 // Declarations follow cuda.h 13; only what the runtime calls is here.
 #include <dlfcn.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <chrono>
 #include <cstdint>
@@ -19,7 +20,7 @@
 
 using u64 = unsigned long long;
 enum { OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, INVALID_IMAGE = 200, NO_CONTEXT = 201, BAD_HANDLE = 400 };
-enum { NOT_FOUND = 500 };
+enum { NOT_FOUND = 500, ILLEGAL_ADDRESS = 700 };
 
 struct Location { int type, id; };
 struct AllocationProp { int type, handles; Location location; void* win; unsigned char flags[8]; };
@@ -35,7 +36,7 @@ struct NodeParams { int type, reserved0[3]; KernelParams kernel; };
 struct Parameter { size_t offset, size; };
 struct Image { std::string bytes; std::map<std::string, std::vector<Parameter>> entries; };
 struct Kernel { std::string entry; std::vector<Parameter> params; };
-struct Node { Kernel* kernel; std::vector<std::string> params; unsigned grid[3]; };
+struct Node { Kernel* kernel; std::vector<std::string> params; unsigned grid[3]; unsigned block; };
 struct Graph { std::vector<Node*> nodes; };
 struct Event { std::chrono::steady_clock::time_point at; bool recorded; };
 using Hook = void (*)(const char* entry, void** params, const unsigned* grid);
@@ -51,11 +52,13 @@ static std::map<u64, size_t> memory;          // by handle
 static std::map<void*, std::string> objects;  // handle -> kind
 static std::vector<Image> images;
 static Hook hook;
+static int fault;  // what every call returns once a kernel has faulted
 static thread_local void* context;
 
 static void defaults() {
     settings = {{"devices", 1}, {"capability", 90}, {"driver", 13000}, {"free", 64ull << 30},
-                {"shared", 232448}, {"wishes", 1}, {"cubins", 0}};
+                {"shared", 232448}, {"wishes", 1}, {"cubins", 0}, {"log", 1},
+                {"hang_block", 0}, {"fault_block", 0}};
     for (auto& [name, value] : settings)  // a process that cannot call stub_set
         if (const char* given = getenv(("CUDA_STUB_" + name).c_str())) value = strtoull(given, 0, 10);
 }
@@ -66,7 +69,8 @@ static int enter(const char* name, bool needs_context, A... arguments) {
     std::ostringstream line;
     line << name;
     ((line << ' ' << arguments), ...);
-    text += line.str() + '\n';
+    if (settings["log"]) text += line.str() + '\n';
+    if (fault) return fault;
     auto at = failures.find(name);
     if (at != failures.end() && --at->second.first == 0) return at->second.second;
     return needs_context && !context ? NO_CONTEXT : OK;
@@ -390,7 +394,7 @@ int cuGraphDestroy(void* graph) { CALL(true, ""); return destroy("graph", graph)
 int cuGraphAddNode(Node** out, Graph* graph, Node* const* before, const EdgeData* edges, size_t count, NodeParams* params) {
     const KernelParams& k = params->kernel;
     auto* kernel = (Kernel*)k.func;
-    auto* node = new Node{kernel, {}, {k.grid[0], k.grid[1], k.grid[2]}};
+    auto* node = new Node{kernel, {}, {k.grid[0], k.grid[1], k.grid[2]}, k.block[0]};
     std::ostringstream line;
     for (unsigned n : k.grid) line << n << ' ';
     for (unsigned n : k.block) line << n << ' ';
@@ -414,7 +418,7 @@ int cuGraphAddNode(Node** out, Graph* graph, Node* const* before, const EdgeData
 }
 int cuGraphAddKernelNode(Node** out, Graph* graph, Node* const*, size_t, const KernelParams* params) {
     CALL(true, params->grid[0]);
-    *out = new Node{(Kernel*)params->func, {}, {1, 1, 1}};
+    *out = new Node{(Kernel*)params->func, {}, {1, 1, 1}, params->block[0]};
     graph->nodes.push_back(*out);
     return OK;
 }
@@ -438,6 +442,9 @@ int cuGraphLaunch(Graph* exec, void*) {
     CALL(true, exec->nodes.size());
     if (!is("exec", exec)) return BAD_HANDLE;
     for (Node* node : exec->nodes) {
+        // Kernels of as many threads hang or fault, if a test wants some to.
+        while (node->block == settings["hang_block"]) sleep(1);
+        if (node->block == settings["fault_block"]) return fault = ILLEGAL_ADDRESS;
         std::vector<void*> params;
         for (auto& value : node->params) params.push_back(value.data());
         if (hook) hook(node->kernel->entry.c_str(), params.data(), node->grid);

@@ -35,7 +35,8 @@ class Stub:
 
     def set(self, name: str, value: int) -> None:
         """devices, capability (90), driver (13000), free, shared, wishes (granted or not), cubins
-        (real ones need not be registered)."""
+        (real ones need not be registered), log (calls are written down), hang_block and
+        fault_block (kernels of so many threads hang, or fault)."""
         self._library.stub_set(name.encode(), value)
 
     def fail(self, call: str, nth: int, code: int) -> None:
@@ -73,6 +74,16 @@ def build() -> Path:
         [*command, "-Wl,-soname,libcuda.so.1", "-o", str(path)], check=True, capture_output=True
     )
     return path
+
+
+def environment(**settings: int) -> dict[str, str]:
+    """For a process whose driver is the stub: real cubins, no log, and `settings`."""
+    given = {"cubins": 1, "log": 0, "free": 2 << 30, **settings}
+    return {
+        **os.environ,
+        "LD_LIBRARY_PATH": str(build().parent),
+        **{f"CUDA_STUB_{name}": str(value) for name, value in given.items()},
+    }
 
 
 @cache

@@ -4,26 +4,30 @@ compile."""
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from cuda_stub import build, load
+from cuda_stub import environment, load
 from toy_specs import toy, toy_config
 
 from compiler.design import draft, nodes_of
 from compiler.errors import CompileError
 from compiler.lower import Node
-from compiler.tune import main
+from compiler.measure import Candidate, Task
+from compiler.tune import anchors, main, ordered
 from compiler.tune_inputs import lengths, step_inputs
+from compiler.tune_process import Lost, Process
+from compiler.tune_search import Search
 from compiler.tuned import Records, call_key, load_records, save_records
 from conf.errors import ConfigError
 from conf.load import load as load_config
 from conf.schema import CompileConfig, TuneConfig
+from kernels.cuda.kernel import Config, CudaKernel
 from runtime.artifact import Bucket
 
 pytest.importorskip("triton")
@@ -83,7 +87,7 @@ def test_inputs_are_a_step(kind: str) -> None:
     base = draft(toy("llama"), cuda_config())
     bucket = Bucket(name="x", tokens=40, seqs=40 if kind == "decode" else 6, pages=4, kind=kind)
     new, keys = lengths(bucket, 24)
-    inputs = step_inputs(base.program, bucket, 24, 16, pool=512)
+    inputs = step_inputs(base.program, bucket, (new, keys), 16, pool=512)
     live = inputs["live"]
     assert live[0] == sum(new) <= bucket.tokens and live[1] == live[2] == len(new) <= bucket.seqs
     assert (new == [1] * 40 and set(keys) == {24}) if kind == "decode" else new == keys
@@ -95,31 +99,129 @@ def test_inputs_are_a_step(kind: str) -> None:
     assert (last + 1 == inputs["seq_len"][: live[1]]).all()
 
 
-@pytest.mark.slow
-def test_the_program_on_the_stub(tmp_path: Path) -> None:
-    """Every candidate is built, bound, launched and (by the stub's clock) timed; the records come
-    out and the step is settled."""
+def tune(folder: Path, *words: str, **settings: int) -> subprocess.CompletedProcess[str]:
+    """The program on the stub, for two cheap calls of the tiny model."""
     load()  # skips where there is a real driver
-    environment = os.environ | {
-        "LD_LIBRARY_PATH": str(build().parent),
-        "CUDA_STUB_cubins": "1",
-        "CUDA_STUB_free": str(2 << 30),
-    }
-    words = ["model=tiny", "target=h200", "ops=[embed,rope_kv]", "rounds=2", "memory_gib=0.5"]
-    shape = ["shape.max_seqs=1", "shape.max_tokens=16", "shape.context=64", "dtype=bfloat16"]
-    done = subprocess.run(
-        [sys.executable, "-m", "compiler.tune", *words, *shape, f"records={tmp_path}"],
+    options = ["model=tiny", "target=h200", "dtype=bfloat16", "rounds=2", "memory_gib=0.5"]
+    shape = ["shape.max_seqs=1", "shape.max_tokens=16", "shape.context=64"]
+    return subprocess.run(
+        [sys.executable, "-m", "compiler.tune", *options, *shape, f"records={folder}", *words],
         cwd=ROOT,
-        env=environment,
+        env=environment(**settings),
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+@pytest.mark.slow
+def test_the_program_on_the_stub(tmp_path: Path) -> None:
+    """Candidates are built, bound, launched and (by the stub's clock) timed; the records come out
+    and the step is settled. What has a record is not measured again."""
+    done = tune(tmp_path, "ops=[embed,rope_kv]")
     assert done.returncode == 0, done.stderr
     records = load_records("h200", tmp_path)
     assert {key.split()[0] for key in records.entries} == {"embed", "rope_kv"}
     assert {"triton", "ptxas", "gpu", "driver"} <= set(records.versions)
-    assert "step d1:" in done.stderr and "step t16:" in done.stderr
+    assert "step d1:" in done.stderr and "step t16:" in done.stderr and not records.failed
+    again = tune(tmp_path, "ops=[embed,rope_kv]")
+    assert again.returncode == 0 and "default" not in again.stderr
+    assert load_records("h200", tmp_path) == records
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("setting", "seen"), [("hang_block", "hung: no answer in 1.5 s"), ("fault_block", "failed: ")]
+)
+def test_a_candidate_that_takes_the_device_down_stops_no_other(
+    tmp_path: Path, setting: str, seen: str
+) -> None:
+    """Of embed's candidates those of two warps hang, or fault. They are recorded at once, the
+    others are measured, and a later run leaves them alone."""
+    words = ("ops=[embed]", "hang=1.5", "contenders=0")
+    done = tune(tmp_path, *words, **{setting: 64})
+    assert done.returncode == 0, done.stderr
+    records = load_records("h200", tmp_path)
+    assert len(records.entries) == 2 and len(records.failed) == 2
+    for failed in records.failed.values():
+        assert all("warps=2" in name and why.startswith(seen) for name, why in failed.items())
+    assert all(entry["config"]["warps"] != 2 for entry in records.entries.values())
+    again = tune(tmp_path, *words, **{setting: 64})
+    assert again.returncode == 0 and "hung" not in again.stderr
+    assert load_records("h200", tmp_path) == records
+
+
+def fake_task(kernel: CudaKernel, configs: list[Any]) -> Task:
+    node = next(n for n in nodes() if n.shape.op == "linear")
+    bucket = Bucket(name="d1", tokens=1, seqs=1, pages=4, kind="decode")
+    made = tuple(Candidate(kernel=kernel, config=config) for config in configs)
+    return Task(key="k", bucket=bucket, node=node, candidates=made)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point(Config):
+    x: int
+    y: int
+
+
+def test_the_search_climbs_and_ends() -> None:
+    """The best of a smooth space is found without measuring all of it; candidates near a good one
+    of another bucket come at once."""
+    kernel = CudaKernel(
+        name="fake",
+        op="linear",
+        accepts=lambda call: None,
+        space=lambda call: (),
+        default=lambda call: Point(x=0, y=0),
+        launches=lambda call, config: (),
+    )
+    task = fake_task(kernel, [Point(x=x, y=y) for x in range(9) for y in range(9)])
+    search = Search(task)
+
+    def run() -> int:
+        count = 0
+        while found := search.wanted():
+            for one in found:
+                count += 1
+                search.tell(one, 1 + abs(one.config.x - 6) + abs(one.config.y - 5))
+        return count
+
+    assert run() < 60 and search.ranked[0][1].config == Point(x=6, y=5)
+    near = task.candidates[6 * 9 + 5]
+    search = Search(task, [near], wide=False)
+    assert search.wanted() == [task.candidates[0], near] and not search.wanted()
+
+
+def test_a_process_that_hangs_or_ends_is_replaced() -> None:
+    code = """
+import json, sys, time
+print(json.dumps({"hello": json.loads(sys.stdin.readline())["first"]}), flush=True)
+for line in sys.stdin:
+    question = json.loads(line)["q"]
+    if question == "hang":
+        time.sleep(60)
+    if question == "die":
+        sys.exit("out of luck")
+    print(json.dumps({"answer": question}), flush=True)
+"""
+    with Process([sys.executable, "-c", code], {"first": 1}) as process:
+        assert process.hello == {"hello": 1}
+        for question, why in (("hang", "hung: no answer in 0.3 s"), ("die", "failed: out of luck")):
+            with pytest.raises(Lost, match=why):
+                process.ask({"q": question}, 0.3)
+            assert process.ask({"q": "x"}, 10) == {"answer": "x"}
+    with pytest.raises(CompileError, match="does not start: failed: no such luck"):
+        Process([sys.executable, "-c", "import sys; sys.exit('no such luck')"], {}).__enter__()
+
+
+def test_the_order_of_tuning() -> None:
+    """The costly calls of the valuable buckets, then the cheap ones, then the other buckets."""
+    base = draft(toy("llama"), cuda_config())
+    first = anchors(base.buckets)
+    assert first[0] == "d1" and {b.name for b in base.buckets} >= set(first)
+    order = ordered(base)
+    assert order[0].bucket.name == "d1" and order[0].node.shape.op in ("linear", "attention")
+    assert len({task.key for task in order}) == len(order)
 
 
 def test_a_cpu_is_not_tuned() -> None:
