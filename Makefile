@@ -16,7 +16,18 @@ READY := $(VENV)/.headstart-ready
 # Every key=value on the command line that is not one of the variables above is an override for the program.
 OVERRIDES := $(filter-out PYTHON=% VENV=% TORCH=% EXTRAS=%,$(MAKEOVERRIDES))
 
-.PHONY: help setup check format test test-slow compile tune serve bench gpu peers clean
+# A bare GPU machine has a Python with torch and triton, no network and no .venv: there a bundle brings what is missing.
+BUNDLE     := .gpu-bundle
+SITE       := $(CURDIR)/.gpu-site
+GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+define bundled
+if [ ! -x $(BIN)/python ] && [ -d $(BUNDLE) ]; then
+  export PYTHONPATH="$(SITE)$${PYTHONPATH:+:$$PYTHONPATH}"
+  $(PYTHON) -m bench.gpu.wheels $(BUNDLE) $(SITE)
+fi
+endef
+
+.PHONY: help setup check format test test-slow compile tune serve bench gpu gpu-bundle peers clean
 
 help:
 	sed -n 's/^## //p' $(firstword $(MAKEFILE_LIST))
@@ -56,9 +67,15 @@ test-slow: setup
 compile: setup
 	$(BIN)/python -m compiler $(OVERRIDES)
 
-## tune       make tune model=llama3-8b target=h200: measures kernels on this GPU into kernels/tuned/
-tune: setup
-	$(BIN)/python -m compiler.tune $(OVERRIDES)
+## tune       make tune target=h200 [model=llama3-8b limit=9]: measures kernels on this GPU into kernels/tuned/
+tune: $(if $(wildcard $(BUNDLE)),,setup)
+	$(bundled)
+	if [[ " $(OVERRIDES)" == *" model="* ]]; then
+	  exec $(GPU_PYTHON) -m compiler.tune $(OVERRIDES)
+	fi
+	for each in llama3-8b:4.5 llama3.2-1b:2.3 qwen3-0.6b:2.2; do  # nine minutes, the largest first
+	  $(GPU_PYTHON) -m compiler.tune model=$${each%:*} weights=random limit=$${each#*:} shape.max_tokens=8192 shape.context=8192 $(OVERRIDES)
+	done
 
 ## serve      compile and serve the embedded tiny model, or make serve artifact=artifacts/… port=30000
 serve: setup
@@ -77,7 +94,12 @@ bench: setup
 
 ## gpu        everything that needs an NVIDIA GPU, in eight minutes: correctness, then measurements (no network)
 gpu:
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m bench.gpu $(OVERRIDES)
+	$(bundled)
+	$(GPU_PYTHON) -m bench.gpu $(OVERRIDES)
+
+## gpu-bundle what `make gpu` and `make tune` need on a bare GPU machine, into .gpu-bundle/: wheels, built kernels
+gpu-bundle: setup
+	$(BIN)/python -m bench.gpu.bundle $(OVERRIDES)
 
 ## peers      build llama.cpp for this machine into .peers/ (minutes; needs cmake), for python -m bench.peers
 peers: setup
