@@ -23,7 +23,7 @@ GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 define bundled
 if [ ! -x $(BIN)/python ] && [ -d $(BUNDLE) ]; then
   export PYTHONPATH="$(SITE)$${PYTHONPATH:+:$$PYTHONPATH}"
-  $(PYTHON) -m bench.gpu.wheels $(BUNDLE) $(SITE)
+  $(PYTHON) -m bench.gpu.wheels $(BUNDLE) $(SITE) ~/.cache/headstart
 fi
 endef
 

@@ -3,9 +3,10 @@ none.
 
 `fetch` walks pyproject's requirements through the environment it runs in and downloads, for the
 other machine's Python, everything but what comes with torch there. `python -m bench.gpu.wheels
-<wheels> <site>`, run on that machine by nothing but its own Python, installs what its packages do
-not satisfy into the folder `site`, for PYTHONPATH. A wheel is taken only where the machine's own
-version does not do, so that packages that were made to fit each other stay together.
+<bundle> <site> <cache>`, run on that machine by nothing but its own Python, installs what its
+packages do not satisfy into the folder `site`, for PYTHONPATH, and unpacks built kernels into the
+cache. A wheel is taken only where the machine's own version does not do, so that packages that were
+made to fit each other stay together.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import email
 import subprocess
 import sys
+import tarfile
 import tempfile
 import tomllib
 import zipfile
@@ -26,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 EXTRAS = ("compile", "cuda", "bench")  # what compiling, serving and measuring on a GPU import
 # Large, and there wherever torch for GPUs is.
 MACHINE = ("torch", "triton", "cuda-bindings", "numpy", "pandas", "matplotlib")
+WHEELS, KERNELS = "wheels", "kernels.tar.xz"  # of a bundle
 GLIBC = range(39, 16, -1)  # manylinux_2_<n> wheels that the machine takes
 
 
@@ -198,10 +201,29 @@ def _requires(wheel: Path) -> list[str]:
         return email.message_from_bytes(archive.read(inside)).get_all("Requires-Dist") or []
 
 
+def unpack(archive: Path, cache: Path) -> int:
+    """Puts built kernels into the cache; how many were new. Entries are named by all they depend
+    on, so one that other tools or sources would make is merely not found."""
+    cache.mkdir(parents=True, exist_ok=True)
+    new = 0
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            if member.isfile() and not (cache / member.name).exists():
+                tar.extract(member, cache, filter="data")
+                new += 1
+    return new
+
+
+def main(bundle: Path, site: Path, cache: Path) -> None:
+    taken = install(bundle / WHEELS, site)
+    if taken:
+        print(f"installed {len(taken)} packages into {site}", file=sys.stderr)
+    if (bundle / KERNELS).exists() and (new := unpack(bundle / KERNELS, cache)):
+        print(f"unpacked {new} files into {cache}", file=sys.stderr)
+
+
 if __name__ == "__main__":
     try:
-        taken = install(Path(sys.argv[1]), Path(sys.argv[2]))
+        main(*(Path(word).expanduser() for word in sys.argv[1:]))
     except WheelError as error:
         sys.exit(f"error: {error}")
-    if taken:
-        print(f"installed {len(taken)} packages into {sys.argv[2]}", file=sys.stderr)
