@@ -17,6 +17,7 @@ import msgspec
 from compiler.checkpoint import read_json, read_json_value
 from compiler.errors import CompileError, DamagedCheckpoint
 from compiler.families.family import Family
+from compiler.families.layers import in_form
 from compiler.families.spec import Attention, ModelSpec, PoolSpec
 from conf.schema import ModelConfig
 
@@ -91,8 +92,11 @@ def as_configured(
     values: Mapping[str, Any],
     where: str,
 ) -> ModelSpec:
-    """What `family` read from `values` (a config.json), as an embedding model if it is one.
-    `is_causal` is how gte-Qwen2 files say their direction."""
+    """What `family` read from `values` (a config.json), in the form of latent attention that is
+    asked for, and as an embedding model if it is one. `is_causal` is how gte-Qwen2 files say their
+    direction."""
+    if options.mla != "auto":
+        spec = in_form(spec, cast(Literal["absorbed", "plain"], options.mla), where)
     has_head = values["architectures"][0] not in family.bases
     causal = values.get("is_causal")
     return as_embedding(spec, options, files, has_head=has_head, causal=causal, where=where)

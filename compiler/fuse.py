@@ -19,7 +19,7 @@ def merge_qkv(program: Program) -> Program:
     """q, k, v linears, head norms, clips, rope and kv_write -> one linear and rope_kv."""
     edit = _Edit(program)
     for write in program.calls:
-        if write.op != "kv_write":
+        if write.op != "kv_write" or "v" not in write.ins or "k_shared" in write.ins:
             continue
         attention = [
             c
@@ -44,6 +44,7 @@ def merge_qkv(program: Program) -> Program:
             not _mergeable(linears)
             or v.norm
             or v.rope
+            or any(side.rope.attrs["start"] for side in (q, k) if side.rope)
             or len({bool(side.norm) for side in (q, k)}) != 1
             or len({bool(side.rope) for side in (q, k)}) != 1
             or len({side.clip.attrs["limit"] if side.clip else 0.0 for side in (q, k, v)}) != 1

@@ -153,10 +153,12 @@ def constants(spec: ModelSpec, context: int) -> dict[str, npt.NDArray[np.float32
 
 def layer_page_bytes(mixer: Attention | Mla, shape: StepShape) -> int:
     """What one layer keeps in one page: keys and values, or latents with their rope keys."""
-    if isinstance(mixer, Mla):
-        width = mixer.latent + mixer.rope.rotary_dim
-    else:
+    if isinstance(mixer, Attention):
         width = 2 * mixer.kv_heads * mixer.head_dim
+    elif mixer.form == "plain":
+        width = mixer.heads * (mixer.head_dim + mixer.value)
+    else:
+        width = mixer.latent + mixer.rope.rotary_dim
     size = shape.page_size * width * KV_DTYPES[shape.kv_dtype].itemsize
     return -(-size // PAGE_ALIGN) * PAGE_ALIGN
 
@@ -304,11 +306,15 @@ class _Step:
 
     def mixer(self, index: int, x: str) -> str:
         """What attention adds to the residual stream."""
-        mixer = self.spec.layers[index].mixer
-        return (
-            self.latent(index, mixer, x)
-            if isinstance(mixer, Mla)
-            else self.attention(index, mixer, x)
+        layer, name, t = self.spec.layers[index], f"layers.{index}", f"{index}"
+        m = layer.mixer
+        if isinstance(m, Attention):
+            a, bias = self.attention(index, m, x), "o" in m.biases
+        else:
+            part = self.expanded if m.form == "plain" else self.absorbed
+            a, bias = part(index, m, x), m.bias
+        return self.linear(
+            a, f"{name}.o", self.spec.dim, f"{t}.o", bias, scale=layer.residual_scale
         )
 
     def page(self, mixer: Attention | Mla) -> dict[str, Any]:
@@ -322,17 +328,48 @@ class _Step:
             "kv_dtype": self.shape.kv_dtype,
         }
 
-    def latent(self, index: int, m: Mla, x: str) -> str:
-        """Absorbed: queries go into the latent space, one key and value per token for all heads."""
-        layer, name, t = self.spec.layers[index], f"layers.{index}", f"{index}"
+    def latent_query(self, index: int, m: Mla, x: str) -> str:
+        """Queries of latent attention, not yet rotated."""
+        name, t, width = f"layers.{index}", f"{index}", m.heads * m.head_dim
+        if m.q_latent is None:
+            return self.linear(x, f"{name}.q", width, f"{t}.q")
+        x = self.linear(x, f"{name}.q_a", m.q_latent, f"{t}.q_a", m.bias)
+        x = self.norm(x, m.norm, f"{name}.q_a_norm", f"{t}.q_latent")
+        return self.linear(x, f"{name}.q_b", width, f"{t}.q")
+
+    def expanded(self, index: int, m: Mla, x: str) -> str:
+        """Latent attention in its plain form: every head's own keys and values, made from the
+        latent, with the rotary key behind each head's own dims."""
+        name, t, rotary = f"layers.{index}", f"{index}", m.rope.rotary_dim
+        q = self.rope(self.latent_query(index, m, x), m.heads, m.rope, start=m.nope)
+        c = self.linear(x, f"{name}.kv_a", m.latent, f"{t}.kv_a", m.bias)
+        c = self.norm(c, m.norm, f"{name}.kv_a_norm", f"{t}.kv_latent")
+        k_rope = self.linear(x, f"{name}.k_rope", rotary, f"{t}.k_rope", m.bias)
+        up = self.linear(c, f"{name}.kv_b", m.heads * (m.nope + m.value), f"{t}.kv")
+        sizes = {"kv_heads": m.heads, "head_dim": m.head_dim, "v_head_dim": m.value}
+        page = sizes | self.page(m)
+        self.b.call(
+            "kv_write",
+            {
+                "live": "live",
+                "k": up,
+                "v": None,
+                "k_shared": self.rope(k_rope, 1, m.rope),
+                "kv_slots": "kv_slots",
+                "kv": "kv",
+            },
+            **page,
+        )
+        every_head = Attention(
+            heads=m.heads, kv_heads=m.heads, head_dim=m.head_dim, rope=m.rope, scale=m.scale
+        )
+        return self.attend(index, every_head, q, page)
+
+    def absorbed(self, index: int, m: Mla, x: str) -> str:
+        """Queries go into the latent space, one key and value per token for all heads."""
+        name, t = f"layers.{index}", f"{index}"
         rotary, table = m.rope.rotary_dim, self.tables[m.rope]
-        weight = f"{name}.q"
-        if m.q_latent is not None:
-            x_q = self.linear(x, f"{name}.q_a", m.q_latent, f"{t}.q_a", m.bias)
-            x_q, weight = self.norm(x_q, m.norm, f"{name}.q_a_norm", f"{t}.q_latent"), f"{name}.q_b"
-        else:
-            x_q = x
-        q = self.linear(x_q, weight, m.heads * (m.nope + rotary), f"{t}.q")
+        q = self.latent_query(index, m, x)
         kv = self.linear(x, f"{name}.kv_a", m.latent + rotary, f"{t}.kv", m.bias)
         page = {"latent": m.latent, "rotary": rotary, **self.page(m)}
         turned: dict[str, Any] = {"interleaved": m.rope.interleaved}
@@ -372,19 +409,16 @@ class _Step:
             **page,
         )
         up = self.b.weight(f"{name}.v_up", m.heads, m.value, m.latent)
-        a = self.b.call(
+        return self.b.call(
             "head_linear",
             {"live": "live", "x": a, "w": up},
             self.b.temp(f"{t}.attn", "tokens", m.heads * m.value),
             heads=m.heads,
             **turned,
         )
-        return self.linear(
-            a, f"{name}.o", self.spec.dim, f"{t}.o", m.bias, scale=layer.residual_scale
-        )
 
     def attention(self, index: int, m: Attention, x: str) -> str:
-        layer, name, t = self.spec.layers[index], f"layers.{index}", f"{index}"
+        name, t = f"layers.{index}", f"{index}"
         q, k, v = (
             self.linear(x, f"{name}.{part}", heads * m.head_dim, f"{t}.{part}", part in m.biases)
             for part, heads in (("q", m.heads), ("k", m.kv_heads), ("v", m.kv_heads))
@@ -392,10 +426,15 @@ class _Step:
         q = self.rotate(q, m.heads, f"{name}.q_norm", m)
         k = self.rotate(k, m.kv_heads, f"{name}.k_norm", m)
         v = self.clip(v, m)
-        page = {"kv_heads": m.kv_heads, "head_dim": m.head_dim, **self.page(m)}
+        sizes = {"kv_heads": m.kv_heads, "head_dim": m.head_dim, "v_head_dim": m.head_dim}
+        page = sizes | self.page(m)
         self.b.call(
             "kv_write", {"live": "live", "k": k, "v": v, "kv_slots": "kv_slots", "kv": "kv"}, **page
         )
+        return self.attend(index, m, q, page)
+
+    def attend(self, index: int, m: Attention, q: str, page: dict[str, Any]) -> str:
+        """Of rotated queries, over the keys and values of `page`."""
         ins: dict[str, str | None] = {
             "live": "live",
             "q": q,
@@ -403,15 +442,15 @@ class _Step:
             "seq_start": "seq_start",
             "seq_len": "seq_len",
             "pages": "pages",
-            "sinks": self.b.weight(f"{name}.sinks", m.heads) if m.sinks else None,
+            "sinks": self.b.weight(f"layers.{index}.sinks", m.heads) if m.sinks else None,
             "alibi": None,
         }
         if m.alibi is not None:
             ins["alibi"] = self.b.weight(f"alibi.{slopes(self.spec).index(m.alibi)}", m.heads)
-        a = self.b.call(
+        return self.b.call(
             "attention",
             ins,
-            self.b.temp(f"{t}.attn", "tokens", m.heads * m.head_dim),
+            self.b.temp(f"{index}.attn", "tokens", m.heads * page["v_head_dim"]),
             heads=m.heads,
             scale=m.scale,
             causal=m.causal,
@@ -419,14 +458,6 @@ class _Step:
             softcap=m.softcap or 0.0,
             logn=m.logn or 0,
             **page,
-        )
-        return self.linear(
-            a,
-            f"{name}.o",
-            self.spec.dim,
-            f"{t}.o",
-            "o" in m.biases,
-            scale=layer.residual_scale,
         )
 
     def rotate(self, x: str, heads: int, norm_weight: str, m: Attention) -> str:
@@ -447,17 +478,21 @@ class _Step:
                 centre=not isinstance(norm, RmsNorm),
             )
         x = self.clip(x, m)
-        if m.rope is not None:
-            ins = {"live": "live", "x": x, "table": self.tables[m.rope]}
-            x = self.b.call(
-                "rope",
-                ins,
-                self.b.temp(f"{x}_rotated", *dims),
-                heads=heads,
-                head_dim=m.head_dim,
-                interleaved=m.rope.interleaved,
-            )
-        return x
+        return x if m.rope is None else self.rope(x, heads, m.rope)
+
+    def rope(self, x: str, heads: int, rope: RopeSpec, start: int = 0) -> str:
+        """Rotary embedding of every head's dims from `start` on."""
+        rows, width = self.b.values[x].dims
+        assert isinstance(width, int)
+        return self.b.call(
+            "rope",
+            {"live": "live", "x": x, "table": self.tables[rope]},
+            self.b.temp(f"{x}_rotated", rows, width),
+            heads=heads,
+            head_dim=width // heads,
+            start=start,
+            interleaved=rope.interleaved,
+        )
 
     def clip(self, x: str, m: Attention) -> str:
         if m.clip is None:

@@ -3,14 +3,14 @@ spec, and the bytes that follow.
 
 The rules (column: rows of the weight are cut; row: its columns, and the results are summed):
 
-    q, k, v, gate, up, q_b, the latent's up-projections    column, by heads or by ffn width
+    q, k, v, gate, up, q_b, a latent's up-projections      column, by heads or by ffn width
     o, down, experts' down                                 row; their biases are added once
     embedding, head                                        rows of the vocabulary, padded to even
     one number or vector per head (sinks, slopes, norms)   with the heads
     norms, router, projections to a latent                 on every rank
     keys and values                                        with their heads; where there are fewer
                                                            kv heads than ranks, each on several
-    latents                                                on every rank
+    latents (of the absorbed form), rotary keys of both    on every rank
 
 Pure: reads no weight, and makes no artifact. Called by `python -m compiler.families`.
 """

@@ -29,7 +29,9 @@ def option(
 class ModelConfig:
     """`source`: directory, hub id, or modelscope:<id>. `config`: the published config.json of a
     named shape, used by weights=random (and checked against the checkpoint's own otherwise).
-    `chat_template`: a .jinja file or the name of a template, instead of the checkpoint's.
+    `chat_template`: a .jinja file or the name of a template, instead of the checkpoint's. `mla`: of
+    a model with latent attention, how it is computed and what a page holds: auto (absorbed) |
+    absorbed | plain (docs/architecture.md says when).
 
     Of an embedding model; auto and null are what the checkpoint says. `pooling`: which hidden
     states make its vectors (none: serve it as a generator); `normalize`: vectors have length 1;
@@ -42,6 +44,7 @@ class ModelConfig:
     revision: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
     chat_template: str | None = None
+    mla: str = option("auto", choices=("auto", "absorbed", "plain"))
     pooling: str = option("auto", choices=("auto", "last", "cls", "mean", "none"))
     normalize: bool | None = None
     causal: bool | None = None

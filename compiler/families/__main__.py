@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compiler.errors import CompileError
-from compiler.families.table import markdown, named_shapes, read_shape, rows, text
+from compiler.families.table import markdown, named_shapes, rows, shape_of, text
 from compiler.importer import published_dtype
 from compiler.ranks import rank_fit
 from compiler.report import arenas
@@ -66,8 +66,8 @@ def fit(name: str, overrides: Sequence[str]) -> str:
     takes them."""
     if name not in named_shapes():
         raise UsageError(f"--fit {name}: not a named shape; choices: {', '.join(named_shapes())}")
-    _, spec = read_shape(name)
     loaded = load(CompileConfig, "compile", [f"model={name}", "weights=random", *overrides])
+    _, spec = shape_of(loaded.config.model)
     config, sources = settle_target(loaded.config, loaded.sources, gpu_names())
     config, _ = resolve(
         config,

@@ -23,8 +23,8 @@ from compiler.families.names import (
     Source,
     expert_modules,
     first_of,
+    latent_projections,
     named,
-    split_up_projection,
 )
 from compiler.families.spec import ModelSpec, MoeFfn, Router
 
@@ -42,7 +42,7 @@ MODULES = (
     | {f"shared_{n}": f"mlp.shared_experts.{n}_proj" for n in ("gate", "up", "down")}
 )
 EXPERTS = expert_modules(*(f"mlp.experts.{{e}}.{n}_proj" for n in ("gate", "up", "down")))
-UP_PROJECTION = split_up_projection("self_attn.kv_b_proj.weight")
+LATENT_PACKING = latent_projections(LATENT_NAMES["kv_a"], "self_attn.kv_b_proj")
 IGNORED = "aux_loss_alpha seq_aux ep_size output_router_logits router_aux_loss_coef"
 
 
@@ -144,7 +144,7 @@ DEEPSEEK_V2 = register(
         name="deepseek_v2",
         architectures=("DeepseekV2ForCausalLM",),
         spec=spec_v2,
-        names=named(MODULES, first_of(EXPERTS, UP_PROJECTION)),
+        names=named(MODULES, first_of(EXPERTS, LATENT_PACKING)),
         ignored=IGNORED,
     )
 )
@@ -153,7 +153,7 @@ DEEPSEEK_V3 = register(
         name="deepseek_v3",
         architectures=("DeepseekV3ForCausalLM",),
         spec=spec_v3,
-        names=named(MODULES, first_of(EXPERTS, UP_PROJECTION, correction)),
+        names=named(MODULES, first_of(EXPERTS, LATENT_PACKING, correction)),
         # The layers behind the last predict further tokens; rows of theirs stand in no index.
         unused=(r".*\.rotary_emb\.inv_freq", r"model\.layers\.{layers}\..*"),
         defaults={"first_k_dense_replace": 3},

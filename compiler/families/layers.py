@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 from msgspec import structs
 
 from compiler.checkpoint import ConfigReader
-from compiler.errors import DamagedCheckpoint
+from compiler.errors import CompileError, DamagedCheckpoint
 from compiler.families.rope import rope_spec
 from compiler.families.spec import (
     Attention,
@@ -41,6 +42,20 @@ def with_mixer(spec: ModelSpec, change: Callable[[int, Attention], Attention | M
     for i, layer in enumerate(spec.layers):
         assert isinstance(layer.mixer, Attention)
         layers.append(structs.replace(layer, mixer=change(i, layer.mixer)))
+    return structs.replace(spec, layers=tuple(layers))
+
+
+def in_form(spec: ModelSpec, form: Literal["absorbed", "plain"], where: str) -> ModelSpec:
+    """Every layer's latent attention in one form; CompileError where there is none."""
+    if not any(isinstance(layer.mixer, Mla) for layer in spec.layers):
+        raise CompileError(
+            f"model.mla={form}: {where} has no latent attention to choose a form of; leave it out"
+        )
+    layers = []
+    for layer in spec.layers:
+        if isinstance(mixer := layer.mixer, Mla):
+            layer = structs.replace(layer, mixer=structs.replace(mixer, form=form))
+        layers.append(layer)
     return structs.replace(spec, layers=tuple(layers))
 
 

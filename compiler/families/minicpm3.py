@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec import structs
 
 from compiler.checkpoint import ConfigReader
-from compiler.families.deepseek import LATENT_NAMES, UP_PROJECTION, latent_decoder
+from compiler.families.deepseek import LATENT_NAMES, LATENT_PACKING, latent_decoder
 from compiler.families.family import Family, register
 from compiler.families.names import LLAMA_NAMES, named
 from compiler.families.spec import ModelSpec
@@ -28,7 +28,7 @@ MINICPM3 = register(
         name="minicpm3",
         architectures=("MiniCPM3ForCausalLM",),
         spec=spec,
-        names=named(LLAMA_NAMES | LATENT_NAMES, UP_PROJECTION),
+        names=named(LLAMA_NAMES | LATENT_NAMES, LATENT_PACKING),
         defaults={"tie_word_embeddings": True, "rms_norm_eps": 1e-5},
     )
 )

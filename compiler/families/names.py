@@ -131,16 +131,21 @@ def _ffn(f: GatedFfn | PlainFfn, dim: int) -> Shapes:
 
 
 def _latent(a: Mla, dim: int) -> Shapes:
-    query = a.heads * (a.nope + a.rope.rotary_dim)
+    query, rotary = a.heads * a.head_dim, a.rope.rotary_dim
     if a.q_latent is None:
         shapes: Shapes = {"q": (query, dim)}
     else:
         shapes = _linear("q_a", a.q_latent, dim, a.bias)
         shapes |= {"q_a_norm": (a.q_latent,), "q_b": (query, a.q_latent)}
-    shapes |= _linear("kv_a", a.latent + a.rope.rotary_dim, dim, a.bias)
-    shapes["kv_a_norm"] = (a.latent,)
-    shapes["k_up"] = (a.heads, a.latent, a.nope)
-    shapes["v_up"] = (a.heads, a.value, a.latent)
+    if a.form == "plain":
+        shapes |= _linear("kv_a", a.latent, dim, a.bias) | _linear("k_rope", rotary, dim, a.bias)
+        shapes["kv_a_norm"] = (a.latent,)
+        shapes["kv_b"] = (a.heads * (a.nope + a.value), a.latent)
+    else:
+        shapes |= _linear("kv_a", a.latent + rotary, dim, a.bias)
+        shapes["kv_a_norm"] = (a.latent,)
+        shapes["k_up"] = (a.heads, a.latent, a.nope)
+        shapes["v_up"] = (a.heads, a.value, a.latent)
     return shapes | _linear("o", dim, a.heads * a.value, a.bias)
 
 
@@ -271,18 +276,26 @@ def expert_modules(gate: str, up: str, down: str) -> Packing:
     return packing
 
 
-def split_up_projection(tensor: str) -> Packing:
-    """`Packing` of a latent's up-projection [H (X + V), C]: per head the rows of its key, then
-    those of its value. The key's half is used from the other side."""
+def latent_projections(down: str, up: str) -> Packing:
+    """`Packing` of what makes keys and values by way of a latent. Module `down` [C + R, dim]: the
+    latent, then the rotary key. Module `up` [H (X + V), C]: per head the rows of its key, then
+    those of its value; in the absorbed form the key's half is used from the other side, in the
+    plain form the keys of all heads come before the values."""
 
     def packing(spec: ModelSpec, layer: int, part: str) -> tuple[Source, ...] | None:
         a = spec.layers[layer].mixer
-        if part not in ("k_up", "v_up") or not isinstance(a, Mla):
+        if not isinstance(a, Mla):
             return None
-        view = (a.heads, a.nope + a.value, a.latent)
-        if part == "k_up":
-            return (Source(tensor=tensor, view=view, part=(0, a.nope), order=(0, 2, 1)),)
-        return (Source(tensor=tensor, view=view, part=(a.nope, a.nope + a.value)),)
+        base = part.removesuffix("_bias")
+        if a.form == "plain" and base in ("kv_a", "k_rope"):
+            kind = "weight" if base == part else "bias"
+            rows = {"kv_a": a.latent, "k_rope": a.rope.rotary_dim}
+            return packed_rows(f"{down}.{kind}", rows, base)
+        tensor, view = f"{up}.weight", (a.heads, a.nope + a.value, a.latent)
+        key = Source(tensor=tensor, view=view, part=(0, a.nope))
+        value = Source(tensor=tensor, view=view, part=(a.nope, a.nope + a.value))
+        turned = replace(key, order=(0, 2, 1))
+        return {"k_up": (turned,), "v_up": (value,), "kv_b": (key, value)}.get(part)
 
     return packing
 

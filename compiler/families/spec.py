@@ -107,10 +107,10 @@ class Attention(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class Mla(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Multi-head latent attention; formulas in `kernels.ops.mla`.
 
-    A token stores `latent` + rope.rotary_dim numbers for all heads. A query head is `nope` plain
-    dims, then the rotary ones; a value head has `value` dims. `q_latent`: queries too go through a
-    latent (None: not). `norm`: of both latents. `bias`: of the projections to the latents and of
-    the output.
+    A query head is `nope` plain dims, then the rotary ones; a value head has `value` dims.
+    `q_latent`: queries too go through a latent (None: not). `norm`: of both latents. `bias`: of the
+    projections to the latents and of the output. `form`: in the absorbed form a token stores
+    `latent` + rope.rotary_dim numbers for all heads, in the plain form every head's key and value.
     """
 
     heads: int
@@ -122,6 +122,12 @@ class Mla(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     norm: RmsNorm
     q_latent: int | None = None
     bias: bool = False
+    form: Literal["absorbed", "plain"] = "absorbed"
+
+    @property
+    def head_dim(self) -> int:
+        """Of queries and keys."""
+        return self.nope + self.rope.rotary_dim
 
 
 class GatedFfn(msgspec.Struct, frozen=True, kw_only=True, tag=True):

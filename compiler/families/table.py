@@ -51,10 +51,14 @@ def named_shapes() -> list[str]:
     return [name for name in group_choices("model") if name not in ("hf", "tiny")]
 
 
-def read_shape(name: str) -> tuple[Family, ModelSpec]:
-    """A named shape of conf/model."""
-    options = ModelConfig(**group_values("model", name))
-    where = f"model={name}"
+def read_shape(name: str, mla: str = "auto") -> tuple[Family, ModelSpec]:
+    """A named shape of conf/model, `mla` as in its options."""
+    return shape_of(ModelConfig(**group_values("model", name), mla=mla))
+
+
+def shape_of(options: ModelConfig) -> tuple[Family, ModelSpec]:
+    """A named shape as its options have it."""
+    where = f"model={options.name}"
     reader = ConfigReader(options.config, where)
     family = family_of(reader)
     spec = family.read(reader)

@@ -32,7 +32,8 @@ struct Call {
     float* out;
     float* partial;          // room for `room` partial results
     int64_t room, table;     // table: columns of `pages`
-    int64_t heads, kv_heads, group, dim, window;
+    int64_t heads, kv_heads, group, window;
+    int64_t dim, v_dim;               // of queries and keys, of values
     char* kv;
     int64_t page_bytes;
     float scale, softcap;             // softcap 0: none
@@ -40,7 +41,7 @@ struct Call {
     bool causal;                      // a query sees no later key; otherwise every key of its sequence
     int64_t logn;                     // queries beyond that many tokens are scaled by ln(n) / ln(logn); 0: none
 
-    int64_t partial_size() const { return dim + 2; }  // values, max, sum
+    int64_t partial_size() const { return v_dim + 2; }  // values, max, sum
 };
 
 // Query rows of one item: row r is token first_token + (first_row + r) / group, head (first_row + r) % group of the KV head.
@@ -62,9 +63,10 @@ struct alignas(64) Buffers {
     float max[ROWS], sum[ROWS], total_max[ROWS], total_sum[ROWS];
 };
 
-HS_INLINE float* row_of(const Call& c, float* base, const Item& item, int64_t r) {
+// Element of row r in an array of all heads, `dim` each.
+HS_INLINE int64_t row_of(const Call& c, const Item& item, int64_t r, int64_t dim) {
     int64_t f = item.first_row + r;
-    return base + (c.seq_start[item.seq] + f / c.group) * c.heads * c.dim + (item.kv_head * c.group + f % c.group) * c.dim;
+    return ((c.seq_start[item.seq] + f / c.group) * c.heads + item.kv_head * c.group + f % c.group) * dim;
 }
 
 HS_INLINE int64_t head_of(const Call& c, const Item& item, int64_t r) {
@@ -201,14 +203,14 @@ __attribute__((noinline)) void bend(float* scores, int64_t padded, float cap, fl
 
 // A sink is one more key of a row, without a value: it joins the sum only.
 void finish(const Call& c, const Item& item, int64_t r, const float* total, float max, float sum) {
-    float* out = row_of(c, c.out, item, r);
+    float* out = c.out + row_of(c, item, r, c.v_dim);
     float kept = 1;
     if (c.sinks) {
         float sink = c.sinks[head_of(c, item, r)], top = sink > max ? sink : max;
         kept = vexp(splat(max - top))[0];
         sum = sum * kept + vexp(splat(sink - top))[0];
     }
-    for (int64_t i = 0; i < c.dim; i += VL) store(out + i, loadf(total + i) * kept / sum);
+    for (int64_t i = 0; i < c.v_dim; i += VL) store(out + i, loadf(total + i) * kept / sum);
 }
 
 // Key blocks first..end-1 of an item, the work of one thread at a time. `at` >= 0: the results go to partial[at] on.
@@ -226,7 +228,7 @@ int64_t keys_of(const Call& c, const Item& item, int64_t block) {
 // One key block for all rows of an item: b.values, b.max, b.sum. `next`: the item and block this thread reads after it, or NULL.
 template <class T>
 void run_block(const Call& c, const Item& item, int64_t block, const Item* next, int64_t next_block, Buffers& b) {
-    const KvLayer<T> layer{c.kv, c.page_bytes, c.dim};
+    const KvLayer<T> layer{c.kv, c.page_bytes, c.dim, c.v_dim};
     const int32_t* table = c.pages + item.seq * c.table;
     int64_t start = block * BLOCK, keys = keys_of(c, item, block), pages = (keys + PAGE - 1) / PAGE;
 
@@ -273,16 +275,16 @@ void run_block(const Call& c, const Item& item, int64_t block, const Item* next,
 
     const T* const* v = stream + pages;
     int64_t column = 0;
-    for (; column + NV * VL <= c.dim; column += NV * VL)
-        value_columns<T, NV>(b.scores, item.rows, keys, v, v + AHEAD, column, c.dim, b.values);
+    for (; column + NV * VL <= c.v_dim; column += NV * VL)
+        value_columns<T, NV>(b.scores, item.rows, keys, v, v + AHEAD, column, c.v_dim, b.values);
     if constexpr (NV > 1)
-        for (; column < c.dim; column += VL)
-            value_columns<T, 1>(b.scores, item.rows, keys, v, v + AHEAD, column, c.dim, b.values);
+        for (; column < c.v_dim; column += VL)
+            value_columns<T, 1>(b.scores, item.rows, keys, v, v + AHEAD, column, c.v_dim, b.values);
 }
 
 void load_queries(const Call& c, const Item& item, Buffers& b) {
     for (int64_t r = 0; r < item.rows; r++) {
-        const float* q = row_of(c, const_cast<float*>(c.q), item, r);
+        const float* q = c.q + row_of(c, item, r, c.dim);
         float scale = c.scale;
         if (int64_t n = item.position(r, c.group) + 1; c.logn && n > c.logn)
             scale *= std::log((float)n) / std::log((float)c.logn);
@@ -295,34 +297,34 @@ void run(const Call& c, const Job& job, const Job* next, Buffers& b) {
     const Item& item = job.item;
     load_queries(c, item, b);
     for (int64_t r = 0; r < item.rows; r++) b.total_max[r] = LOWEST, b.total_sum[r] = 0;
-    memset(b.total, 0, item.rows * c.dim * sizeof(float));
+    memset(b.total, 0, item.rows * c.v_dim * sizeof(float));
     for (int64_t block = job.first; block < job.end; block++) {
         bool last = block + 1 == job.end;
         run_block<T>(c, item, block, !last ? &item : next ? &next->item : nullptr, !last ? block + 1 : next ? next->first : 0, b);
         for (int64_t r = 0; r < item.rows; r++) {
-            const float* values = b.values + r * c.dim;
+            const float* values = b.values + r * c.v_dim;
             if (job.at < 0) {
-                merge(b.total + r * c.dim, b.total_max + r, b.total_sum + r, values, b.max[r], b.sum[r], c.dim);
+                merge(b.total + r * c.v_dim, b.total_max + r, b.total_sum + r, values, b.max[r], b.sum[r], c.v_dim);
                 continue;
             }
             float* part = c.partial + (job.at + (block - job.first) * item.rows + r) * c.partial_size();
-            memcpy(part, values, c.dim * sizeof(float));
-            part[c.dim] = b.max[r];
-            part[c.dim + 1] = b.sum[r];
+            memcpy(part, values, c.v_dim * sizeof(float));
+            part[c.v_dim] = b.max[r];
+            part[c.v_dim + 1] = b.sum[r];
         }
     }
     for (int64_t r = 0; r < item.rows && job.at < 0; r++)
-        finish(c, item, r, b.total + r * c.dim, b.total_max[r], b.total_sum[r]);
+        finish(c, item, r, b.total + r * c.v_dim, b.total_max[r], b.total_sum[r]);
 }
 
 void merge_parts(const Call& c, const Job& job, Buffers& b) {
     const Item& item = job.item;
     for (int64_t r = 0; r < item.rows; r++) {
         float max = LOWEST, sum = 0;
-        memset(b.total, 0, c.dim * sizeof(float));
+        memset(b.total, 0, c.v_dim * sizeof(float));
         for (int64_t i = 0; i < job.end - job.first; i++) {
             const float* p = c.partial + (job.at + i * item.rows + r) * c.partial_size();
-            merge(b.total, &max, &sum, p, p[c.dim], p[c.dim + 1], c.dim);
+            merge(b.total, &max, &sum, p, p[c.v_dim], p[c.v_dim + 1], c.v_dim);
         }
         finish(c, item, r, b.total, max, sum);
     }
@@ -356,7 +358,7 @@ template <class T>
 void attention(const hs_ctx* ctx, const hs_arg* a) {
     enum {
         LIVE, Q, KV, SEQ_START, SEQ_LEN, PAGE_TABLE, SINKS, ALIBI, OUT, WORKSPACE,
-        LAYER_OFFSET, PAGE_BYTES, HEADS, KV_HEADS, HEAD_DIM, CAUSAL, WINDOW, LOGN, COLUMNS, ROOM, SCALE, SOFTCAP
+        LAYER_OFFSET, PAGE_BYTES, HEADS, KV_HEADS, HEAD_DIM, V_HEAD_DIM, CAUSAL, WINDOW, LOGN, COLUMNS, ROOM, SCALE, SOFTCAP
     };
     Call c;
     c.live = (const int32_t*)a[LIVE].p;
@@ -372,6 +374,7 @@ void attention(const hs_ctx* ctx, const hs_arg* a) {
     c.kv_heads = a[KV_HEADS].i;
     c.group = c.heads / c.kv_heads;
     c.dim = a[HEAD_DIM].i;
+    c.v_dim = a[V_HEAD_DIM].i;
     c.causal = a[CAUSAL].i;
     c.window = a[WINDOW].i;
     c.kv = (char*)a[KV].p + a[LAYER_OFFSET].i;

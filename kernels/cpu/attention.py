@@ -57,6 +57,7 @@ for _dtype, _suffix in KV_SUFFIXES.items():
                 "i64:heads",
                 "i64:kv_heads",
                 "i64:head_dim",
+                "i64:v_head_dim",
                 "i64:causal",
                 "i64:window",
                 "i64:logn",
@@ -67,6 +68,6 @@ for _dtype, _suffix in KV_SUFFIXES.items():
             ),
             accepts=accepts_pages(_dtype),
             scalars=_scalars,
-            workspace=lambda call: _room(call) * (call.attrs["head_dim"] + 2) * 4,
+            workspace=lambda call: _room(call) * (call.attrs["v_head_dim"] + 2) * 4,
         )
     )

@@ -15,7 +15,22 @@ POOLINGS = ("last", "cls", "mean")  # codes of basic.cpp
 
 # Activations, norms and biases are float32 on CPU.
 FLOATS = frozenset(
-    {"x", "gate", "up", "a", "b", "q", "k", "v", "qkv", "table", "logits", "inv_freq", "out"}
+    {
+        "x",
+        "gate",
+        "up",
+        "a",
+        "b",
+        "q",
+        "k",
+        "v",
+        "k_shared",
+        "qkv",
+        "table",
+        "logits",
+        "inv_freq",
+        "out",
+    }
 )
 
 

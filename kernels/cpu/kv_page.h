@@ -1,6 +1,6 @@
 // Where a key or value lives. The pool is page-major; a page holds every layer; one layer of a page is, per KV head:
 //   K  float32, fp8 [E][16]      bfloat16 [E/2][16][2]      16 keys side by side, so that one vector holds one dim of 16 keys
-//   V  [16][E]                   every dtype
+//   V  [16][V]                   every dtype; V may differ from E
 // kernels/cpu/layout.py (pack_kv, unpack_kv) writes the same in numpy.
 #pragma once
 #include "fp8.h"
@@ -13,9 +13,9 @@ template <class T>
 struct KvLayer {
     char* base;  // pool + layer offset
     int64_t page_bytes;
-    int64_t dim;  // E
+    int64_t dim, v_dim;  // E and V
 
-    T* k(int64_t page, int64_t head) const { return (T*)(base + page * page_bytes) + head * 2 * PAGE * dim; }
+    T* k(int64_t page, int64_t head) const { return (T*)(base + page * page_bytes) + head * PAGE * (dim + v_dim); }
     T* v(int64_t page, int64_t head) const { return k(page, head) + PAGE * dim; }
 };
 
@@ -35,16 +35,16 @@ HS_INLINE vf widen(const uint16_t* p) { return bf16_to_float(load<vh>(p)); }
 HS_INLINE float widen_one(const float* p) { return *p; }
 HS_INLINE float widen_one(const uint16_t* p) { return bf16_to_float(*p); }
 
-// Key and value of one head of one token, into slot = page * 16 + offset.
+// Dims first.. of the key, and the value, of one head of one token, into slot = page * 16 + offset.
 template <class T>
-HS_INLINE void kv_store_k(const KvLayer<T>& layer, int64_t slot, int64_t head, const float* x) {
+HS_INLINE void kv_store_k(const KvLayer<T>& layer, int64_t slot, int64_t head, const float* x, int64_t first, int64_t count) {
     T* k = layer.k(slot / PAGE, head);
-    for (int64_t e = 0; e < layer.dim; e++) narrow(x[e], k + k_index(k, e, slot % PAGE));
+    for (int64_t e = 0; e < count; e++) narrow(x[e], k + k_index(k, first + e, slot % PAGE));
 }
 template <class T>
 HS_INLINE void kv_store_v(const KvLayer<T>& layer, int64_t slot, int64_t head, const float* x) {
-    T* v = layer.v(slot / PAGE, head) + slot % PAGE * layer.dim;
-    for (int64_t e = 0; e < layer.dim; e++) narrow(x[e], v + e);
+    T* v = layer.v(slot / PAGE, head) + slot % PAGE * layer.v_dim;
+    for (int64_t e = 0; e < layer.v_dim; e++) narrow(x[e], v + e);
 }
 
 }  // namespace hs

@@ -158,31 +158,27 @@ def _pack_scale(scale: Array, shape: tuple[int, int], gated: bool) -> Array:
     return np.ascontiguousarray(packed)
 
 
-def pack_kv(kv: Array) -> NDArray[np.uint8]:
-    """One layer [pages, 2, K, 16, E] (float32, or bits of bf16 as uint16, of fp8 as uint8) -> bytes
-    [pages, layer bytes], as in kernels/cpu/kv_page.h."""
-    pages, _, heads, size, dim = kv.shape
-    step = 2 if kv.dtype == np.uint16 else 1  # dims of a key that lie side by side
+def pack_kv(keys: Array, values: Array) -> NDArray[np.uint8]:
+    """Keys [pages, K, 16, E] and values [pages, K, 16, V] of a layer (float32, or bits of bf16 as
+    uint16, of fp8 as uint8) -> bytes [pages, layer bytes], as in kernels/cpu/kv_page.h."""
+    pages, heads, size, dim = keys.shape
+    step = 2 if keys.dtype == np.uint16 else 1  # dims of a key that lie side by side
     k = (
-        kv[:, 0]
-        .reshape(pages, heads, size, dim // step, step)
+        keys.reshape(pages, heads, size, dim // step, step)
         .transpose(0, 1, 3, 2, 4)
         .reshape(pages, heads, -1)
     )
-    both = np.stack((k, kv[:, 1].reshape(pages, heads, -1)), axis=2)
+    both = np.concatenate((k, values.reshape(pages, heads, -1)), axis=2)
     return np.ascontiguousarray(both).view(np.uint8).reshape(pages, -1)
 
 
 def unpack_kv(
     packed: NDArray[np.uint8], kv_heads: int, page_size: int, head_dim: int, dtype: str
-) -> Array:
+) -> tuple[Array, Array]:
     """The inverse of pack_kv; `dtype` float32, uint16 or uint8."""
-    both = np.ascontiguousarray(packed).view(dtype).reshape(len(packed), kv_heads, 2, -1)
+    both = np.ascontiguousarray(packed).view(dtype).reshape(len(packed), kv_heads, -1)
+    keys, values = np.split(both, [page_size * head_dim], axis=2)
     step = 2 if dtype == "uint16" else 1
-    k = (
-        both[:, :, 0]
-        .reshape(len(packed), kv_heads, head_dim // step, page_size, step)
-        .transpose(0, 1, 3, 2, 4)
-    )
-    shape = (len(packed), kv_heads, page_size, head_dim)
-    return np.stack((k.reshape(shape), both[:, :, 1].reshape(shape)), axis=1)
+    k = keys.reshape(len(packed), kv_heads, head_dim // step, page_size, step)
+    shape = (len(packed), kv_heads, page_size, -1)
+    return k.transpose(0, 1, 3, 2, 4).reshape(shape), values.reshape(shape)

@@ -12,14 +12,19 @@ constexpr int MAX_DIM = 256;
 
 template <class T>
 void kv_write(const hs_ctx* ctx, const hs_arg* a) {
-    enum { LIVE, K, V, KV_SLOTS, KV, LAYER_OFFSET, PAGE_BYTES, KV_HEADS, HEAD_DIM };
-    KvLayer<T> layer{(char*)a[KV].p + a[LAYER_OFFSET].i, a[PAGE_BYTES].i, a[HEAD_DIM].i};
+    enum { LIVE, K, V, K_SHARED, KV_SLOTS, KV, LAYER_OFFSET, PAGE_BYTES, KV_HEADS, HEAD_DIM, V_HEAD_DIM, SHARED };
+    KvLayer<T> layer{(char*)a[KV].p + a[LAYER_OFFSET].i, a[PAGE_BYTES].i, a[HEAD_DIM].i, a[V_HEAD_DIM].i};
     int64_t heads = a[KV_HEADS].i, units = ((const int32_t*)a[LIVE].p)[0] * heads;
+    int64_t shared = a[SHARED].i, own = layer.dim - shared;  // dims of a key that all heads share, that it has alone
+    const float *k = (const float*)a[K].p, *v = (const float*)a[V].p;
+    int64_t k_row = heads * own, v_row = heads * layer.v_dim;
+    if (!v) v = k + k_row, k_row = v_row = k_row + v_row;  // the values stand behind the keys
     Range range = split(units, 1, ctx);
     for (int64_t u = range.begin; u < range.end; u++) {
-        int64_t slot = ((const int32_t*)a[KV_SLOTS].p)[u / heads];
-        kv_store_k(layer, slot, u % heads, (const float*)a[K].p + u * layer.dim);
-        kv_store_v(layer, slot, u % heads, (const float*)a[V].p + u * layer.dim);
+        int64_t t = u / heads, head = u % heads, slot = ((const int32_t*)a[KV_SLOTS].p)[t];
+        kv_store_k(layer, slot, head, k + t * k_row + head * own, 0, own);
+        if (shared) kv_store_k(layer, slot, head, (const float*)a[K_SHARED].p + t * shared, own, shared);
+        kv_store_v(layer, slot, head, v + t * v_row + head * layer.v_dim);
     }
 }
 
@@ -32,7 +37,7 @@ void rope_kv(const hs_ctx* ctx, const hs_arg* a) {
     const float limit = (float)a[CLIP].f;
     int64_t heads = a[HEADS].i, kv_heads = a[KV_HEADS].i, dim = a[HEAD_DIM].i, rotary = a[ROTARY].i;
     int64_t all = heads + 2 * kv_heads;
-    KvLayer<T> layer{(char*)a[KV].p + a[LAYER_OFFSET].i, a[PAGE_BYTES].i, dim};
+    KvLayer<T> layer{(char*)a[KV].p + a[LAYER_OFFSET].i, a[PAGE_BYTES].i, dim, dim};
     Range range = split(((const int32_t*)a[LIVE].p)[0] * all, 1, ctx);
     float buffer[MAX_DIM];
     for (int64_t u = range.begin; u < range.end; u++) {
@@ -61,7 +66,7 @@ void rope_kv(const hs_ctx* ctx, const hs_arg* a) {
             rotate(x, (const float*)a[TABLE].p + t * rotary, rotary, a[INTERLEAVED].i, dim, out);
         else if (x != out)
             memcpy(out, x, dim * sizeof(float));
-        if (head >= heads) kv_store_k(layer, ((const int32_t*)a[KV_SLOTS].p)[t], head - heads, out);
+        if (head >= heads) kv_store_k(layer, ((const int32_t*)a[KV_SLOTS].p)[t], head - heads, out, 0, dim);
     }
 }
 
@@ -85,12 +90,15 @@ HS_EXPORT void hs_rope_table(const hs_ctx* ctx, const hs_arg* a) {
 }
 
 HS_EXPORT void hs_rope(const hs_ctx* ctx, const hs_arg* a) {
-    enum { LIVE, X, TABLE, OUT, HEADS, HEAD_DIM, ROTARY, INTERLEAVED };
-    int64_t heads = a[HEADS].i, dim = a[HEAD_DIM].i, rotary = a[ROTARY].i;
+    enum { LIVE, X, TABLE, OUT, HEADS, HEAD_DIM, START, ROTARY, INTERLEAVED };
+    int64_t heads = a[HEADS].i, dim = a[HEAD_DIM].i, start = a[START].i, rotary = a[ROTARY].i;
     Range range = split(((const int32_t*)a[LIVE].p)[0] * heads, 1, ctx);
-    for (int64_t u = range.begin; u < range.end; u++)
-        rotate((const float*)a[X].p + u * dim, (const float*)a[TABLE].p + u / heads * rotary, rotary, a[INTERLEAVED].i, dim,
-               (float*)a[OUT].p + u * dim);
+    for (int64_t u = range.begin; u < range.end; u++) {
+        const float* x = (const float*)a[X].p + u * dim;
+        float* out = (float*)a[OUT].p + u * dim;
+        if (out != x) memcpy(out, x, start * sizeof(float));
+        rotate(x + start, (const float*)a[TABLE].p + u / heads * rotary, rotary, a[INTERLEAVED].i, dim - start, out + start);
+    }
 }
 
 HS_EXPORT void hs_kv_write_f32(const hs_ctx* ctx, const hs_arg* a) { kv_write<float>(ctx, a); }

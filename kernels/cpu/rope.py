@@ -23,9 +23,12 @@ def refuse_pages(call: CallShape, kv_dtype: str) -> str | None:
         return f"the KV pool is {attrs['kv_dtype']}, this kernel reads {kv_dtype}"
     if attrs["page_size"] != PAGE_SIZE:
         return f"page_size {attrs['page_size']} is not {PAGE_SIZE}"
-    dim = attrs["head_dim"]
-    if dim % 16 or not 16 <= dim <= MAX_HEAD_DIM:
-        return f"head_dim {dim} is not a multiple of 16 in 16..{MAX_HEAD_DIM}"
+    for name in ("head_dim", "v_head_dim"):
+        dim = attrs[name]
+        if dim % 16 or not 16 <= dim <= MAX_HEAD_DIM:
+            return f"{name} {dim} is not a multiple of 16 in 16..{MAX_HEAD_DIM}"
+    if call.op == "rope_kv" and dim != attrs["head_dim"]:
+        return f"v_head_dim {dim} is not head_dim {attrs['head_dim']}: heads of qkv have one size"
     if "heads" in attrs and attrs["heads"] % attrs["kv_heads"]:
         return (
             f"{attrs['heads']} heads cannot be shared out evenly over {attrs['kv_heads']} kv heads"
@@ -38,7 +41,7 @@ def accepts_pages(kv_dtype: str) -> Callable[[CallShape], str | None]:
 
 
 def page_scalars(call: CallShape) -> dict[str, int | float]:
-    names = ("layer_offset", "page_bytes", "kv_heads", "head_dim")
+    names = ("layer_offset", "page_bytes", "kv_heads", "head_dim", "v_head_dim")
     return {name: int(call.attrs[name]) for name in names}
 
 
@@ -46,6 +49,7 @@ def _rope_scalars(call: CallShape) -> dict[str, int | float]:
     return {
         "heads": call.attrs["heads"],
         "head_dim": call.attrs["head_dim"],
+        "start": call.attrs.get("start", 0),
         "rotary": call.shapes["table"][1] if "table" in call.shapes else 0,
         "interleaved": int(call.attrs["interleaved"]),
     }
@@ -102,6 +106,7 @@ register(
             "ptr:out",
             "i64:heads",
             "i64:head_dim",
+            "i64:start",
             "i64:rotary",
             "i64:interleaved",
         ),
@@ -121,15 +126,21 @@ for _dtype, _suffix in KV_SUFFIXES.items():
                 "ptr:live",
                 "ptr:k",
                 "ptr:v",
+                "ptr:k_shared",
                 "ptr:kv_slots",
                 "ptr:kv",
                 "i64:layer_offset",
                 "i64:page_bytes",
                 "i64:kv_heads",
                 "i64:head_dim",
+                "i64:v_head_dim",
+                "i64:shared",
             ),
             accepts=accepts_pages(_dtype),
-            scalars=page_scalars,
+            scalars=lambda call: {
+                **page_scalars(call),
+                "shared": call.shapes["k_shared"][1] if "k_shared" in call.shapes else 0,
+            },
         )
     )
     register(

@@ -67,19 +67,19 @@ AnyConfig = TypeVar("AnyConfig", bound=TileConfig)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Shape:
-    """Sizes of a call, plain or latent (one KV head, `rope` further key columns, values within
-    the keys)."""
+    """Sizes of a call: `dim` of values, `rest` that keys have beyond it. A latent call has one KV
+    head, whose values are the first `dim` columns of its keys."""
 
     heads: int
     kv_heads: int
     dim: int
-    rope: int
+    rest: int
     seqs: int
     tokens: int
     columns: int
     kv: str  # element type of the pages
     page: int  # elements between pages
-    values: int  # elements from a head's keys to its values
+    values: int  # elements from the layer's keys to its values; 0: they are within the keys
     wide: bool  # the product is of float32
 
     @property
@@ -87,8 +87,8 @@ class _Shape:
         return max(16, _power(self.dim))
 
     @property
-    def rope_pad(self) -> int:
-        return max(16, _power(self.rope)) if self.rope else 0
+    def rest_pad(self) -> int:
+        return max(16, _power(self.rest)) if self.rest else 0
 
     def packing(self, rows: int) -> tuple[int, int, int]:
         """Heads of a tile, tiles of a group, tokens of a tile."""
@@ -109,8 +109,8 @@ def _shape(call: CallShape) -> _Shape:
     return _Shape(
         heads=attrs["heads"],
         kv_heads=1 if latent else attrs["kv_heads"],
-        dim=attrs["latent"] if latent else attrs["head_dim"],
-        rope=attrs["rotary"] if latent else 0,
+        dim=attrs["latent"] if latent else attrs["v_head_dim"],
+        rest=attrs["rotary"] if latent else attrs["head_dim"] - attrs["v_head_dim"],
         seqs=shapes["seq_len"][0],
         tokens=shapes["q"][0],
         columns=shapes["pages"][1],
@@ -137,6 +137,9 @@ def _accepts(served: str) -> Callable[[CallShape], str | None]:
         name, most = ("latent", MAX_LATENT) if "latent" in attrs else ("head_dim", MAX_HEAD_DIM)
         if attrs[name] % 16 or not 16 <= attrs[name] <= most:
             return f"{name} {attrs[name]} is not a multiple of 16 in 16..{most}"
+        values = attrs.get("v_head_dim", 16)
+        if values % 16 or not 16 <= values <= attrs[name]:
+            return f"v_head_dim {values} is not a multiple of 16 in 16..{attrs[name]} ({name})"
         if attrs["heads"] % attrs.get("kv_heads", 1):
             return (
                 f"{attrs['heads']} heads cannot be shared out evenly over {attrs['kv_heads']} kv "
@@ -170,8 +173,8 @@ def _arguments(call: CallShape, config: TileConfig) -> dict[str, Slot | Constant
         "TOKENS": tokens,
         "DIM": shape.dim,
         "DIM_PAD": shape.pad,
-        "ROPE": shape.rope,
-        "ROPE_PAD": shape.rope_pad,
+        "REST": shape.rest,
+        "REST_PAD": shape.rest_pad,
         "PAGE": shape.page,
         "VALUES": shape.values,
         "SCALE": float(attrs["scale"]),
@@ -318,9 +321,9 @@ def _shared(call: CallShape, config: TileConfig) -> int:
     warp groups (from 64 rows) reads while the next block is fetched, which takes a buffer more."""
     shape = _shape(call)
     wide = 4 if shape.wide else 2
-    width = shape.pad + shape.rope_pad if shape.rope else 2 * shape.pad
+    width = (2 if shape.values else 1) * shape.pad + shape.rest_pad
     buffers = config.stages if config.rows >= 64 else config.stages - 1
-    queries = config.rows * (shape.pad + shape.rope_pad) * wide
+    queries = config.rows * (shape.pad + shape.rest_pad) * wide
     pipeline = buffers * config.keys * width * SIZES[shape.kv]
     return queries + pipeline + (0 if config.rows >= 64 else config.rows * config.keys * wide)
 

@@ -43,8 +43,16 @@ def refuse_pages(attrs: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _refuse_sizes(call: CallShape) -> str | None:
+    dim, v_dim = call.attrs.get("head_dim"), call.attrs.get("v_head_dim")
+    if call.op == "rope_kv" and v_dim != dim:
+        return f"v_head_dim {v_dim} is not head_dim {dim}: heads of qkv have one size"
+    return None
+
+
 def _kv_heads(call: CallShape) -> tuple[int, int]:
-    return call.shapes["k"][0] * call.attrs["kv_heads"], call.attrs["head_dim"]
+    attrs = call.attrs
+    return call.shapes["k"][0] * attrs["kv_heads"], max(attrs["head_dim"], attrs["v_head_dim"])
 
 
 def _all_heads(call: CallShape) -> tuple[int, int]:
@@ -57,7 +65,9 @@ def _latents(call: CallShape) -> tuple[int, int]:
 
 
 def _kv_write(call: CallShape, config: TileConfig) -> tuple[Launch, ...]:
-    units, dim = _kv_heads(call)
+    units, _ = _kv_heads(call)
+    dim, v_dim = call.attrs["head_dim"], call.attrs["v_head_dim"]
+    shared = call.shapes["k_shared"][1] if "k_shared" in call.shapes else 0
     return (
         launch(
             "kv_write.kv_write_kernel",
@@ -66,14 +76,18 @@ def _kv_write(call: CallShape, config: TileConfig) -> tuple[Launch, ...]:
             live_ptr=pointer(call, "live"),
             k_ptr=pointer(call, "k"),
             v_ptr=pointer(call, "v"),
+            shared_ptr=pointer(call, "k_shared"),
             slots_ptr=pointer(call, "kv_slots"),
             kv_ptr=kv_pointer(call.attrs),
             KV_HEADS=call.attrs["kv_heads"],
-            DIM=dim,
+            OWN=dim - shared,
+            SHARED=shared,
+            V_DIM=v_dim,
             PAGE=call.attrs["page_size"],
             STRIDE=kv_stride(call.attrs),
             ROWS=config.rows,
-            BLOCK=power(dim),
+            BLOCK=power(max(dim - shared, v_dim)),
+            SHARED_BLOCK=power(shared),
         ),
     )
 
@@ -155,7 +169,9 @@ def _register(
         CudaKernel(
             name=op,
             op=op,
-            accepts=lambda call: refuse_pages(call.attrs) or refuse_types(call, *names),
+            accepts=lambda call: (
+                _refuse_sizes(call) or refuse_pages(call.attrs) or refuse_types(call, *names)
+            ),
             space=tile_space,
             valid=lambda call, config: tile_valid(units(call)[1], config),
             default=lambda call: tile_default(*units(call)),
@@ -164,6 +180,6 @@ def _register(
     )
 
 
-_register("kv_write", ("k", "v"), _kv_heads, _kv_write)
+_register("kv_write", ("k", "v", "k_shared"), _kv_heads, _kv_write)
 _register("rope_kv", ("qkv", "q_norm", "k_norm", "q"), _all_heads, _rope_kv)
 _register("mla_kv_write", ("x", "norm"), _latents, _mla_kv_write)

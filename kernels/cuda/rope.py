@@ -60,6 +60,7 @@ def _rope(call: CallShape, config: TileConfig) -> tuple[Launch, ...]:
             INTERLEAVED=bool(call.attrs["interleaved"]),
             HEADS=call.attrs["heads"],
             DIM=dim,
+            START=call.attrs["start"],
             ROTARY=rotary,
             ROWS=config.rows,
             PAIRS=power(rotary // 2),

@@ -1,7 +1,8 @@
 """Attention over paged keys and values, and the write that fills the pages.
 
 A step is one flat batch: sequence s owns tokens seq_start[s] .. seq_start[s+1], the last of which
-sees seq_len[s] keys. T tokens, S sequences, P pages of a sequence, H heads, K KV heads, E head dim.
+sees seq_len[s] keys. T tokens, S sequences, P pages of a sequence, H heads, K KV heads, E head dim
+of queries and keys, V of values, R key dims that are the same in every head.
 The score of the query at position i for the key at position j, per head h:
 
     s = q . k * scale * logn(i)          logn(i) = max(1, ln(i + 1) / ln(logn)), 1 when logn is 0
@@ -44,20 +45,26 @@ SEQ_ARGS = (
 
 
 def kv_write_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str, Tensor]:
-    n = live_count(args, 0)
-    layer = args["kv"].layer(attrs)
+    """A key is a head's own dims, then those of `k_shared`, where the call has them. Without `v`
+    the values of all heads follow the keys of all heads in `k`."""
+    n, width = live_count(args, 0), attrs["kv_heads"] * attrs["v_head_dim"]
     slots = args["kv_slots"][:n].long()
     page, offset = slots // attrs["page_size"], slots % attrs["page_size"]
-    for i, name in enumerate(("k", "v")):
-        x = args[name][:n].unflatten(1, (attrs["kv_heads"], -1))
-        layer[page, i, :, offset] = stored(x, attrs["kv_dtype"])
+    k, v = args["k"][:n], args.get("v")
+    k, v = k.tensor_split([-width], dim=1) if v is None else (k, v[:n])
+    k, v = (x.unflatten(1, (attrs["kv_heads"], -1)) for x in (k, v))
+    if args.get("k_shared") is not None:
+        k = torch.cat((k, args["k_shared"][:n, None].expand(-1, attrs["kv_heads"], -1)), dim=2)
+    for layer, new in zip(args["kv"].keys_and_values(attrs), (k, v), strict=True):
+        layer[page, :, offset] = stored(new, attrs["kv_dtype"])
     return {}
 
 
 def _kv_write_cost(shapes: dict[str, tuple[int, ...]], attrs: dict[str, Any]) -> Cost:
-    tokens, width = shapes["k"]
+    tokens = shapes["k"][0]
+    width = sum(shapes[name][1] for name in ("k", "v", "k_shared") if name in shapes)
     return Cost(
-        read=2 * tokens * width * 4,
+        read=tokens * width * 4,
         written=tokens * layer_bytes(attrs) // attrs["page_size"],
         flops=0,
     )
@@ -81,37 +88,44 @@ HARD += (447.0, 463.9, -464.0, 480.0, 1e6, 57344.0, 61439.0, -61440.0, 3e38, -ma
 
 def _kv_write_samples() -> list[Sample]:
     out = []
-    for label, ragged, kv_heads, dim, dtype in (
-        ("mixed", MIXED, 2, 32, "float32"),
-        ("bf16", MIXED, 3, 16, "bfloat16"),
-        ("one", ONE_TOKEN, 1, 48, "float32"),
-        ("e4m3", MIXED, 2, 48, "fp8_e4m3"),
-        ("e5m2", MIXED, 1, 32, "fp8_e5m2"),
+    for label, ragged, kv_heads, dim, values, shared, dtype in (
+        ("mixed", MIXED, 2, 32, 32, 0, "float32"),
+        ("bf16", MIXED, 3, 16, 16, 0, "bfloat16"),
+        ("one", ONE_TOKEN, 1, 48, 48, 0, "float32"),
+        ("e4m3", MIXED, 2, 48, 48, 0, "fp8_e4m3"),
+        ("e5m2", MIXED, 1, 32, 32, 0, "fp8_e5m2"),
+        ("shared", MIXED, 3, 48, 32, 16, "float32"),
+        ("one array", ONE_TOKEN, 2, 16, 32, 0, "float32"),
+        ("one array, shared, bf16", MIXED, 2, 96, 16, 32, "bfloat16"),
+        ("one array, shared, e4m3", MIXED, 2, 48, 16, 16, "fp8_e4m3"),
     ):
         g = generator(40)
         steps = ragged.arrays(ragged.page_tables(g, 16), 16)
         n = int(steps["live"][0])
-        attrs = _attrs(kv_heads, dim, dtype)
-        args = {
+        attrs = _attrs(kv_heads, dim, values, dtype)
+        args: dict[str, Any] = {
             "live": steps["live"],
-            "k": floats(g, ragged.tokens, kv_heads * dim, used=n),
-            "v": floats(g, ragged.tokens, kv_heads * dim, used=n),
+            "k": floats(g, ragged.tokens, kv_heads * (dim - shared), used=n),
+            "v": floats(g, ragged.tokens, kv_heads * values, used=n),
             "kv_slots": steps["kv_slots"],
             "kv": KvState(ragged.pool_pages),
         }
         if dtype.startswith("fp8"):
-            k = floats(g, ragged.tokens, kv_heads * dim, used=n)
-            k.view(-1)[: len(HARD)] = torch.tensor(HARD)
-            args["k"] = k
+            args["k"].view(-1)[: len(HARD)] = torch.tensor(HARD)
+        if label.startswith("one array"):
+            args["k"] = torch.cat((args["k"], args.pop("v")), dim=1)
+        if shared:
+            args["k_shared"] = floats(g, ragged.tokens, shared, used=n)
         out.append(Sample(label=label, args=args, attrs=attrs))
     return out
 
 
-def _attrs(kv_heads: int, dim: int, dtype: str) -> dict[str, Any]:
+def _attrs(kv_heads: int, dim: int, values: int, dtype: str) -> dict[str, Any]:
     """Attributes of the middle one of three layers."""
     attrs: dict[str, Any] = {
         "kv_heads": kv_heads,
         "head_dim": dim,
+        "v_head_dim": values,
         "page_size": 16,
         "kv_dtype": dtype,
     }
@@ -124,8 +138,15 @@ KV_WRITE = register(
         name="kv_write",
         args=(
             LIVE,
-            Arg(name="k", role="input", dims=("tokens", "K*E"), dtypes=("float",)),
-            Arg(name="v", role="input", dims=("tokens", "K*E"), dtypes=("float",)),
+            Arg(name="k", role="input", dims=("tokens", "K*(E-R)[+K*V]"), dtypes=("float",)),
+            Arg(name="v", role="input", dims=("tokens", "K*V"), dtypes=("float",), optional=True),
+            Arg(
+                name="k_shared",
+                role="input",
+                dims=("tokens", "R"),
+                dtypes=("float",),
+                optional=True,
+            ),
             Arg(name="kv_slots", role="input", dims=("tokens",), dtypes=("int32",)),
             KV_ARG,
         ),
@@ -139,9 +160,9 @@ KV_WRITE = register(
 
 def attention_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str, Tensor]:
     q = args["q"]
-    layer = args["kv"].layer(attrs)
+    layers = args["kv"].keys_and_values(attrs)
     group = attrs["heads"] // attrs["kv_heads"]
-    out = torch.zeros_like(q)
+    out = torch.zeros(len(q), attrs["heads"] * attrs["v_head_dim"])
     for s in range(live_count(args, 1)):
         first, last, length = (
             int(args["seq_start"][s]),
@@ -151,12 +172,12 @@ def attention_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str
         pages = args["pages"][s, : -(-length // attrs["page_size"])].long()
         # [pages, K, page_size, E] -> [K, keys, E], one copy per query head
         k, v = (
-            layer[pages, i]
+            layer[pages]
             .transpose(0, 1)
             .flatten(1, 2)[:, :length]
             .float()
             .repeat_interleave(group, 0)
-            for i in (0, 1)
+            for layer in layers
         )
         q_HTE = q[first:last].unflatten(1, (attrs["heads"], -1)).transpose(0, 1)
         position = torch.arange(length - (last - first), length)[:, None]
@@ -183,11 +204,14 @@ def attention_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str
 def _attention_cost(shapes: dict[str, tuple[int, ...]], attrs: dict[str, Any]) -> Cost:
     """An upper bound: every sequence at the bucket's full length, every token one query of it."""
     tokens, width = shapes["q"]
+    out = attrs["heads"] * attrs["v_head_dim"]
     seqs, pages = shapes["pages"]
     keys = min(pages * attrs["page_size"], attrs["window"] or pages * attrs["page_size"])
     kv = min(tokens, seqs) * keys * layer_bytes(attrs) // attrs["page_size"]
     return Cost(
-        read=kv + tokens * width * 4, written=tokens * width * 4, flops=4 * tokens * width * keys
+        read=kv + tokens * width * 4,
+        written=tokens * out * 4,
+        flops=2 * tokens * (width + out) * keys,
     )
 
 
@@ -199,6 +223,7 @@ def attention_sample(
     heads: int,
     kv_heads: int,
     dim: int,
+    values: int = 0,
     window: int = 0,
     causal: bool = True,
     dtype: str = "float32",
@@ -207,11 +232,12 @@ def attention_sample(
     sinks: bool = False,
     alibi: bool = False,
 ) -> Sample:
+    """`values`: dims of a value head (0: `dim`)."""
     g = generator(seed)
     tables = ragged.page_tables(g, 16)
     steps = ragged.arrays(tables, 16)
     attrs = {
-        **_attrs(kv_heads, dim, dtype),
+        **_attrs(kv_heads, dim, values or dim, dtype),
         "heads": heads,
         "scale": dim**-0.5 * 1.5,
         "causal": causal,
@@ -220,10 +246,12 @@ def attention_sample(
         "logn": logn,
     }
     kv = KvState(ragged.pool_pages)
-    layer = kv.layer(attrs)
+    layers = kv.keys_and_values(attrs)
     for (before, new), table in zip(ragged.lengths, tables, strict=True):
         for p in range(before + new):
-            layer[table[p // 16], :, :, p % 16] = stored(floats(g, 2, kv_heads, dim), dtype)
+            for layer in layers:
+                new_row = floats(g, kv_heads, layer.shape[-1])
+                layer[table[p // 16], :, p % 16] = stored(new_row, dtype)
     args = {
         "live": steps["live"],
         "q": floats(g, ragged.tokens, heads * dim, used=int(steps["live"][0])),
@@ -303,6 +331,17 @@ def _attention_samples() -> list[Sample]:
             dtype="fp8_e4m3",
         ),
         attention_sample(81, "e5m2", LONG_DECODE, heads=6, kv_heads=2, dim=32, dtype="fp8_e5m2"),
+        attention_sample(82, "narrow values", MIXED, heads=4, kv_heads=4, dim=48, values=32),
+        attention_sample(
+            83,
+            "narrow values bf16",
+            LONG_DECODE,
+            heads=6,
+            kv_heads=3,
+            dim=96,
+            values=64,
+            dtype="bfloat16",
+        ),
         attention_sample(75, "logn", MIXED, heads=2, kv_heads=2, dim=32, logn=19),
         attention_sample(
             76,
@@ -330,7 +369,7 @@ ATTENTION = register(
             *SEQ_ARGS,
             Arg(name="sinks", role="weight", dims=("H",), dtypes=("float",), optional=True),
             Arg(name="alibi", role="weight", dims=("H",), dtypes=("float",), optional=True),
-            Arg(name="out", role="output", dims=("tokens", "H*E"), dtypes=("float",)),
+            Arg(name="out", role="output", dims=("tokens", "H*V"), dtypes=("float",)),
         ),
         attrs={
             "heads": int,

@@ -1,5 +1,6 @@
-"""The KV cache as references see it: one tensor per layer, in the plain order [page, 2, kv head,
-token of page, dim]; for latent attention [page, token of page, latent + rotary].
+"""The KV cache as references see it: one tensor per layer. In a page lie the keys [kv head, token
+of page, key dim], then the values [kv head, token of page, value dim]; for latent attention [token
+of page, latent + rotary].
 
 Kernels keep the same values in their own page layout (kernels/cpu/kv_page.h); tests convert
 between the two. A value becomes what a page keeps in one place, `stored`.
@@ -22,6 +23,7 @@ KV_DTYPES = {
 KV_ATTRS: dict[str, type] = {
     "kv_heads": int,
     "head_dim": int,
+    "v_head_dim": int,
     "page_size": int,
     "layer_offset": int,
     "page_bytes": int,
@@ -52,7 +54,7 @@ def page_shape(attrs: dict[str, Any]) -> tuple[int, ...]:
     """One layer of one page, in elements."""
     if "latent" in attrs:
         return attrs["page_size"], attrs["latent"] + attrs["rotary"]
-    return 2, attrs["kv_heads"], attrs["page_size"], attrs["head_dim"]
+    return (attrs["kv_heads"] * attrs["page_size"] * (attrs["head_dim"] + attrs["v_head_dim"]),)
 
 
 class KvState:
@@ -69,6 +71,14 @@ class KvState:
             shape = (self.pages, *page_shape(attrs))
             self.layers[key] = torch.full(shape, float("nan"), dtype=KV_DTYPES[attrs["kv_dtype"]])
         return self.layers[key]
+
+    def keys_and_values(self, attrs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Views [page, kv head, token of page, dim] of a layer."""
+        heads, size = attrs["kv_heads"], attrs["page_size"]
+        keys = heads * size * attrs["head_dim"]
+        parts = self.layer(attrs).tensor_split([keys], dim=1)
+        k, v = (part.unflatten(1, (heads, size, -1)) for part in parts)
+        return k, v
 
 
 def layer_bytes(attrs: dict[str, Any]) -> int:

@@ -5,8 +5,9 @@ space before they meet them.
 T tokens, H heads, C latent width, R rotary width, X = non-rotary width of a query head, V width
 of a value head. Per head h, with W_k [C, X] and W_v [V, C] the two halves of the up-projection:
 q~ = (W_k q_nope, rope(q_rope)), s = q~ . (c, k_rope) * scale, out = W_v (sum of softmax(s) c). The
-plain form (keys and values expanded per head) is cheaper for a long chunk, but a row's result would
-then depend on the chunk it is computed in; there is one form, so one result.
+plain form, k = (W_k^T c, k_rope) and v = W_v c per head, is made of the ordinary ops of attention
+(`compiler.model`). A compile chooses one: a choice by length would make a row's result depend on
+the chunk it is computed in.
 """
 
 from __future__ import annotations

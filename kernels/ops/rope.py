@@ -1,7 +1,8 @@
 """Rotary position embedding: the angle table of a step, the rotation, and both with head norms and
 the KV write in one pass.
 
-T tokens, R rotary dims (the first R of a head are rotated), H heads, K KV heads, E head dim.
+T tokens, R rotary dims (of a head R dims from `start` on are rotated; in rope_kv the first R),
+H heads, K KV heads, E head dim.
 """
 
 from __future__ import annotations
@@ -87,17 +88,17 @@ ROPE_TABLE = register(
 )
 
 
-def rotated(x_THE: Tensor, table_TR: Tensor, interleaved: bool) -> Tensor:
+def rotated(x_THE: Tensor, table_TR: Tensor, interleaved: bool, start: int = 0) -> Tensor:
     rotary = table_TR.shape[1]
     cos, sin = (t[:, None, :] for t in table_TR.chunk(2, dim=1))
-    x, rest = x_THE[..., :rotary], x_THE[..., rotary:]
+    before, x, rest = x_THE.tensor_split([start, start + rotary], dim=-1)
     if interleaved:
         a, b = x[..., 0::2], x[..., 1::2]
         turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
     else:
         a, b = x.chunk(2, dim=-1)
         turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-    return torch.cat((turned, rest), dim=-1)
+    return torch.cat((before, turned, rest), dim=-1)
 
 
 def rope_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str, Tensor]:
@@ -105,7 +106,8 @@ def rope_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str, Ten
     x = args["x"]
     out = torch.zeros_like(x)
     heads = x[:n].unflatten(1, (attrs["heads"], attrs["head_dim"]))
-    out[:n] = rotated(heads, args["table"][:n], attrs["interleaved"]).flatten(1)
+    turned = rotated(heads, args["table"][:n], attrs["interleaved"], attrs["start"])
+    out[:n] = turned.flatten(1)
     return {"out": out}
 
 
@@ -117,10 +119,12 @@ def _rope_cost(shapes: dict[str, tuple[int, ...]], attrs: dict[str, Any]) -> Cos
 def _rope_samples() -> list[Sample]:
     g = generator(20)
     out = []
-    for label, rotary, interleaved in (
-        ("half", 32, False),
-        ("interleaved", 32, True),
-        ("partial rotary", 24, False),
+    for label, rotary, start, interleaved in (
+        ("half", 32, 0, False),
+        ("interleaved", 32, 0, True),
+        ("partial rotary", 24, 0, False),
+        ("last dims", 12, 20, True),
+        ("middle dims", 8, 16, False),
     ):
         args = {
             "live": live(3),
@@ -131,7 +135,7 @@ def _rope_samples() -> list[Sample]:
             Sample(
                 label=label,
                 args=args,
-                attrs={"heads": 3, "head_dim": 32, "interleaved": interleaved},
+                attrs={"heads": 3, "head_dim": 32, "start": start, "interleaved": interleaved},
             )
         )
     return out
@@ -146,7 +150,7 @@ ROPE = register(
             Arg(name="table", role="input", dims=("tokens", "R"), dtypes=("float32",)),
             Arg(name="out", role="output", dims=("tokens", "H*E"), dtypes=("float",)),
         ),
-        attrs={"heads": int, "head_dim": int, "interleaved": bool},
+        attrs={"heads": int, "head_dim": int, "start": int, "interleaved": bool},
         reference=rope_reference,
         cost=_rope_cost,
         samples=_rope_samples,
@@ -156,6 +160,7 @@ ROPE = register(
 
 def rope_kv_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str, Tensor]:
     """Composed of head_norm, clip, rope and kv_write."""
+    attrs = {**attrs, "start": 0}
     heads, kv_heads, dim = attrs["heads"], attrs["kv_heads"], attrs["head_dim"]
     q, k, v = args["qkv"].split((heads * dim, kv_heads * dim, kv_heads * dim), dim=1)
     if args.get("q_norm") is not None:
@@ -204,6 +209,7 @@ def _rope_kv_sample(
         "heads": heads,
         "kv_heads": kv_heads,
         "head_dim": dim,
+        "v_head_dim": dim,
         "eps": 1e-6,
         "interleaved": interleaved,
         "centre": centre,

@@ -29,9 +29,10 @@ pytest.importorskip("transformers")
 PROMPTS = [[(7 * i * i + 3 * i + s) % 128 for i in range(n)] for s, n in enumerate((40, 5, 23, 1))]
 NEW = 8
 CASES = [
-    pytest.param(recipe, id=f"{family}-{recipe.label}")
+    pytest.param(form, id=f"{family}-{form.label}")
     for family, recipes in toy_models.RECIPES.items()
     for recipe in recipes
+    for form in recipe.forms()
 ]
 
 
@@ -56,7 +57,7 @@ def compiled(recipe: toy_models.Recipe, directory: Path) -> Subject:
     reference = toy_models.save(recipe, source)
     overrides = ["model=hf", f"model.source={source}", "dtype=float32", "name=toy", f"out={out}"]
     shape = ["shape.context=128", "shape.max_tokens=16", "shape.max_seqs=8"]
-    loaded = load(CompileConfig, "compile", [*overrides, *shape])
+    loaded = load(CompileConfig, "compile", [*overrides, *shape, *recipe.options])
     path = compile_model(loaded.config, loaded.sources, Progress())
     return Subject(reference, Artifact.open(path))
 

@@ -14,6 +14,7 @@ import torch
 import toy_embedders
 import toy_models
 from published_moe import PUBLISHED_MOE
+from toy_specs import SHAPES
 
 import compiler.families.register  # noqa: F401 - fills FAMILIES
 from compiler.checkpoint import Checkpoint, ConfigReader
@@ -179,9 +180,9 @@ def test_every_named_shape_is_published() -> None:
     assert set(named_shapes()) == known
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_named_shapes(name: str) -> None:
-    _, spec = read_shape(name)
+@pytest.mark.parametrize(("name", "mla"), [s for s in SHAPES if s.values[0] in PUBLISHED])
+def test_named_shapes(name: str, mla: str) -> None:
+    _, spec = read_shape(name, mla)
     assert spec.parameters() / 1e6 == pytest.approx(PUBLISHED[name], rel=0.01)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from msgspec import structs
 from toy_specs import FAMILIES as TOYS
-from toy_specs import toy, toy_config
+from toy_specs import SHAPES, toy, toy_config
 
 import kernels.cpu.register  # noqa: F401  (fills KERNELS)
 from compiler import report
@@ -70,11 +70,11 @@ def config_for(spec: ModelSpec, scheme: str = "none", group: int = 64) -> Compil
     return config
 
 
-@pytest.mark.parametrize("name", named_shapes())
-def test_ranks_together_hold_the_model(name: str) -> None:
+@pytest.mark.parametrize(("name", "mla"), SHAPES)
+def test_ranks_together_hold_the_model(name: str, mla: str) -> None:
     """At every degree that divides the heads: each weight is cut along one axis, or is on every
     rank."""
-    _, spec = read_shape(name)
+    _, spec = read_shape(name, mla)
     for tp in DEGREES[1:]:
         try:
             part = rank_spec(spec, tp)
@@ -138,6 +138,27 @@ def test_fit_by_hand(seqs: int) -> None:
     assert (found["work"], found["kv_token"]) == (max(down, head), 4 * 2 * 128 * 2)
 
 
+@pytest.mark.parametrize("tp", DEGREES)
+def test_keys_and_values_of_latent_attention_by_hand(tp: int) -> None:
+    """Two layers of DeepSeek-V2-Lite: 16 heads with keys of 128 + 64 and values of 128, a latent of
+    512. Latents are on every rank, expanded keys and values with their heads."""
+    for form, width in (("absorbed", 512 + 64), ("plain", 16 // tp * (192 + 128))):
+        _, spec = read_shape("deepseek-v2-lite", form)
+        spec = structs.replace(spec, layers=spec.layers[:2])
+        assert rank_fit(spec, config_for(spec), tp)["kv_token"] == 2 * width * 2
+
+
+def test_a_fit_takes_the_form_of_latent_attention(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("target=cpu", "shape.context=64", "model.mla=plain")
+    first = fit("deepseek-v2-lite", options).splitlines()[1]
+    assert f"{report.size(27 * 16 * (192 + 128) * 2)}/token of context" in first
+    assert main(["--fit", "llama3-8b", "model.mla=plain"]) == 2
+    assert capsys.readouterr().err == (
+        "error: model.mla=plain: model=llama3-8b has no latent attention to choose a form of; "
+        "leave it out\n"
+    )
+
+
 def test_fewer_kv_heads_than_ranks_are_repeated() -> None:
     _, spec = read_shape("chatglm3-6b")  # two kv heads
     tokens = [rank_fit(spec, config_for(spec), tp)["kv_token"] for tp in DEGREES]
@@ -158,10 +179,10 @@ def test_what_cannot_be_cut_says_so() -> None:
         rank_fit(spec, config_for(spec, "int8", 256), 32)
 
 
-@pytest.mark.parametrize("name", named_shapes())
-def test_every_named_shape_has_kernels(name: str) -> None:
+@pytest.mark.parametrize(("name", "mla"), SHAPES)
+def test_every_named_shape_has_kernels(name: str, mla: str) -> None:
     """One layer of every kind, at the sizes of the real model."""
-    _, spec = read_shape(name)
+    _, spec = read_shape(name, mla)
     spec = structs.replace(spec, layers=tuple(dict.fromkeys(spec.layers)))
     shape = StepShape(
         slots=8, edits=100, page_size=16, kv_dtype="bfloat16", context=min(spec.context, 8192)

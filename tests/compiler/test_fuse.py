@@ -34,7 +34,7 @@ def applies(rule: str, family: str) -> bool:
     layer_norms = family in ("phi", "cohere")
     return {
         # a norm over all heads stands between; latents have their own calls
-        "merge_qkv": family not in ("olmo", "deepseek"),
+        "merge_qkv": family not in ("olmo", "deepseek", "expanded"),
         "merge_gated": family not in ("phi", "oss"),
         "activation_into_linear": family == "phi",
         "norm_into_linear": not layer_norms,

@@ -66,7 +66,7 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("deepseek", {"scoring_func": "sigmoid"}, "scoring_func 'sigmoid'.*'softmax'"),
     ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method 'noaux_tc'"),
     ("deepseek_v2", {"num_key_value_heads": 2}, "2 kv heads for 4 heads"),
-    ("deepseek_v2", {"head_dim": 16}, "head_dim 16"),
+    ("deepseek_v2", {"head_dim": 48}, "head_dim 48"),
     ("deepseek_v2", {"q_lora_rank": 24}, "q_a_proj.weight is missing"),
     ("deepseek_v2", {"n_shared_experts": None}, "shared_experts.*is not used"),
     ("deepseek_v3", {"n_group": 3}, "8 experts cannot be 3 groups of which 2 are kept"),

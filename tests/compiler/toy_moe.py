@@ -17,9 +17,9 @@ MOE = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
 LATENT = {
     "num_key_value_heads": 4,
     "kv_lora_rank": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 12,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
 }
 DEEPSEEK = {
     **MOE,
@@ -328,8 +328,8 @@ MOE_RECIPES: dict[str, list[Recipe]] = {
             },
             rope={
                 "rope_type": "longrope",
-                "short_factor": [1.1, 1.3, 2.0, 5.0],
-                "long_factor": [1.1, 1.3, 2.0, 5.0],
+                "short_factor": [1.1, 1.3, 2.0, 5.0, 5.1, 5.2, 5.3, 5.4],
+                "long_factor": [1.1, 1.3, 2.0, 5.0, 5.1, 5.2, 5.3, 5.4],
                 "original_max_position_embeddings": 32,
             },
         ),

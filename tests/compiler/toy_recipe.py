@@ -5,7 +5,7 @@ published.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import toy_exports
@@ -51,7 +51,8 @@ class Recipe:
     """`rope`: scaling keys besides rope_theta (None: the class writes its own). `old`: what the
     older spelling of config.json has beyond the generic rewriting. `export`: to the names and keys
     of a family that transformers has no class for. `reference`: how its logits are asked for.
-    `change`: edits to the random model; `more_parameters`: than the class counts.
+    `change`: edits to the random model; `more_parameters`: than the class counts. `mla`: the form
+    of latent attention it is compiled in.
     """
 
     label: str
@@ -65,3 +66,15 @@ class Recipe:
     old: dict[str, Any] = field(default_factory=dict)
     export: Callable[[dict[str, Any], toy_exports.Tensors], toy_exports.Exported] | None = None
     reference: Callable[[Any], Reference] = full
+    mla: str = "auto"
+
+    def forms(self) -> list[Recipe]:
+        """In every form of latent attention, where it has that."""
+        if "kv_lora_rank" not in self.values:
+            return [self]
+        return [self, replace(self, label=f"{self.label}-plain", mla="plain")]
+
+    @property
+    def options(self) -> list[str]:
+        """What a compile of it is called with."""
+        return [f"model.mla={self.mla}"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import pytest
 import torch
 from msgspec import structs
 
@@ -26,9 +27,11 @@ from compiler.families.spec import (
     Router,
     SharedExperts,
 )
+from compiler.families.table import named_shapes
 from compiler.interpret import Chunk, greedy_step, new_state, run
 from compiler.model import StepShape, constants
 from compiler.program import Program
+from conf.options import CONF
 from conf.schema import CompileConfig
 
 SHAPE = StepShape(slots=4, edits=70, page_size=16, kv_dtype="float32", context=64)
@@ -87,7 +90,8 @@ PLACEMENTS = {"gemma": "sandwich", "phi": "parallel", "cohere": "parallel"}
 def toy(family: str, layers: int = 2, tied: bool = True) -> ModelSpec:
     """`llama`, `mistral` (window, two ropes), `qwen2` (biases), `qwen3` (head norms), `norope`;
     `moe` and `deepseek` (a dense layer, then experts; the latter with latent attention, with and
-    without a latent of queries), `oss` (experts with biases);
+    without a latent of queries), `expanded` (latent attention in its plain form), `oss` (experts
+    with biases);
     `gemma` (sandwich norms, softcaps, scales), `phi` (parallel, LayerNorm, plain ffn, alibi, head
     bias), `cohere` (LayerNorm per head, clip), `sinks` (rope by length), `olmo` (row norm)."""
     norm: RmsNorm | LayerNorm = RmsNorm(eps=1e-5)
@@ -116,16 +120,17 @@ def toy(family: str, layers: int = 2, tied: bool = True) -> ModelSpec:
             latent=32,
             nope=32,
             value=16,
-            rope=WIDE,
+            rope=ROPE if family == "expanded" else WIDE,
             scale=0.2,
             norm=RmsNorm(eps=1e-6),
             q_latent=32 if index == 0 else None,
             bias=index == 0,
+            form="plain" if family == "expanded" else "absorbed",
         )
         dense = family == "moe" and index == 0
         return LayerSpec(
             mixer=latent
-            if family == "deepseek"
+            if family in ("deepseek", "expanded")
             else structs.replace(mixer, **EXTRAS.get(family, {})),
             ffn=ffn if dense else MOE.get(family, ffn),
             norm=norm,
@@ -151,7 +156,19 @@ def toy(family: str, layers: int = 2, tied: bool = True) -> ModelSpec:
 
 
 PLAIN = ("llama", "mistral", "qwen2", "qwen3", "norope")
-FAMILIES = (*PLAIN, "gemma", "phi", "cohere", "sinks", "olmo", *MOE)
+FAMILIES = (*PLAIN, "gemma", "phi", "cohere", "sinks", "olmo", "expanded", *MOE)
+
+
+# Every named shape, those with latent attention in each of its forms: (name, form).
+SHAPES = [
+    pytest.param(name, form, id=f"{name}-{form}")
+    for name in named_shapes()
+    for form in (
+        ("auto", "plain")
+        if "kv_lora_rank" in (CONF / f"model/{name}.yaml").read_text()
+        else ("auto",)
+    )
+]
 
 
 def toy_config(spec: ModelSpec, scheme: str = "none", dtype: str = "float32") -> CompileConfig:

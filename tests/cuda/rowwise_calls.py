@@ -47,6 +47,7 @@ def calls(model: Model, kind: str, tokens: int, seqs: int) -> Iterator[CallShape
     pages: dict[str, Any] = {
         "kv_heads": m.kv_heads,
         "head_dim": m.head_dim,
+        "v_head_dim": m.head_dim,
         "page_size": 16,
         "kv_dtype": bf16,
         "layer_offset": 3 * layer,
@@ -99,7 +100,7 @@ def calls(model: Model, kind: str, tokens: int, seqs: int) -> Iterator[CallShape
     yield call("rope_table", {"scale": 1.0, "variants": 1}, angles)
     for interleaved in (False, True):
         turn = {"heads": m.heads, "head_dim": m.head_dim, "interleaved": interleaved}
-        yield call("rope", turn, {"x": q, "table": table, "out": q})
+        yield call("rope", {"start": 0, **turn}, {"x": q, "table": table, "out": q})
         merged = {"qkv": ((tokens, (m.heads + 2 * m.kv_heads) * m.head_dim), bf16)}
         merged |= {"table": table, "kv_slots": per_token, "kv": pool, "q": q}
         if m.head_norms:
@@ -107,6 +108,15 @@ def calls(model: Model, kind: str, tokens: int, seqs: int) -> Iterator[CallShape
         attrs = {"eps": 1e-6, "centre": False, "clip": 0.0, **turn, **pages}
         yield call("rope_kv", attrs, merged)
     yield call("kv_write", pages, {"k": kv, "v": kv, "kv_slots": per_token, "kv": pool})
+    # DeepSeek-V2-Lite in the plain form.
+    up = ((tokens, 16 * (128 + 128)), bf16)
+    expanded = {**pages, "kv_heads": 16, "head_dim": 192, "v_head_dim": 128}
+    expanded |= {"layer_offset": 0, "page_bytes": 16 * 16 * 320 * 2}
+    shared = {"k": up, "k_shared": ((tokens, 64), bf16)}
+    yield call("kv_write", expanded, shared | {"kv_slots": per_token, "kv": pool})
+    turn = {"heads": 16, "head_dim": 192, "start": 128, "interleaved": True}
+    q = ((tokens, 16 * 192), bf16)
+    yield call("rope", turn, {"x": q, "table": ((tokens, 64), f32), "out": q})
     latent = {"latent": 512, "rotary": 64, "page_size": 16, "kv_dtype": bf16}
     latent |= {"layer_offset": 0, "page_bytes": 16 * 576 * 2, "eps": 1e-6, "interleaved": True}
     args = {"x": ((tokens, 576), bf16), "norm": ((512,), f32), "table": ((tokens, 64), f32)}

@@ -62,15 +62,16 @@ def decode(lengths: Sequence[int], window: int = 0, **options: Any) -> Case:
 def formula(case: Case) -> torch.Tensor:
     """softmax(q k^T scale) v in float64, key by key of the page table."""
     args, attrs = case.sample.args, case.sample.attrs
-    layer, seqs = args["kv"].layer(attrs).double(), int(args["live"][1])
-    out = torch.zeros(seqs, attrs["heads"], attrs["head_dim"], dtype=torch.float64)
+    layers = [layer.double() for layer in args["kv"].keys_and_values(attrs)]
+    seqs = int(args["live"][1])
+    out = torch.zeros(seqs, attrs["heads"], attrs["v_head_dim"], dtype=torch.float64)
     for s in range(seqs):
         length = int(args["seq_len"][s])
         first = max(0, length - attrs["window"]) if attrs["window"] else 0
         at = [(int(args["pages"][s, j // 16]), j % 16) for j in range(first, length)]
         for h in range(attrs["heads"]):
             kv = h // (attrs["heads"] // attrs["kv_heads"])
-            k, v = (torch.stack([layer[p, i, kv, t] for p, t in at]) for i in (0, 1))
+            k, v = (torch.stack([layer[p, kv, t] for p, t in at]) for layer in layers)
             q = args["q"][s].double().view(attrs["heads"], -1)[h]
             weight = torch.exp(k @ q * attrs["scale"])
             total = weight.sum()
@@ -132,6 +133,7 @@ def test_refusals_name_the_values() -> None:
         return accepts(replace(call, attrs={**call.attrs, **attrs})) or ""
 
     assert "head_dim 24" in reason(head_dim=24)
+    assert "v_head_dim 32 is not a multiple of 16 in 16..16" in reason(v_head_dim=32)
     assert "page_size 32 is not 16" in reason(page_size=32)
     assert "5 heads" in reason(heads=5)
     assert "mixed" in (accepts(replace(call, kind="mixed")) or "")
@@ -140,15 +142,24 @@ def test_refusals_name_the_values() -> None:
 
 
 def call_of(
-    heads: int, kv_heads: int, dim: int, tokens: int, seqs: int, context: int, **attrs: Any
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    tokens: int,
+    seqs: int,
+    context: int,
+    rest: int = 0,
+    **attrs: Any,
 ) -> CallShape:
-    """An attention call of a bfloat16 model; of latents where kv_heads is 0 (`dim` + 64 wide)."""
+    """An attention call of a bfloat16 model whose keys have `rest` dims more than its values; of
+    latents where kv_heads is 0 (`dim` + 64 wide)."""
     kind = "decode" if tokens == seqs else "mixed"
     stored: dict[str, Any] = {"page_size": 16, "kv_dtype": "bfloat16", "scale": dim**-0.5}
     if kv_heads:
-        op, layer, q, out = "attention", 64 * kv_heads * dim, heads * dim, heads * dim
-        stored |= {"kv_heads": kv_heads, "head_dim": dim, "causal": True, "window": 0}
-        stored |= {"softcap": 0.0, "logn": 0}
+        op, layer = "attention", 32 * kv_heads * (2 * dim + rest)
+        q, out = heads * (dim + rest), heads * dim
+        stored |= {"kv_heads": kv_heads, "head_dim": dim + rest, "v_head_dim": dim}
+        stored |= {"causal": True, "window": 0, "softcap": 0.0, "logn": 0}
     else:
         op, layer, q, out = "mla_attention", 32 * (dim + 64), heads * (dim + 64), heads * dim
         stored |= {"latent": dim, "rotary": 64}
@@ -186,6 +197,9 @@ def test_binaries_at_released_shapes(tmp_path: Path) -> None:
         calls.append(call_of(heads, kv_heads, dim, 64, 64, 131072))
     for heads, kv_heads, dim in ((8, 4, 256), (71, 1, 64), (32, 32, 96), (128, 0, 512)):
         calls += [call_of(heads, kv_heads, dim, n, 64, 8192) for n in (64, 512)]
+    for heads, dim, rest in ((16, 128, 64), (40, 64, 32)):  # DeepSeek-V2-Lite, MiniCPM3, plain
+        calls += [call_of(heads, heads, dim, n, n, 8192, rest) for n in (1, 8, 64, 256)]
+        calls += [call_of(heads, heads, dim, n, 64, 8192, rest) for n in (512, 4096)]
     calls.append(call_of(16, 8, 256, 512, 64, 8192, window=4096, softcap=50.0))
     calls.append(call_of(12, 12, 64, 4096, 32, 512, causal=False))
     check_binaries(calls, tmp_path)

@@ -36,17 +36,28 @@ NEW = 4
 FAST = ("qwen3",)
 QUANTIZED = ("none", "fp8", "int8", "int4")
 # Each brings parts that no other has: windows and soft-caps, alibi, parallel layers with LayerNorm,
-# plain products with biases, rope by length, experts, sinks, latent attention.
-SLOW = ("gemma2", "baichuan", "cohere", "phi", "qwen", "mixtral", "gpt_oss", "deepseek_v3")
+# plain products with biases, rope by length, experts, sinks, latent attention (in both forms).
+SLOW = (
+    "gemma2",
+    "baichuan",
+    "cohere",
+    "phi",
+    "qwen",
+    "mixtral",
+    "gpt_oss",
+    "deepseek_v3",
+    "minicpm3",
+)
 # HEADSTART_ALL_FAMILIES=1: every family's last toy, a quarter of an hour.
 EVERY = tuple(toy_models.RECIPES) if os.environ.get("HEADSTART_ALL_FAMILIES") else (*FAST, *SLOW)
 CASES = [
     pytest.param(
-        toy_models.RECIPES[family][-1],
-        id=family,
+        recipe,
+        id=f"{family}-{recipe.label}",
         marks=[] if family in FAST else [pytest.mark.slow],
     )
     for family in EVERY
+    for recipe in toy_models.RECIPES[family][-1].forms()
 ]
 
 
@@ -69,7 +80,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("toy")
     toy_models.save(request.param, folder / "source")
     cpu, cuda = (
-        compiled(folder / "source", folder / target, target, "float32")
+        compiled(folder / "source", folder / target, target, "float32", *request.param.options)
         for target in ("cpu", "h200")
     )
     return Pair(cpu, cuda, design(*inputs(cuda.manifest)))

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import pytest
 from msgspec import structs
-from toy_specs import FAMILIES, toy, toy_config
+from toy_specs import FAMILIES, SHAPES, toy, toy_config
 
 from compiler.design import draft, nodes_of
 from compiler.families.spec import ModelSpec
-from compiler.families.table import named_shapes, read_shape
+from compiler.families.table import read_shape
 from compiler.lower import Node
 from compiler.quantize.scheme import SCHEMES
 from conf.schema import CompileConfig
@@ -46,10 +46,10 @@ def test_every_toy_program(family: str, scheme: str) -> None:
     lowered(spec, cuda_config(spec, scheme), (DECODE, MIXED))
 
 
-@pytest.mark.parametrize("name", named_shapes())
-def test_every_named_shape(name: str) -> None:
+@pytest.mark.parametrize(("name", "mla"), SHAPES)
+def test_every_named_shape(name: str, mla: str) -> None:
     """One layer of every kind, at the sizes of the real model."""
-    _, spec = read_shape(name)
+    _, spec = read_shape(name, mla)
     spec = structs.replace(spec, layers=tuple(dict.fromkeys(spec.layers)))
     for scheme in CHOICES:
         config = cuda_config(spec, scheme)

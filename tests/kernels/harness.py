@@ -81,14 +81,12 @@ def make_case(op: Op, sample: Sample, fmt: str = "") -> Case:
         if value is None:
             continue
         if isinstance(value, KvState):
-            layer = value.layer(attrs)
-            bits = layer_bits(layer)
             pool = np.full((value.pages, attrs["page_bytes"]), 0xFF, np.uint8)
             place = np.s_[:, attrs["layer_offset"] : attrs["layer_offset"] + layer_bytes(attrs)]
             if "latent" in attrs:  # stored as it is
-                pool[place] = bits.view(np.uint8).reshape(value.pages, -1)
+                pool[place] = layer_bits(value.layer(attrs)).view(np.uint8).reshape(value.pages, -1)
             else:
-                pool[place] = pack_kv(bits)
+                pool[place] = pack_kv(*(layer_bits(part) for part in value.keys_and_values(attrs)))
             arrays[arg.name] = pool
         elif arg.role == "weight" and len(arg.dims) > 1:
             packed, args[arg.name] = _stored(value, fmt, gated)
@@ -168,7 +166,8 @@ def _check_kv(case: Case, pool: np.ndarray, after: KvState) -> None:
     if "latent" in attrs:
         got = np.ascontiguousarray(layer).view(dtype).reshape(tuple(want.shape))
     else:
-        got = unpack_kv(layer, attrs["kv_heads"], attrs["page_size"], attrs["head_dim"], dtype)
+        parts = unpack_kv(layer, attrs["kv_heads"], attrs["page_size"], attrs["head_dim"], dtype)
+        got = np.concatenate([part.reshape(len(pool), -1) for part in parts], axis=1)
     if dtype == "uint8" and case.op.name == "kv_write":  # nothing is computed: the very codes
         assert np.array_equal(got, layer_bits(want)), "codes differ"
     signed = got.view(np.int16) if dtype == "uint16" else got

@@ -86,6 +86,7 @@ def test_every_op_has_a_kernel_for_every_sample() -> None:
     [
         ({"head_dim": 24}, "head_dim 24"),
         ({"head_dim": 272}, "head_dim 272"),
+        ({"v_head_dim": 8}, "v_head_dim 8"),
         ({"page_size": 32}, "page_size 32"),
         ({"kv_dtype": "float16"}, "float16"),
         ({"kv_heads": 4}, "6 heads"),
@@ -189,9 +190,9 @@ def test_sample_bits_do_not_depend_on_the_batch(teams: dict[int, Team], label: s
 def dense_attention(case: Case) -> np.ndarray:
     """float64, one query at a time."""
     a, attrs = case.sample.args, case.sample.attrs
-    layer = a["kv"].layer(attrs).double().numpy()
-    group, dim = attrs["heads"] // attrs["kv_heads"], attrs["head_dim"]
-    out = np.zeros(tuple(a["q"].shape))
+    layers = [layer.double().numpy() for layer in a["kv"].keys_and_values(attrs)]
+    group, dim, v_dim = attrs["heads"] // attrs["kv_heads"], attrs["head_dim"], attrs["v_head_dim"]
+    out = np.zeros((len(a["q"]), attrs["heads"] * v_dim))
     for s in range(int(a["live"][1])):
         first, last = a["seq_start"][s : s + 2].tolist()
         for t in range(first, last):
@@ -200,12 +201,13 @@ def dense_attention(case: Case) -> np.ndarray:
             keys = [(int(a["pages"][s, p // 16]), p % 16) for p in range(low, position + 1)]
             for head in range(attrs["heads"]):
                 k, v = (
-                    np.stack([layer[page, i, head // group, o] for page, o in keys]) for i in (0, 1)
+                    np.stack([layer[page, head // group, o] for page, o in keys])
+                    for layer in layers
                 )
                 q = a["q"][t, head * dim : (head + 1) * dim].double().numpy()
                 w = k @ q * attrs["scale"]
                 w = np.exp(w - w.max())
-                out[t, head * dim : (head + 1) * dim] = w @ v / w.sum()
+                out[t, head * v_dim : (head + 1) * v_dim] = w @ v / w.sum()
     return out
 
 
@@ -224,7 +226,8 @@ def test_attention_on_random_shapes(seed: int) -> None:
         ragged,
         heads=kv_heads * int(rng.integers(1, 8)),
         kv_heads=kv_heads,
-        dim=int(rng.integers(1, 9)) * 16,
+        dim=int(rng.integers(1, 13)) * 16,
+        values=int(rng.integers(1, 17)) * 16,
         window=int(rng.choice([0, 0, 1, 130])),
         dtype=str(rng.choice(["float32", "bfloat16"])),
     )

@@ -190,8 +190,9 @@ def turn(x: np.ndarray, angle: np.ndarray, interleaved: bool) -> np.ndarray:
     return out
 
 
+@pytest.mark.parametrize("start", [0, 8])
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_rope_is_a_complex_rotation(interleaved: bool) -> None:
+def test_rope_is_a_complex_rotation(interleaved: bool, start: int) -> None:
     heads, dim, rotary = 3, 32, 24
     positions = torch.tensor([0, 5, 300], dtype=torch.int32)
     freq = 10000.0 ** (-torch.arange(0, rotary, 2) / rotary)
@@ -199,18 +200,19 @@ def test_rope_is_a_complex_rotation(interleaved: bool) -> None:
     args = {"live": live, "positions": positions, "inv_freq": freq}
     table = rope.rope_table_reference(args, {"scale": 1.0, "variants": 1})["out"]
     x = torch.randn(3, heads * dim, generator=torch.Generator().manual_seed(0))
-    attrs = {"heads": heads, "head_dim": dim, "interleaved": interleaved}
+    attrs = {"heads": heads, "head_dim": dim, "start": start, "interleaved": interleaved}
     got = rope.rope_reference({"live": live, "x": x, "table": table}, attrs)["out"]
     angle = positions.double().numpy()[:, None, None] * freq.double().numpy()
-    want = turn(x.double().numpy().reshape(3, heads, dim), angle, interleaved).reshape(3, -1)
-    np.testing.assert_allclose(got.numpy(), want, atol=5e-5)
+    want = x.double().numpy().reshape(3, heads, dim)
+    want[..., start:] = turn(want[..., start:], angle, interleaved)
+    np.testing.assert_allclose(got.numpy(), want.reshape(3, -1), atol=5e-5)
 
 
 def by_definition(
     s: Sample, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:
     """One query and head at a time, from the formulas of the op's docstring; q [H, T, E]."""
-    out = torch.zeros_like(q)
+    out = torch.zeros(*q.shape[:2], v.shape[2], dtype=q.dtype)
     length = k.shape[1]
     sinks, slopes = s.args.get("sinks"), s.args.get("alibi")
     for head in range(q.shape[0]):
@@ -233,13 +235,13 @@ def by_definition(
 @pytest.mark.parametrize("s", attention.ATTENTION.samples(), ids=lambda s: s.label)
 def test_attention_is_dense_attention_per_sequence(s: Sample) -> None:
     out, _ = run(attention.ATTENTION, s)
-    layer = s.args["kv"].layer(s.attrs).double()
+    layers = [layer.double() for layer in s.args["kv"].keys_and_values(s.attrs)]
     heads, kv_heads, dim = s.attrs["heads"], s.attrs["kv_heads"], s.attrs["head_dim"]
     for i in range(int(s.args["live"][1])):
         first, last = s.args["seq_start"][i : i + 2].tolist()
         length = int(s.args["seq_len"][i])
         where = [(int(s.args["pages"][i, p // 16]), p % 16) for p in range(length)]
-        k, v = (torch.stack([layer[page, j, :, o] for page, o in where], 1) for j in (0, 1))
+        k, v = (torch.stack([layer[page, :, o] for page, o in where], 1) for layer in layers)
         q = s.args["q"][first:last].double().view(-1, heads, dim).transpose(0, 1)
         mask = torch.zeros(last - first, length, dtype=torch.bool)
         for row in range(last - first):
@@ -257,7 +259,7 @@ def test_rope_kv_stores_normed_turned_keys_and_plain_values() -> None:
     s = pick(rope.ROPE_KV, "norms")
     _, args = run(rope.ROPE_KV, s)
     heads, kv_heads, dim = 2, 2, 48
-    layer = args["kv"].layer(s.attrs)
+    keys, values = args["kv"].keys_and_values(s.attrs)
     for t in range(int(s.args["live"][0])):
         row = s.args["qkv"][t].double().numpy().reshape(heads + 2 * kv_heads, dim)
         k = row[heads : heads + kv_heads]
@@ -268,9 +270,9 @@ def test_rope_kv_stores_normed_turned_keys_and_plain_values() -> None:
             (k[:, :half] * cos - k[:, half:] * sin, k[:, half:] * cos + k[:, :half] * sin), axis=1
         )
         page, offset = divmod(int(s.args["kv_slots"][t]), 16)
-        np.testing.assert_allclose(layer[page, 0, :, offset].numpy(), k, atol=2e-5)
+        np.testing.assert_allclose(keys[page, :, offset].numpy(), k, atol=2e-5)
         np.testing.assert_allclose(
-            layer[page, 1, :, offset].numpy(), row[heads + kv_heads :], atol=0, rtol=1e-7
+            values[page, :, offset].numpy(), row[heads + kv_heads :], atol=0, rtol=1e-7
         )
 
 
@@ -278,6 +280,7 @@ def test_kv_state_is_poisoned_until_written() -> None:
     attrs = {
         "kv_heads": 1,
         "head_dim": 16,
+        "v_head_dim": 16,
         "page_size": 16,
         "layer_offset": 0,
         "page_bytes": 0,

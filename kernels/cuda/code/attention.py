@@ -2,8 +2,9 @@
 
 A tile of queries is ROWS rows of one KV head: row r is token r // TILE_HEADS of the tile and head
 r % TILE_HEADS of the group, so the query heads that share keys share their tensor core product. A
-group of more than ROWS heads takes HEAD_TILES tiles. Latent attention is the case of one KV head
-whose values are the first DIM of its DIM + ROPE key columns (VALUES is 0).
+group of more than ROWS heads takes HEAD_TILES tiles. Values have DIM columns, keys DIM + REST: two
+products of widths that are powers of two, where one would be padded. Latent attention is the case
+of one KV head whose values are the first DIM columns of its keys (VALUES is 0).
 
 Scores are kept in units of log2, weights are exp2(score - top). Online softmax: Milakov and
 Gimelshein 2018; split-KV and its merge: Dao et al., Flash-Decoding 2023; flat sharing of a ragged
@@ -72,29 +73,29 @@ def page_of(table_ptr, block, length, KEYS: tl.constexpr):
 
 
 @triton.jit
-def attend(acc, top, total, page, q, q_rope, block, kv_ptr, table_ptr, length, position, unit,
-           slope, DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROPE: tl.constexpr,
-           ROPE_PAD: tl.constexpr,
-           PAGE: tl.constexpr, VALUES: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr,
-           WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+def attend(acc, top, total, page, q, q_rest, block, k_ptr, v_ptr, table_ptr, length, position,
+           unit, slope, DIM: tl.constexpr, DIM_PAD: tl.constexpr, REST: tl.constexpr,
+           REST_PAD: tl.constexpr, PAGE: tl.constexpr, VALUES: tl.constexpr, KEYS: tl.constexpr,
+           CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+           MASKED: tl.constexpr):  # fmt: skip
     """One block of KEYS keys more. `acc` [ROWS, DIM_PAD], `top` and `total` [ROWS]: weighted
-    values, largest score, sum of weights so far. `page` [KEYS]: the block's pages, read an
-    iteration ahead, so that the gather itself can be pipelined. `unit`: score of a unit of q . k,
-    in log2, per row. Beyond the sequence the last key is read again: memory there was never
-    written, and 0 * NaN is NaN."""
+    values, largest score, sum of weights so far. `k_ptr`, `v_ptr`: the head in page 0. `page`
+    [KEYS]: the block's pages, read an iteration ahead, so that the gather itself can be pipelined.
+    `unit`: score of a unit of q . k, in log2, per row. Beyond the sequence the last key is read
+    again: memory there was never written, and 0 * NaN is NaN."""
     key = block * KEYS + tl.arange(0, KEYS)
     dims = tl.arange(0, DIM_PAD)
     slot = tl.arange(0, KEYS) % PAGE_TOKENS
     if MASKED:
         slot = tl.minimum(key, length - 1) % PAGE_TOKENS
     following = page_of(table_ptr, block + 1, length, KEYS)
-    at = page.to(tl.int64) * PAGE + slot * (DIM + ROPE)
-    k = load_rows(kv_ptr, at, dims, DIM, DIM_PAD).to(q.dtype)
+    at = page.to(tl.int64) * PAGE + slot * (DIM + REST)
+    k = load_rows(k_ptr, at, dims, DIM, DIM_PAD).to(q.dtype)
     score = tl.dot(q, tl.trans(k), input_precision="tf32x3")
-    if ROPE:
-        ropes = tl.arange(0, ROPE_PAD)
-        k_rope = load_rows(kv_ptr + DIM, at, ropes, ROPE, ROPE_PAD).to(q.dtype)
-        score = tl.dot(q_rope, tl.trans(k_rope), score, input_precision="tf32x3")
+    if REST:
+        rests = tl.arange(0, REST_PAD)
+        k_rest = load_rows(k_ptr + DIM, at, rests, REST, REST_PAD).to(q.dtype)
+        score = tl.dot(q_rest, tl.trans(k_rest), score, input_precision="tf32x3")
     if SOFTCAP > 0:
         # cap * tanh(x / cap), tanh(x) = 1 - 2 / (e^2x + 1)
         x = score * (unit * (2.0 / SOFTCAP))[:, None]
@@ -120,7 +121,9 @@ def attend(acc, top, total, page, q, q_rope, block, kv_ptr, table_ptr, length, p
     fade = tl.exp2(top - best)
     total = total * fade + tl.sum(weight, 1)
     if VALUES:
-        v = load_rows(kv_ptr + VALUES, at, dims, DIM, DIM_PAD).to(q.dtype)
+        if REST:
+            at = page.to(tl.int64) * PAGE + slot * DIM
+        v = load_rows(v_ptr, at, dims, DIM, DIM_PAD).to(q.dtype)
     else:
         v = k
     acc = tl.dot(weight.to(q.dtype), v, acc * fade[:, None], input_precision="tf32x3")
@@ -158,8 +161,8 @@ def split_kernel(live_ptr, q_ptr, kv_ptr, seq_start_ptr, seq_len_ptr, pages_ptr,
                  SEQS_PAD: tl.constexpr, COLUMNS: tl.constexpr,
                  HEADS: tl.constexpr, KV_HEADS: tl.constexpr, TILE_HEADS: tl.constexpr,
                  HEAD_TILES: tl.constexpr, TOKENS: tl.constexpr,
-                 DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROPE: tl.constexpr,
-                 ROPE_PAD: tl.constexpr, PAGE: tl.constexpr, VALUES: tl.constexpr,
+                 DIM: tl.constexpr, DIM_PAD: tl.constexpr, REST: tl.constexpr,
+                 REST_PAD: tl.constexpr, PAGE: tl.constexpr, VALUES: tl.constexpr,
                  SCALE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
                  LOGN: tl.constexpr, DECODE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
                  PART_ROWS: tl.constexpr, PROGRAMS: tl.constexpr,
@@ -242,13 +245,13 @@ def split_kernel(live_ptr, q_ptr, kv_ptr, seq_start_ptr, seq_len_ptr, pages_ptr,
         position = length - count + token
         q = load_queries(
             q_ptr, kv_ptr, start + token, head, valid, dims, 0, DIM,
-            HEADS * (DIM + ROPE), DIM + ROPE,
+            HEADS * (DIM + REST), DIM + REST,
         )  # fmt: skip
-        q_rope = None
-        if ROPE:
-            q_rope = load_queries(
-                q_ptr, kv_ptr, start + token, head, valid, tl.arange(0, ROPE_PAD), DIM, ROPE,
-                HEADS * (DIM + ROPE), DIM + ROPE,
+        q_rest = None
+        if REST:
+            q_rest = load_queries(
+                q_ptr, kv_ptr, start + token, head, valid, tl.arange(0, REST_PAD), DIM, REST,
+                HEADS * (DIM + REST), DIM + REST,
             )  # fmt: skip
         slope = None
         if alibi_ptr is not None:
@@ -257,14 +260,17 @@ def split_kernel(live_ptr, q_ptr, kv_ptr, seq_start_ptr, seq_len_ptr, pages_ptr,
         acc = tl.zeros((ROWS, DIM_PAD), tl.float32)
         top = tl.full((ROWS,), LOWEST, tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
-        heads_ptr = kv_ptr + tile // HEAD_TILES * (PAGE_TOKENS * DIM)
+        k_ptr = kv_ptr + tile // HEAD_TILES * (PAGE_TOKENS * (DIM + REST))
+        v_ptr = k_ptr + VALUES
+        if REST:
+            v_ptr = kv_ptr + VALUES + tile // HEAD_TILES * (PAGE_TOKENS * DIM)
         table_ptr = pages_ptr + seq.to(tl.int64) * COLUMNS
         page = page_of(table_ptr, skipped + first, length, KEYS)
         for block in tl.range(skipped + first, skipped + last):
             acc, top, total, page = attend(
-                acc, top, total, page, q, q_rope, block, heads_ptr, table_ptr, length, position,
-                scale, slope, DIM, DIM_PAD, ROPE, ROPE_PAD, PAGE, VALUES, KEYS, True, WINDOW,
-                SOFTCAP, True,
+                acc, top, total, page, q, q_rest, block, k_ptr, v_ptr, table_ptr, length,
+                position, scale, slope, DIM, DIM_PAD, REST, REST_PAD, PAGE, VALUES, KEYS,
+                True, WINDOW, SOFTCAP, True,
             )  # fmt: skip
 
         if first == 0 and last == blocks:
@@ -345,8 +351,8 @@ def tile_kernel(live_ptr, q_ptr, kv_ptr, seq_start_ptr, seq_len_ptr, pages_ptr, 
                 SEQS_PAD: tl.constexpr, COLUMNS: tl.constexpr,
                 HEADS: tl.constexpr, KV_HEADS: tl.constexpr, TILE_HEADS: tl.constexpr,
                 HEAD_TILES: tl.constexpr, TOKENS: tl.constexpr, SHORTEST: tl.constexpr,
-                DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROPE: tl.constexpr,
-                ROPE_PAD: tl.constexpr, PAGE: tl.constexpr, VALUES: tl.constexpr,
+                DIM: tl.constexpr, DIM_PAD: tl.constexpr, REST: tl.constexpr,
+                REST_PAD: tl.constexpr, PAGE: tl.constexpr, VALUES: tl.constexpr,
                 SCALE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
                 SOFTCAP: tl.constexpr, LOGN: tl.constexpr, ROWS: tl.constexpr,
                 KEYS: tl.constexpr):  # fmt: skip
@@ -385,13 +391,13 @@ def tile_kernel(live_ptr, q_ptr, kv_ptr, seq_start_ptr, seq_len_ptr, pages_ptr, 
         position = oldest + token
         row = start + begin + token
         q = load_queries(
-            q_ptr, kv_ptr, row, head, valid, dims, 0, DIM, HEADS * (DIM + ROPE), DIM + ROPE
+            q_ptr, kv_ptr, row, head, valid, dims, 0, DIM, HEADS * (DIM + REST), DIM + REST
         )
-        q_rope = None
-        if ROPE:
-            q_rope = load_queries(
-                q_ptr, kv_ptr, row, head, valid, tl.arange(0, ROPE_PAD), DIM, ROPE,
-                HEADS * (DIM + ROPE), DIM + ROPE,
+        q_rest = None
+        if REST:
+            q_rest = load_queries(
+                q_ptr, kv_ptr, row, head, valid, tl.arange(0, REST_PAD), DIM, REST,
+                HEADS * (DIM + REST), DIM + REST,
             )  # fmt: skip
         slope = None
         if alibi_ptr is not None:
@@ -400,7 +406,10 @@ def tile_kernel(live_ptr, q_ptr, kv_ptr, seq_start_ptr, seq_len_ptr, pages_ptr, 
         acc = tl.zeros((ROWS, DIM_PAD), tl.float32)
         top = tl.full((ROWS,), LOWEST, tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
-        heads_ptr = kv_ptr + tile // HEAD_TILES * (PAGE_TOKENS * DIM)
+        k_ptr = kv_ptr + tile // HEAD_TILES * (PAGE_TOKENS * (DIM + REST))
+        v_ptr = k_ptr + VALUES
+        if REST:
+            v_ptr = kv_ptr + VALUES + tile // HEAD_TILES * (PAGE_TOKENS * DIM)
         table_ptr = pages_ptr + seq.to(tl.int64) * COLUMNS
 
         if CAUSAL:
@@ -416,22 +425,22 @@ def tile_kernel(live_ptr, q_ptr, kv_ptr, seq_start_ptr, seq_len_ptr, pages_ptr, 
             whole = tl.minimum(tl.cdiv(tl.maximum(newest - WINDOW + 1, 0), KEYS), last)
             for block in tl.range(first, whole):
                 acc, top, total, page = attend(
-                    acc, top, total, page, q, q_rope, block, heads_ptr, table_ptr, length, position,
-                    scale, slope, DIM, DIM_PAD, ROPE, ROPE_PAD, PAGE, VALUES, KEYS, CAUSAL, WINDOW,
-                    SOFTCAP, True,
+                    acc, top, total, page, q, q_rest, block, k_ptr, v_ptr, table_ptr, length,
+                    position, scale, slope, DIM, DIM_PAD, REST, REST_PAD, PAGE, VALUES, KEYS,
+                    CAUSAL, WINDOW, SOFTCAP, True,
                 )  # fmt: skip
             whole_end = tl.maximum(whole, whole_end)
         for block in tl.range(whole, whole_end):
             acc, top, total, page = attend(
-                acc, top, total, page, q, q_rope, block, heads_ptr, table_ptr, length, position,
-                scale, slope, DIM, DIM_PAD, ROPE, ROPE_PAD, PAGE, VALUES, KEYS, CAUSAL, WINDOW,
-                SOFTCAP, False,
+                acc, top, total, page, q, q_rest, block, k_ptr, v_ptr, table_ptr, length,
+                position, scale, slope, DIM, DIM_PAD, REST, REST_PAD, PAGE, VALUES, KEYS,
+                CAUSAL, WINDOW, SOFTCAP, False,
             )  # fmt: skip
         for block in tl.range(whole_end, last):
             acc, top, total, page = attend(
-                acc, top, total, page, q, q_rope, block, heads_ptr, table_ptr, length, position,
-                scale, slope, DIM, DIM_PAD, ROPE, ROPE_PAD, PAGE, VALUES, KEYS, CAUSAL, WINDOW,
-                SOFTCAP, True,
+                acc, top, total, page, q, q_rest, block, k_ptr, v_ptr, table_ptr, length,
+                position, scale, slope, DIM, DIM_PAD, REST, REST_PAD, PAGE, VALUES, KEYS,
+                CAUSAL, WINDOW, SOFTCAP, True,
             )  # fmt: skip
         # Read again, so that no addresses are held in registers over the loops.
         row = tl.load(seq_start_ptr + seq) + begin + token

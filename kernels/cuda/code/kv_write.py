@@ -1,6 +1,7 @@
 """Keys and values into pages, alone or with all that stands between the projection and the cache.
 
-A page of a layer is [2, KV heads, PAGE tokens, DIM]; latent attention's is [PAGE, LATENT + ROTARY].
+A page of a layer is keys [KV heads, PAGE tokens, DIM], then values likewise; latent attention's is
+[PAGE, LATENT + ROTARY].
 `kv_ptr` points at the layer in page 0, STRIDE is elements from page to page. Elements of a page are
 written once and read by later launches only.
 """
@@ -20,30 +21,52 @@ def kv_write_kernel(
     live_ptr,
     k_ptr,
     v_ptr,
+    shared_ptr,
     slots_ptr,
     kv_ptr,
     KV_HEADS: tl.constexpr,
-    DIM: tl.constexpr,
+    OWN: tl.constexpr,
+    SHARED: tl.constexpr,
+    V_DIM: tl.constexpr,
     PAGE: tl.constexpr,
     STRIDE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    SHARED_BLOCK: tl.constexpr,
 ):
-    """A unit is one KV head of one token."""
+    """A unit is one KV head of one token. Its key is OWN dims, then SHARED ones that are the same
+    in every head. v_ptr None: the values of all heads stand behind their keys."""
+    DIM: tl.constexpr = OWN + SHARED
+    BEHIND: tl.constexpr = v_ptr is None
+    K_ROW: tl.constexpr = KV_HEADS * (OWN + V_DIM if BEHIND else OWN)
+    V_ROW: tl.constexpr = K_ROW if BEHIND else KV_HEADS * V_DIM
+    values_ptr = v_ptr
+    if BEHIND:
+        values_ptr = k_ptr + KV_HEADS * OWN
     pdl.wait()
     units = tl.load(live_ptr) * KV_HEADS
     if tl.program_id(0) * ROWS < units:
         unit = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
         column = tl.arange(0, BLOCK)[None, :]
-        mask = (unit < units) & (column < DIM)
-        slot = tl.load(slots_ptr + unit // KV_HEADS, unit < units, 0)
-        to = (slot // PAGE).to(tl.int64) * STRIDE
-        to += (unit % KV_HEADS * PAGE + slot % PAGE) * DIM + column
-        at = unit.to(tl.int64) * DIM + column
-        k = tl.load(k_ptr + at, mask, 0.0).to(tl.float32)
-        v = tl.load(v_ptr + at, mask, 0.0).to(tl.float32)
-        tl.store(kv_ptr + to, narrowed(k, kv_ptr), mask)
-        tl.store(kv_ptr + to + KV_HEADS * PAGE * DIM, narrowed(v, kv_ptr), mask)
+        exists = unit < units
+        head = unit % KV_HEADS
+        token = (unit // KV_HEADS).to(tl.int64)
+        slot = tl.load(slots_ptr + token, exists, 0)
+        page = (slot // PAGE).to(tl.int64) * STRIDE
+        row = head * PAGE + slot % PAGE
+        mask = exists & (column < OWN)
+        k = tl.load(k_ptr + token * K_ROW + head * OWN + column, mask, 0.0).to(tl.float32)
+        tl.store(kv_ptr + page + row * DIM + column, narrowed(k, kv_ptr), mask)
+        if SHARED:
+            last = tl.arange(0, SHARED_BLOCK)[None, :]
+            mask = exists & (last < SHARED)
+            k = tl.load(shared_ptr + token * SHARED + last, mask, 0.0).to(tl.float32)
+            tl.store(kv_ptr + page + row * DIM + OWN + last, narrowed(k, kv_ptr), mask)
+        mask = exists & (column < V_DIM)
+        at = token * V_ROW + head * V_DIM + column
+        v = tl.load(values_ptr + at, mask, 0.0).to(tl.float32)
+        to = KV_HEADS * PAGE * DIM + row * V_DIM + column
+        tl.store(kv_ptr + page + to, narrowed(v, kv_ptr), mask)
     pdl.release()
 
 

@@ -108,12 +108,13 @@ def rope_kernel(
     INTERLEAVED: tl.constexpr,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
+    START: tl.constexpr,
     ROTARY: tl.constexpr,
     ROWS: tl.constexpr,
     PAIRS: tl.constexpr,
     REST: tl.constexpr,
 ):
-    """A unit is one head of one token."""
+    """A unit is one head of one token; ROTARY dims from START on are rotated."""
     pdl.wait()
     units = tl.load(live_ptr) * HEADS
     if tl.program_id(0) * ROWS < units:
@@ -122,11 +123,12 @@ def rope_kernel(
         at = unit.to(tl.int64) * DIM
         pair = tl.arange(0, PAIRS)[None, :]
         mask = (unit < units) & (pair < HALF)
-        a, b = load_pairs(x_ptr, at, pair, mask, HALF, INTERLEAVED)
+        a, b = load_pairs(x_ptr, at + START, pair, mask, HALF, INTERLEAVED)
         a, b = rotate(table_ptr, unit // HEADS, pair, mask, a, b, HALF)
-        store_pairs(out_ptr, at, pair, mask, a, b, HALF, INTERLEAVED)
+        store_pairs(out_ptr, at + START, pair, mask, a, b, HALF, INTERLEAVED)
         if ROTARY < DIM:
-            column = ROTARY + tl.arange(0, REST)[None, :]
+            rest = tl.arange(0, REST)[None, :]
+            column = tl.where(rest < START, rest, ROTARY + rest)
             mask = (unit < units) & (column < DIM)
             x = tl.load(x_ptr + at + column, mask, 0.0)
             tl.store(out_ptr + at + column, x.to(out_ptr.dtype.element_ty), mask)
