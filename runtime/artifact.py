@@ -184,8 +184,7 @@ class Artifact:
 
     def library(self, name: str) -> int:
         """A descriptor to dlopen as /proc/self/fd/<n>: an anonymous, sealed copy of the checked
-        bytes, so nothing can be swapped between check and use. The caller closes it after
-        dlopen."""
+        bytes, so nothing can be swapped between check and use. It is the caller's to close."""
         entry = self._files.get(name)
         if entry is None or entry.role != "binary":
             raise damaged(

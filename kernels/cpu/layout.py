@@ -13,7 +13,8 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-TILE = 16  # outputs per tile
+TILE = 32  # outputs per tile; of a gated weight one half each of gate and up
+ROW_BLOCK = 16  # prepared rows come in blocks of so many (an AMX tile)
 BF16_STEP = 32  # K of a bf16 tile row block is padded to this (one AMX step)
 GROUPS = (32, 64, 128)
 # enum Format in linear.h
@@ -55,8 +56,9 @@ def misfit(name: str, kind: str, k: int) -> str | None:
 def _padded_rows(n: int, gated: bool) -> int:
     if gated and n % 2:
         raise ValueError(f"a gated weight holds gate and up rows: N={n} is odd, pass cat(gate, up)")
-    half = -(-(n // 2) // TILE) * TILE
-    return 2 * half if gated else -(-n // TILE) * TILE
+    per_tile = TILE // 2 if gated else TILE
+    outputs = n // 2 if gated else n
+    return -(-outputs // per_tile) * TILE
 
 
 def fields(
@@ -90,14 +92,14 @@ def stack_fields(
 
 
 def _arrange(rows: Array, gated: bool) -> Array:
-    """[N,K] -> [tiles, 16, K]: pad the outputs with zeros, interleave the tiles of gate and up."""
+    """[N,K] -> [tiles, 32, K]: pad the outputs with zeros, put gate and up side by side."""
     n, k = rows.shape
     padded = _padded_rows(n, gated)
     parts = np.split(rows, 2) if gated else [rows]
     out = np.zeros((len(parts), padded // len(parts), k), rows.dtype)
     for i, part in enumerate(parts):
         out[i, : len(part)] = part
-    return out.reshape(len(parts), -1, TILE, k).swapaxes(0, 1).reshape(-1, TILE, k)
+    return out.reshape(len(parts), -1, TILE // len(parts), k).swapaxes(0, 1).reshape(-1, TILE, k)
 
 
 def pack_linear(

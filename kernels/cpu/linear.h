@@ -1,19 +1,21 @@
 // Packed weights of the linear kernels: what kernels/cpu/layout.py writes and every micro-kernel reads.
 //
-// W[N,K] is cut in tiles of 16 outputs, each contiguous along K; N is padded with zero rows to a whole tile.
-//   float32   data f32 [N/16][K][16]
-//   bfloat16  data u16 [N/16][Kp/2][16][2]            Kp = K rounded up to 32 (zeros)
-//   int8gG    data u8  [N/16][K/4][16][4] (q + 128)    scale fp16 [N/16][K/G][16]
-//   int4gG    data u8  [N/16][K/8][16][4]              byte j holds k = 8i+j in the low and k = 8i+4+j in the high nibble
+// W[N,K] is cut in tiles of 32 outputs, each contiguous along K; N is padded with zero rows to a whole tile. So a thread reads one
+// stream of memory (two side by side cost a tenth of the bandwidth) and has two sums of 16 lanes to add to in turn.
+//   float32   data f32 [N/32][K][32]
+//   bfloat16  data u16 [N/32][Kp/2][32][2]            Kp = K rounded up to 32 (zeros)
+//   int8gG    data u8  [N/32][K/4][32][4] (q + 128)    scale fp16 [N/32][K/G][32]
+//   int4gG    data u8  [N/32][K/8][32][4]              byte j holds k = 8i+j in the low and k = 8i+4+j in the high nibble
 //             (q + 8)                                  scale as int8
-// Swiglu weights interleave gate and up by tiles: tile 2i holds gate rows 16i.., tile 2i+1 the up rows.
+// A tile of a gated weight holds 16 gate rows and the 16 up rows of the same outputs.
 #pragma once
 #include "vec.h"
 
 namespace hs {
 
 enum Format { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
-constexpr int TILE = 16;
+constexpr int TILE = 32, HALF = 16;
+constexpr int64_t LINE = 64;  // bytes of HALF outputs at one step along K; a tile has two such lines per step
 
 struct Weight {
     int format;
@@ -25,12 +27,13 @@ struct Weight {
     int64_t padded_k() const { return format == BF16 ? (k + 31) / 32 * 32 : k; }
     int64_t tile_bytes() const {
         switch (format) {
-            case F32: return k * 64;
-            case BF16: return padded_k() * 32;
-            case INT8: return k * 16;
-            default: return k * 8;
+            case F32: return k * 128;
+            case BF16: return padded_k() * 64;
+            case INT8: return k * 32;
+            default: return k * 16;
         }
     }
+    int64_t steps() const { return tile_bytes() / (2 * LINE); }
     const uint8_t* tile(int64_t t) const { return (const uint8_t*)data + t * tile_bytes(); }
     const uint16_t* tile_scale(int64_t t) const { return scale + t * (k / group) * TILE; }
 };
@@ -44,16 +47,16 @@ static inline void unpack_row(const Weight& w, int64_t row, float* out) {
         for (int64_t k = 0; k < w.k; k++) out[k] = p[k * TILE];
     } else if (w.format == BF16) {
         const uint16_t* p = (const uint16_t*)data + lane * 2;
-        for (int64_t k = 0; k < w.k; k++) out[k] = bf16_to_float(p[k / 2 * 32 + k % 2]);
+        for (int64_t k = 0; k < w.k; k++) out[k] = bf16_to_float(p[k / 2 * 2 * TILE + k % 2]);
     } else {
         const uint16_t* scale = w.tile_scale(row / TILE) + lane;
         for (int64_t g = 0; g < w.k / w.group; g++) {
             float s = fp16_to_float(scale[g * TILE]);
             for (int64_t k = g * w.group; k < (g + 1) * w.group; k++) {
                 if (w.format == INT8) {
-                    out[k] = s * (float)(data[k / 4 * 64 + lane * 4 + k % 4] - 128);
+                    out[k] = s * (float)(data[k / 4 * 4 * TILE + lane * 4 + k % 4] - 128);
                 } else {
-                    int byte = data[k / 8 * 64 + lane * 4 + k % 4];
+                    int byte = data[k / 8 * 4 * TILE + lane * 4 + k % 4];
                     out[k] = s * (float)((k % 8 < 4 ? byte & 15 : byte >> 4) - 8);
                 }
             }

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kernels.cpu.activations import ACTIVATION_CODES, GATED
-from kernels.cpu.layout import BF16_STEP, TILE, misfit, parse_format
+from kernels.cpu.layout import BF16_STEP, ROW_BLOCK, misfit, parse_format
 from kernels.kernel import CallShape, Kernel, register
 
 _PARAMS = (
@@ -90,7 +90,7 @@ def prepared_bytes(format: str, k: int) -> int:
 
 def _workspace(call: CallShape) -> int:
     """Prepared rows."""
-    rows = _up(call.shapes["out"][0], TILE)
+    rows = _up(call.shapes["out"][0], ROW_BLOCK)
     return rows * prepared_bytes(call.formats.get("w", "float32"), call.shapes["w"][1])
 
 

@@ -1,7 +1,7 @@
 // AMX: bf16 weights at every number of rows (activations are rounded to bf16, one path, so one result), and int8/int4 weights
 // at more than a few rows (exact int32 dots, the same float steps as linear_int.h).
 //
-// A packed weight tile of 32 k (bf16 pairs) or 64 k (int8 quads) is an AMX operand as it lies in memory.
+// Half a packed weight tile, 32 k of it (bf16 pairs), is an AMX operand as it lies in memory, its rows two lines apart.
 #pragma once
 #include "linear_int.h"
 
@@ -11,7 +11,8 @@
 
 namespace hs {
 
-constexpr int64_t AMX_AHEAD = 4096;  // prefetch distance in each tile's stream, bytes
+constexpr int64_t AMX_AHEAD = 8192;  // prefetch distance, bytes
+constexpr int64_t AMX_STEP = 16 * 2 * LINE;  // bytes of a bf16 tile at 32 k
 
 // The kernel grants tile registers per process on request; threads started later and running ones are all covered.
 static inline bool amx_permitted() {
@@ -83,13 +84,13 @@ struct Later {
 };
 
 template <int BLOCKS>
-HS_INLINE void bf16_begin(bool first, float (*acc)[32]) {
+HS_INLINE void bf16_begin(bool first, float (*acc)[TILE]) {
     if (first) {
         _tile_zero(0);
         _tile_zero(1);
     } else {
         _tile_loadd(0, acc, 128);
-        _tile_loadd(1, &acc[0][16], 128);
+        _tile_loadd(1, &acc[0][HALF], 128);
     }
     if (BLOCKS == 1) return;
     if (first) {
@@ -97,15 +98,15 @@ HS_INLINE void bf16_begin(bool first, float (*acc)[32]) {
         _tile_zero(3);
     } else {
         _tile_loadd(2, acc[16], 128);
-        _tile_loadd(3, &acc[16][16], 128);
+        _tile_loadd(3, &acc[16][HALF], 128);
     }
 }
 
 template <int BLOCKS>
-HS_INLINE void bf16_step(const uint16_t* a, int64_t block, const uint8_t* w0, const uint8_t* w1) {
+HS_INLINE void bf16_step(const uint16_t* a, int64_t block, const uint8_t* w) {
     _tile_loadd(4, a, 64);
-    _tile_loadd(6, w0, 64);
-    _tile_loadd(7, w1, 64);
+    _tile_loadd(6, w, 2 * LINE);
+    _tile_loadd(7, w + LINE, 2 * LINE);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
     if (BLOCKS == 2) {
@@ -116,72 +117,70 @@ HS_INLINE void bf16_step(const uint16_t* a, int64_t block, const uint8_t* w0, co
 }
 
 template <int BLOCKS>
-HS_INLINE void bf16_end(float (*acc)[32]) {
+HS_INLINE void bf16_end(float (*acc)[TILE]) {
     _tile_stored(0, acc, 128);
-    _tile_stored(1, &acc[0][16], 128);
+    _tile_stored(1, &acc[0][HALF], 128);
     if (BLOCKS == 2) {
         _tile_stored(2, acc[16], 128);
-        _tile_stored(3, &acc[16][16], 128);
+        _tile_stored(3, &acc[16][HALF], 128);
     }
     fence();
 }
 
 // A few rows: bound by the weight stream, fetched a fixed distance ahead.
-static void bf16_stream(const uint16_t* a, const Streams& s, int64_t steps, float (*acc)[32]) {
+static void bf16_stream(const uint16_t* a, const Stream& s, int64_t steps, float (*acc)[TILE]) {
     bf16_begin<1>(true, acc);
-    const int64_t near = steps > AMX_AHEAD / 1024 ? steps - AMX_AHEAD / 1024 : 0;
-    auto run = [&](int64_t begin, int64_t end, const uint8_t* const* ahead, int64_t shift) __attribute__((always_inline)) {
+    const int64_t near = steps > AMX_AHEAD / AMX_STEP ? steps - AMX_AHEAD / AMX_STEP : 0;
+    auto run = [&](int64_t begin, int64_t end, const uint8_t* ahead) __attribute__((always_inline)) {
         for (int64_t i = begin; i < end; i++) {
-            for (int t = 0; t < 2; t++)
-                HS_UNROLL for (int l = 0; l < 16; l++) prefetch(ahead[t] + i * 1024 + shift + l * 64);
-            bf16_step<1>(a + i * 512, 0, s.tile[0] + i * 1024, s.tile[1] + i * 1024);
+            HS_UNROLL for (int l = 0; l < 32; l++) prefetch(ahead + i * AMX_STEP + l * LINE);
+            bf16_step<1>(a + i * 512, 0, s.tile + i * AMX_STEP);
         }
     };
-    run(0, near, s.tile, AMX_AHEAD);
-    run(near, steps, s.next, -near * 1024);
+    run(0, near, s.tile + AMX_AHEAD);
+    run(near, steps, s.next - near * AMX_STEP);
     bf16_end<1>(acc);
 }
 
-// acc += one or two blocks of 16 rows (of many, `apart` elements from one to the next) times `steps` steps of two tiles.
+// acc += one or two blocks of 16 rows (of many, `apart` elements from one to the next) times `steps` steps of a tile.
 template <int BLOCKS>
-static void bf16_block(const uint16_t* a, int64_t apart, const uint8_t* w0, const uint8_t* w1, int64_t steps, bool first,
-                       const Later& later, float (*acc)[32]) {
+static void bf16_block(const uint16_t* a, int64_t apart, const uint8_t* w, int64_t steps, bool first, const Later& later,
+                       float (*acc)[TILE]) {
     bf16_begin<BLOCKS>(first, acc);
     for (int64_t i = 0; i < steps; i++) {
         later.fetch(i, steps);
-        bf16_step<BLOCKS>(a + i * 512, apart, w0 + i * 1024, w1 + i * 1024);
+        bf16_step<BLOCKS>(a + i * 512, apart, w + i * AMX_STEP);
     }
     bf16_end<BLOCKS>(acc);
 }
 
 static void bf16_many(const Linear& c, Range range, const uint16_t* a) {
-    constexpr int64_t STEPS = 6;  // of two tiles, a piece (12 KB) that stay in the first-level cache for all rows
+    constexpr int64_t STEPS = 6;  // of a tile, a piece (12 KB) that stay in the first-level cache for all rows
     const int64_t kp = c.w.padded_k(), steps = kp / 32, pieces = (steps + STEPS - 1) / STEPS;
     const int64_t fitting = (1 << 20) / (kp * 2) / 32 * 32, chunk = fitting < 128 ? 128 : fitting > 1024 ? 1024 : fitting;
-    float(*sums)[32] = (float(*)[32])scratch(chunk * 128);
+    float(*sums)[TILE] = (float(*)[TILE])scratch(chunk * TILE * 4);
     for (int64_t r0 = 0; r0 < c.t; r0 += chunk) {
         const int64_t stop = r0 + chunk < c.t ? r0 + chunk : c.t, blocks = (stop - r0 + 31) / 32;
-        for (int64_t tile = range.begin; tile < range.end; tile += 2) {
-            const Streams s = streams(c, tile, range.end);
+        for (int64_t tile = range.begin; tile < range.end; tile++) {
+            const Stream s = stream(c, tile, range.end);
             Later later;
             later.lines = (32 + blocks - 1) / blocks;
-            later.weights = s.next[0];
+            later.weights = s.next;
             later.stride = c.out_stride;
             for (int64_t i = 0; i < pieces; i++) {
                 const int64_t at = i * STEPS, count = steps - at < STEPS ? steps - at : STEPS;
-                const uint8_t *w0 = s.tile[0] + at * 1024, *w1 = s.tile[1] + at * 1024;
+                const uint8_t* w = s.tile + at * AMX_STEP;
                 for (int64_t r = r0; r < stop; r += 32) {
                     const uint16_t* x = a + r / 16 * steps * 512 + at * 512;
-                    float(*acc)[32] = sums + (r - r0);
-                    if (i + 1 == pieces && !c.places) later.out = c.out + r * c.out_stride + tile * TILE / c.unit();
+                    float(*acc)[TILE] = sums + (r - r0);
+                    if (i + 1 == pieces && !c.places) later.out = c.out + r * c.out_stride + tile * c.tile_columns();
                     if (stop - r > 16)
-                        bf16_block<2>(x, steps * 512, w0, w1, count, i == 0, later, acc);
+                        bf16_block<2>(x, steps * 512, w, count, i == 0, later, acc);
                     else
-                        bf16_block<1>(x, steps * 512, w0, w1, count, i == 0, later, acc);
+                        bf16_block<1>(x, steps * 512, w, count, i == 0, later, acc);
                     later.weights += count * later.lines * 64;
                     if (i + 1 == pieces)
-                        for (int64_t j = 0; j < 32 && r + j < stop; j++)
-                            finish(c, r + j, tile, tile + 1 < range.end ? 2 : 1, acc[j]);
+                        for (int64_t j = 0; j < 32 && r + j < stop; j++) finish(c, r + j, tile, acc[j]);
                 }
             }
         }
@@ -189,10 +188,10 @@ static void bf16_many(const Linear& c, Range range, const uint16_t* a) {
 }
 
 static void bf16_few(const Linear& c, Range range, const uint16_t* a) {
-    alignas(64) float acc[FEW_ROWS][32];
-    for (int64_t tile = range.begin; tile < range.end; tile += 2) {
-        bf16_stream(a, streams(c, tile, range.end), c.w.padded_k() / 32, acc);
-        for (int64_t r = 0; r < c.t; r++) finish(c, r, tile, tile + 1 < range.end ? 2 : 1, acc[r]);
+    alignas(64) float acc[FEW_ROWS][TILE];
+    for (int64_t tile = range.begin; tile < range.end; tile++) {
+        bf16_stream(a, stream(c, tile, range.end), c.w.padded_k() / 32, acc);
+        for (int64_t r = 0; r < c.t; r++) finish(c, r, tile, acc[r]);
     }
 }
 
@@ -209,7 +208,7 @@ static void amx_bf16_product(const hs_ctx* ctx, const Linear& c) {
     uint16_t* a = (uint16_t*)(few ? own : c.work);
     if (few) round_rows(c, 0, c.t, c.t, a, (float*)(own + 16 * kp * 2));
     TileShapes shapes(few ? (int)c.t : 16, 64);
-    Range range = split(c.tiles(), c.unit(), ctx);
+    Range range = split(c.tiles(), ctx);
     if (few)
         bf16_few(c, range, a);
     else
@@ -218,14 +217,14 @@ static void amx_bf16_product(const hs_ctx* ctx, const Linear& c) {
 
 // ---- int8, int4 ----
 
-// A tile as signed bytes [K/4][16][4] and its scales as float [K/G][16].
+// Half a tile as signed bytes [K/4][16][4] and its scales as float [K/G][16].
 template <int FMT>
-static void unpack_tile(const Weight& w, int64_t tile, int8_t* data, float* scale) {
-    const uint8_t* p = w.tile(tile);
+static void unpack_half(const Weight& w, int64_t tile, int half, int8_t* data, float* scale) {
+    const uint8_t* p = w.tile(tile) + half * LINE;
     const __m512i mask = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8), high = _mm512_set1_epi8(-128);
-    for (int64_t i = 0; i < w.tile_bytes(); i += 64) {
-        __m512i v = _mm512_loadu_si512(p + i);
-        prefetch_far(p + i + INT_FAR);
+    for (int64_t i = 0; i < w.tile_bytes() / 2; i += LINE, p += 2 * LINE) {
+        __m512i v = _mm512_loadu_si512(p);
+        prefetch_far(p + INT_FAR);
         if (FMT == INT8) {
             _mm512_store_si512(data + i, _mm512_xor_si512(v, high));
         } else {
@@ -233,15 +232,15 @@ static void unpack_tile(const Weight& w, int64_t tile, int8_t* data, float* scal
             _mm512_store_si512(data + 2 * i + 64, _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(v, 4), mask), eight));
         }
     }
-    const uint16_t* s = w.tile_scale(tile);
-    for (int64_t g = 0; g < w.k / w.group; g++) store(scale + g * 16, fp16_to_float(load<vh>(s + g * 16)));
+    const uint16_t* s = w.tile_scale(tile) + half * HALF;
+    for (int64_t g = 0; g < w.k / w.group; g++) store(scale + g * HALF, fp16_to_float(load<vh>(s + g * TILE)));
 }
 
-// Sixteen rows times one unpacked tile; DEPTH: k per tile operation. Two groups at a time, so that the second one's tile work
+// Sixteen rows times half an unpacked tile; DEPTH: k per tile operation. Two groups at a time, so that the second one's tile work
 // runs while the first one's dots come back through memory.
 template <int DEPTH>
-static void int_tile(const int8_t* a, const float* row_scale, const int8_t* data, const float* scale, int64_t groups,
-                     int64_t per_group, float (*acc)[32]) {
+static void int_half(const int8_t* a, const float* row_scale, const int8_t* data, const float* scale, int64_t groups,
+                     int64_t per_group, float (*acc)[TILE]) {
     alignas(64) int32_t dots[2][16][16];
     fence();  // the tile was unpacked just now
     vf sum[16] = {};
@@ -282,27 +281,26 @@ static void amx_int(const hs_ctx* ctx, const Linear& c, const QuantizedRows& row
     const int64_t k = c.w.k, groups = rows.groups;
     const int depth = c.w.group == 32 ? 32 : 64;
     const int64_t stride = k * 16 + groups * 64;
-    int8_t* data = (int8_t*)scratch(2 * stride);  // two unpacked tiles with their scales
+    int8_t* data = (int8_t*)scratch(2 * stride);  // the unpacked halves of a tile with their scales
     TileShapes shapes(16, depth);
-    Range range = split(c.tiles(), c.unit(), ctx);
+    Range range = split(c.tiles(), ctx);
     const int64_t chunk = round_up((1 << 20) / k, 16);  // rows that stay in the second-level cache
-    alignas(64) float acc[16][32];
+    alignas(64) float acc[16][TILE];
     for (int64_t r0 = 0; r0 < c.t; r0 += chunk)
-        for (int64_t tile = range.begin; tile < range.end; tile += 2) {
-            int tiles = tile + 1 < range.end ? 2 : 1;
-            for (int t = 0; t < tiles; t++)
-                unpack_tile<FMT>(c.w, tile + t, data + t * stride, (float*)(data + t * stride + k * 16));
+        for (int64_t tile = range.begin; tile < range.end; tile++) {
+            for (int t = 0; t < 2; t++)
+                unpack_half<FMT>(c.w, tile, t, data + t * stride, (float*)(data + t * stride + k * 16));
             for (int64_t r = r0; r < c.t && r < r0 + chunk; r += 16) {
-                for (int t = 0; t < tiles; t++) {
+                for (int t = 0; t < 2; t++) {
                     const int8_t* d = data + t * stride;
-                    float(*out)[32] = (float(*)[32])(&acc[0][t * TILE]);
+                    float(*out)[TILE] = (float(*)[TILE])(&acc[0][t * HALF]);
                     if (depth == 32)
-                        int_tile<32>(rows.row(r), rows.scale + rows.group_at(r), d, (const float*)(d + k * 16), groups, 1, out);
+                        int_half<32>(rows.row(r), rows.scale + rows.group_at(r), d, (const float*)(d + k * 16), groups, 1, out);
                     else
-                        int_tile<64>(rows.row(r), rows.scale + rows.group_at(r), d, (const float*)(d + k * 16), groups,
+                        int_half<64>(rows.row(r), rows.scale + rows.group_at(r), d, (const float*)(d + k * 16), groups,
                                      c.w.group / 64, out);
                 }
-                for (int64_t i = 0; i < 16 && r + i < c.t; i++) finish(c, r + i, tile, tiles, acc[i]);
+                for (int64_t i = 0; i < 16 && r + i < c.t; i++) finish(c, r + i, tile, acc[i]);
             }
         }
 }

@@ -31,17 +31,16 @@ struct Linear {
 
     const float* row(int64_t r) const { return x + (rows ? rows[r] / shared : r) * x_stride; }
     float* out_row(int64_t r) const { return out + (places ? places[r] : r) * out_stride; }
-    int64_t unit() const { return gated ? 2 : 1; }  // tiles that one thread must own together
-    int64_t tiles() const { return (n + TILE - 1) / TILE * unit(); }
+    int64_t tile_columns() const { return gated ? HALF : TILE; }  // of out
+    int64_t tiles() const { return (n + tile_columns() - 1) / tile_columns(); }
 };
 
 // Contiguous tile range of a thread: its weight stream is one piece of memory.
 struct Range {
     int64_t begin, end;
 };
-static inline Range split(int64_t count, int64_t unit, const hs_ctx* ctx) {
-    int64_t units = count / unit, threads = ctx->threads, i = ctx->thread;
-    return {units * i / threads * unit, units * (i + 1) / threads * unit};
+static inline Range split(int64_t count, const hs_ctx* ctx) {
+    return {count * ctx->thread / ctx->threads, count * (ctx->thread + 1) / ctx->threads};
 }
 
 constexpr int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
@@ -85,14 +84,14 @@ static __attribute__((noinline)) vf adjust(const Linear& c, vf v) {
     return v;
 }
 
-// `acc` holds the dot products of row r with `tiles` (1 or 2) tiles from tile `first` on.
-HS_INLINE void finish(const Linear& c, int64_t r, int64_t first, int tiles, const float* acc) {
+// `acc` holds the dot products of row r with a tile.
+HS_INLINE void finish(const Linear& c, int64_t r, int64_t tile, const float* acc) {
     const bool adjusted = (c.act && !c.gated) || c.scale != 1.0f || c.softcap != 0.0f;
+    int64_t column = tile * c.tile_columns();
     if (c.gated) {
-        int64_t column = first / 2 * TILE;
         float* y = c.out_row(r) + column;
-        for (int i = 0; i < TILE; i += VL) {
-            vf g = loadf(acc + i), u = loadf(acc + TILE + i);
+        for (int i = 0; i < HALF; i += VL) {
+            vf g = loadf(acc + i), u = loadf(acc + HALF + i);
             if (c.bias) {
                 g += load_bias(c.bias, column + i, c.n);
                 u += load_bias(c.bias + c.n, column + i, c.n);
@@ -103,8 +102,7 @@ HS_INLINE void finish(const Linear& c, int64_t r, int64_t first, int tiles, cons
         }
         return;
     }
-    int64_t column = first * TILE;
-    for (int i = 0; i < tiles * TILE; i += VL) {
+    for (int i = 0; i < TILE; i += VL) {
         int64_t left = c.n - column - i;
         if (left <= 0) return;
         vf v = loadf(acc + i);
@@ -165,16 +163,14 @@ HS_INLINE const float* prologue(const Linear& c, int64_t r, float* buffer) {
     return buffer;
 }
 
-// `tile[i]` streams of two tiles, and where each stream goes on after its end (for the prefetch).
-struct Streams {
-    const uint8_t* tile[2];
-    const uint8_t* next[2];
+// A tile, and where its thread reads on after its end (for the prefetch).
+struct Stream {
+    const uint8_t* tile;
+    const uint8_t* next;
 };
 
-// Two tiles at a time; a last odd tile is computed twice and stored once.
-static inline Streams streams(const Linear& c, int64_t tile, int64_t end) {
-    auto at = [&](int64_t t) { return c.w.tile(t < end ? t : end - 1); };
-    return {{at(tile), at(tile + 1)}, {at(tile + 2), at(tile + 3)}};
+static inline Stream stream(const Linear& c, int64_t tile, int64_t end) {
+    return {c.w.tile(tile), c.w.tile(tile + 1 < end ? tile + 1 : tile)};
 }
 
 // Rows up to this many are prepared by every thread for itself: cheaper than a barrier. More are prepared together, in

@@ -10,8 +10,7 @@
 
 namespace hs {
 
-constexpr int NV = TILE / VL;                // vectors per tile
-constexpr int NT = VL == 16 ? 2 : 1;         // tiles per register block
+constexpr int NV = HALF / VL;                // vectors per half of a tile
 #if defined(HS_AVX512)
 constexpr int PANEL = 12, DIRECT = 8;        // 24 accumulators of 32 registers
 #elif defined(__AVX2__) || defined(__aarch64__)
@@ -19,9 +18,9 @@ constexpr int PANEL = 6, DIRECT = 4;
 #else
 constexpr int PANEL = 3, DIRECT = 2;
 #endif
-constexpr int64_t FLOAT_AHEAD = 4096;  // prefetch distance in each tile's stream, bytes
+constexpr int64_t FLOAT_AHEAD = 4096;  // prefetch distance, bytes
 constexpr int64_t PANEL_AHEAD = 512;   // floats: panels come from the second-level cache
-constexpr int64_t PIECE = 128;  // lines of each of two tiles (16 KB) that stay in the first-level cache for all panels
+constexpr int64_t PIECE = 128;  // steps of a tile (16 KB) that stay in the first-level cache for all panels
 
 #if defined(__AVX512BF16__)
 template <int FMT>
@@ -31,7 +30,7 @@ template <int FMT>
 constexpr bool DOT = false;
 #endif
 template <int FMT>
-constexpr int STEP = FMT == BF16 && !DOT<FMT> ? 2 : 1;  // units per 64-byte line
+constexpr int STEP = FMT == BF16 && !DOT<FMT> ? 2 : 1;  // units per line
 
 template <int FMT>
 HS_INLINE int64_t units(const Weight& w) {
@@ -67,29 +66,30 @@ static inline const float* unit_row(const Linear& c, int64_t r, float* buffer) {
     return buffer;
 }
 
-// acc[r][0..31] += x[r] . W over `lines` lines of two tiles, for R rows. Unit (r,i) is panel[i*R + r] in a panel, row[r][i]
+// acc[r][0..31] += x[r] . W over `steps` steps of a tile, for R rows. Unit (r,i) is panel[i*R + r] in a panel, row[r][i]
 // otherwise. A sum that leaves the registers between two calls comes back as it was, so cutting K changes no bit.
 template <int FMT, int R, bool IN_PANEL>
-static void block(const float* const* row, const float* panel, const Streams& s, int64_t lines, bool first,
-                  float (*acc)[32]) {
+static void block(const float* const* row, const float* panel, const Stream& s, int64_t steps, bool first,
+                  float (*acc)[TILE]) {
     constexpr int STEP = hs::STEP<FMT>;
+    constexpr int NT = VL == 16 || R * 2 * NV <= 8 ? 2 : 1;  // halves of the tile whose sums fit the registers
     for (int t0 = 0; t0 < 2; t0 += NT) {
         vf sum[R][NT][NV] = {};
         if (!first)
             for (int r = 0; r < R; r++)
                 for (int t = 0; t < NT; t++)
-                    for (int v = 0; v < NV; v++) sum[r][t][v] = loadf(&acc[r][(t0 + t) * TILE + v * VL]);
+                    for (int v = 0; v < NV; v++) sum[r][t][v] = loadf(&acc[r][(t0 + t) * HALF + v * VL]);
         const float* x[IN_PANEL ? 1 : R];
         for (int r = 0; r < (IN_PANEL ? 1 : R); r++) x[r] = IN_PANEL ? panel : row[r];
-        const int64_t near = lines > FLOAT_AHEAD / 64 ? lines - FLOAT_AHEAD / 64 : 0;
-        auto run = [&](int64_t begin, int64_t end, const uint8_t* const* ahead, int64_t shift) __attribute__((always_inline)) {
+        const int64_t near = steps > FLOAT_AHEAD / 128 ? steps - FLOAT_AHEAD / 128 : 0;
+        auto run = [&](int64_t begin, int64_t end, const uint8_t* ahead) __attribute__((always_inline)) {
             for (int64_t i = begin; i < end; i++) {
-                HS_UNROLL for (int t = 0; t < NT; t++) prefetch(ahead[t0 + t] + i * 64 + shift);
+                HS_UNROLL for (int t = 0; t < NT; t++) prefetch(ahead + (2 * i + t0 + t) * LINE);
                 if (IN_PANEL) prefetch(x[0] + i * STEP * R + PANEL_AHEAD);
                 vf w[STEP][NT][NV];
                 HS_UNROLL for (int t = 0; t < NT; t++)
                     HS_UNROLL for (int v = 0; v < NV; v++) {
-                        const uint8_t* p = s.tile[t0 + t] + i * 64 + v * VL * 4;
+                        const uint8_t* p = s.tile + (2 * i + t0 + t) * LINE + v * VL * 4;
                         if (STEP == 2) {
                             vu pair = load<vu>(p);
                             w[0][t][v] = as_f(pair << 16);
@@ -107,44 +107,42 @@ static void block(const float* const* row, const float* panel, const Streams& s,
                     }
             }
         };
-        run(0, near, s.tile, FLOAT_AHEAD);
-        run(near, lines, s.next, -near * 64);
+        run(0, near, s.tile + FLOAT_AHEAD);
+        run(near, steps, s.next - near * 2 * LINE);
         for (int r = 0; r < R; r++)
             for (int t = 0; t < NT; t++)
-                for (int v = 0; v < NV; v++) store(&acc[r][(t0 + t) * TILE + v * VL], sum[r][t][v]);
+                for (int v = 0; v < NV; v++) store(&acc[r][(t0 + t) * HALF + v * VL], sum[r][t][v]);
     }
 }
 
 template <int FMT, int R>
-static void direct(const Linear& c, int64_t r0, int64_t live, const float* const* row, const Streams& s, int64_t lines,
-                   int64_t tile, int tiles) {
-    alignas(64) float acc[R][32];
-    block<FMT, R, false>(row, nullptr, s, lines, true, acc);
-    for (int r = 0; r < live; r++) finish(c, r0 + r, tile, tiles, acc[r]);
+static void direct(const Linear& c, int64_t r0, int64_t live, const float* const* row, const Stream& s, int64_t tile) {
+    alignas(64) float acc[R][TILE];
+    block<FMT, R, false>(row, nullptr, s, c.w.steps(), true, acc);
+    for (int r = 0; r < live; r++) finish(c, r0 + r, tile, acc[r]);
 }
 
 template <int FMT>
 static void few_rows(const hs_ctx* ctx, const Linear& c) {
-    const int64_t kp = c.w.padded_k(), lines = c.w.tile_bytes() / 64;
+    const int64_t kp = c.w.padded_k();
     const float* rows[FEW_ROWS + DIRECT] = {};
     float* buffer = (float*)scratch(FEW_ROWS * kp * 4);
     for (int64_t r = 0; r < c.t; r++) rows[r] = unit_row<FMT>(c, r, buffer + r * kp);
     for (int64_t r = c.t; r < FEW_ROWS + DIRECT; r++) rows[r] = rows[0];
-    Range range = split(c.tiles(), c.unit(), ctx);
-    for (int64_t tile = range.begin; tile < range.end; tile += 2) {
-        Streams s = streams(c, tile, range.end);
-        int tiles = tile + 1 < range.end ? 2 : 1;
+    Range range = split(c.tiles(), ctx);
+    for (int64_t tile = range.begin; tile < range.end; tile++) {
+        Stream s = stream(c, tile, range.end);
         for (int64_t r = 0; r < c.t; r += DIRECT) {
             int64_t live = c.t - r < DIRECT ? c.t - r : DIRECT;
             const float** x = rows + r;
             if (live == 1)
-                direct<FMT, 1>(c, r, live, x, s, lines, tile, tiles);
+                direct<FMT, 1>(c, r, live, x, s, tile);
             else if (live == 2)
-                direct<FMT, 2>(c, r, live, x, s, lines, tile, tiles);
+                direct<FMT, 2>(c, r, live, x, s, tile);
             else if (live <= DIRECT / 2)
-                direct<FMT, DIRECT / 2>(c, r, live, x, s, lines, tile, tiles);
+                direct<FMT, DIRECT / 2>(c, r, live, x, s, tile);
             else
-                direct<FMT, DIRECT>(c, r, live, x, s, lines, tile, tiles);
+                direct<FMT, DIRECT>(c, r, live, x, s, tile);
         }
     }
 }
@@ -205,31 +203,28 @@ template <int FMT>
 static void many_rows(const hs_ctx* ctx, const Linear& c) {
     const int64_t row_units = units<FMT>(c.w), panels = (c.t + PANEL - 1) / PANEL;
     const float* work = (const float*)c.work;
-    Range range = split(c.tiles(), c.unit(), ctx);
-    const int64_t lines = c.w.tile_bytes() / 64, pieces = (lines + PIECE - 1) / PIECE;
+    Range range = split(c.tiles(), ctx);
+    const int64_t steps = c.w.steps(), pieces = (steps + PIECE - 1) / PIECE;
     // Panels that stay in the second-level cache beside the weights, and their sums.
     const int64_t fitting = second_level_cache() / 8 * 7 / (PANEL * row_units * 4), chunk = fitting < 8 ? 8 : fitting > 64 ? 64 : fitting;
-    float(*sums)[32] = (float(*)[32])scratch(64 * PANEL * 128);
+    float(*sums)[TILE] = (float(*)[TILE])scratch(64 * PANEL * TILE * 4);
     for (int64_t p0 = 0; p0 < panels; p0 += chunk) {
         const int64_t stop = p0 + chunk < panels ? p0 + chunk : panels;
-        for (int64_t tile = range.begin; tile < range.end; tile += 2) {
-            const Streams pair = streams(c, tile, range.end);
-            // With many panels the next pair of tiles is fetched while this one is in use, evenly.
-            const uint8_t* later = pair.next[0];
+        for (int64_t tile = range.begin; tile < range.end; tile++) {
+            const Stream whole = stream(c, tile, range.end);
+            // With many panels the next tile is fetched while this one is in use, evenly.
+            const uint8_t* later = whole.next;
             const int64_t share = stop - p0 > 3 ? 2 * PIECE / (stop - p0) + 1 : 0;
             for (int64_t i = 0; i < pieces; i++) {
-                const int64_t at = i * PIECE, count = lines - at < PIECE ? lines - at : PIECE;
-                Streams s;
-                for (int t = 0; t < 2; t++) {
-                    s.tile[t] = pair.tile[t] + at * 64;
-                    s.next[t] = i + 1 < pieces ? s.tile[t] + PIECE * 64 : pair.next[t];
-                }
-                for (int64_t p = p0; p < stop; p++, later += share * 64) {
-                    for (int64_t l = 0; l < share; l++) __builtin_prefetch(later + l * 64, 0, 2);
+                const int64_t at = i * PIECE, count = steps - at < PIECE ? steps - at : PIECE;
+                const uint8_t* begin = whole.tile + at * 2 * LINE;
+                const Stream s{begin, i + 1 < pieces ? begin + PIECE * 2 * LINE : whole.next};
+                for (int64_t p = p0; p < stop; p++, later += share * LINE) {
+                    for (int64_t l = 0; l < share; l++) prefetch_far(later + l * LINE);
                     const int64_t left = c.t - p * PANEL;
                     const int height = panel_height(left);
                     const float* x = work + p * PANEL * row_units + at * STEP<FMT> * height;
-                    float(*acc)[32] = sums + (p - p0) * PANEL;
+                    float(*acc)[TILE] = sums + (p - p0) * PANEL;
                     if (height == PANEL)
                         block<FMT, PANEL, true>(nullptr, x, s, count, i == 0, acc);
                     else if (height == PANEL * 2 / 3)
@@ -237,8 +232,7 @@ static void many_rows(const hs_ctx* ctx, const Linear& c) {
                     else
                         block<FMT, PANEL / 3, true>(nullptr, x, s, count, i == 0, acc);
                     if (i + 1 == pieces)
-                        for (int64_t r = 0; r < PANEL && r < left; r++)
-                            finish(c, p * PANEL + r, tile, tile + 1 < range.end ? 2 : 1, acc[r]);
+                        for (int64_t r = 0; r < PANEL && r < left; r++) finish(c, p * PANEL + r, tile, acc[r]);
                 }
             }
         }

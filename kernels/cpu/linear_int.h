@@ -153,65 +153,70 @@ struct Dot {
 #endif
 };
 
-// acc[r][0..15] = rows r0 .. r0+R-1 times one tile.
+// acc[r] = rows r0 .. r0+R-1 times one tile.
 template <int FMT, int R>
-static void int_block(const Weight& w, int64_t tile, const QuantizedRows& rows, int64_t r0, float (*acc)[32]) {
-    constexpr int NV = 16 / VL, LINES = FMT == INT8 ? 8 : 4;  // 64-byte lines per 32 k
+static void int_block(const Weight& w, int64_t tile, const QuantizedRows& rows, int64_t r0, float (*acc)[TILE]) {
+    constexpr int NV = HALF / VL, STEPS = FMT == INT8 ? 8 : 4;  // per 32 k
+    constexpr int NT = VL == 16 || R * NV <= 4 ? 2 : 1;          // halves of the tile that go along together
     const int8_t* q = rows.row(r0);
     const float* scale = rows.scale + rows.group_at(r0);
     const int32_t* zero = rows.zero + rows.group_at(r0);
     const uint8_t* data = w.tile(tile);
     const uint16_t* weight_scale = w.tile_scale(tile);
-    const int64_t per_group = w.group / 32, groups = rows.groups;
-    vf sum[R][NV] = {};
-    int64_t h = 0;
-    for (int64_t g = 0; g < groups; g++) {
-        Dot<FMT> dot[R];
-        HS_UNROLL for (int r = 0; r < R; r++) dot[r].start(zero[g * 16 + r]);
-        prefetch((const uint8_t*)(weight_scale + g * 16) + (INT_FAR ? INT_FAR : INT_AHEAD) / 16);
-        for (int64_t i = 0; i < per_group; i++, h++) {
-            const int8_t* a = q + h / 2 * 1024 + h % 2 * 32;
-            HS_UNROLL for (int l = 0; l < LINES; l++) {
-                if (INT_FAR) prefetch_far(data + l * 64 + INT_FAR);
-                prefetch(data + l * 64 + INT_AHEAD);
-                if (FMT == INT8) {
-                    auto v = Dot<FMT>::line(data + l * 64);
-                    HS_UNROLL for (int r = 0; r < R; r++) dot[r].add(v, a + r * 64 + l * 4);
-                } else {
-                    typename Dot<FMT>::W v0, v1;
-                    Dot<FMT>::nibbles(data + l * 64, v0, v1);
-                    HS_UNROLL for (int r = 0; r < R; r++) dot[r].add(v0, a + r * 64 + l * 8);
-                    HS_UNROLL for (int r = 0; r < R; r++) dot[r].add(v1, a + r * 64 + l * 8 + 4);
-                }
+    const int64_t per_group = w.group / 32, groups = rows.groups, group_bytes = per_group * STEPS * 2 * LINE;
+    vf sum[2][R][NV] = {};
+    for (int64_t g = 0; g < groups; g++, data += group_bytes, weight_scale += TILE) {
+        prefetch((const uint8_t*)weight_scale + (INT_FAR ? INT_FAR : INT_AHEAD) / 16);
+        HS_UNROLL for (int t0 = 0; t0 < 2; t0 += NT) {
+            Dot<FMT> dot[NT][R];
+            HS_UNROLL for (int r = 0; r < R; r++)
+                HS_UNROLL for (int t = 0; t < NT; t++) dot[t][r].start(zero[g * 16 + r]);
+            const uint8_t* p = data + t0 * LINE;
+            for (int64_t i = 0, h = g * per_group; i < per_group; i++, h++, p += STEPS * 2 * LINE) {
+                const int8_t* a = q + h / 2 * 1024 + h % 2 * 32;
+                HS_UNROLL for (int l = 0; l < STEPS; l++)
+                    HS_UNROLL for (int t = 0; t < NT; t++) {
+                        const uint8_t* line = p + (2 * l + t) * LINE;
+                        if (INT_FAR) prefetch_far(line + INT_FAR);
+                        prefetch(line + INT_AHEAD);
+                        if (FMT == INT8) {
+                            auto v = Dot<FMT>::line(line);
+                            HS_UNROLL for (int r = 0; r < R; r++) dot[t][r].add(v, a + r * 64 + l * 4);
+                        } else {
+                            typename Dot<FMT>::W v0, v1;
+                            Dot<FMT>::nibbles(line, v0, v1);
+                            HS_UNROLL for (int r = 0; r < R; r++) dot[t][r].add(v0, a + r * 64 + l * 8);
+                            HS_UNROLL for (int r = 0; r < R; r++) dot[t][r].add(v1, a + r * 64 + l * 8 + 4);
+                        }
+                    }
             }
-            data += LINES * 64;
-        }
-        HS_UNROLL for (int v = 0; v < NV; v++) {
-            vf s = fp16_to_float(load<vh>(weight_scale + g * 16 + v * VL));
-            HS_UNROLL for (int r = 0; r < R; r++) sum[r][v] = fma(dot[r].value(v), s * scale[g * 16 + r], sum[r][v]);
+            HS_UNROLL for (int t = 0; t < NT; t++)
+                HS_UNROLL for (int v = 0; v < NV; v++) {
+                    vf s = fp16_to_float(load<vh>(weight_scale + (t0 + t) * HALF + v * VL));
+                    HS_UNROLL for (int r = 0; r < R; r++)
+                        sum[t0 + t][r][v] = fma(dot[t][r].value(v), s * scale[g * 16 + r], sum[t0 + t][r][v]);
+                }
         }
     }
     for (int r = 0; r < R; r++)
-        for (int v = 0; v < NV; v++) store(&acc[r][v * VL], sum[r][v]);
+        for (int t = 0; t < 2; t++)
+            for (int v = 0; v < NV; v++) store(&acc[r][t * HALF + v * VL], sum[t][r][v]);
 }
 
 template <int FMT>
-static void int_rows(const Linear& c, const QuantizedRows& rows, int64_t tile, int tiles, int64_t begin, int64_t end) {
-    alignas(64) float acc[INT_ROWS][32];
+static void int_rows(const Linear& c, const QuantizedRows& rows, int64_t tile, int64_t begin, int64_t end) {
+    alignas(64) float acc[INT_ROWS][TILE];
     for (int64_t r = begin; r < end; r += INT_ROWS) {
         int live = end - r < INT_ROWS ? (int)(end - r) : INT_ROWS;
-        for (int t = 0; t < tiles; t++) {
-            float(*out)[32] = (float(*)[32])(&acc[0][t * TILE]);
-            if (live == 1)
-                int_block<FMT, 1>(c.w, tile + t, rows, r, out);
-            else if (live == 2)
-                int_block<FMT, 2>(c.w, tile + t, rows, r, out);
-            else if (live <= 4)
-                int_block<FMT, 4>(c.w, tile + t, rows, r, out);
-            else
-                int_block<FMT, INT_ROWS>(c.w, tile + t, rows, r, out);
-        }
-        for (int i = 0; i < live; i++) finish(c, r + i, tile, tiles, acc[i]);
+        if (live == 1)
+            int_block<FMT, 1>(c.w, tile, rows, r, acc);
+        else if (live == 2)
+            int_block<FMT, 2>(c.w, tile, rows, r, acc);
+        else if (live <= 4)
+            int_block<FMT, 4>(c.w, tile, rows, r, acc);
+        else
+            int_block<FMT, INT_ROWS>(c.w, tile, rows, r, acc);
+        for (int i = 0; i < live; i++) finish(c, r + i, tile, acc[i]);
     }
 }
 
@@ -250,11 +255,11 @@ static void int_product(const hs_ctx* ctx, const Linear& c) {
 #if defined(HS_AMX)
     if (c.t >= AMX_INT_ROWS) return amx_int<FMT>(ctx, c, rows);
 #endif
-    Range range = split(c.tiles(), c.unit(), ctx);
+    Range range = split(c.tiles(), ctx);
     const int64_t chunk = (1 << 20) / (k * INT_ROWS) * INT_ROWS + INT_ROWS;  // rows that stay in the second-level cache
     for (int64_t r = 0; r < c.t; r += chunk)
-        for (int64_t tile = range.begin; tile < range.end; tile += 2)
-            int_rows<FMT>(c, rows, tile, tile + 1 < range.end ? 2 : 1, r, r + chunk < c.t ? r + chunk : c.t);
+        for (int64_t tile = range.begin; tile < range.end; tile++)
+            int_rows<FMT>(c, rows, tile, r, r + chunk < c.t ? r + chunk : c.t);
 }
 
 }  // namespace hs

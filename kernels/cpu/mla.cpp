@@ -36,7 +36,7 @@ void kv_write(const hs_ctx* ctx, const hs_arg* a) {
     const int64_t latent = a[LATENT].i, rotary = a[ROTARY].i, width = latent + rotary;
     const LatentLayer<T> layer{(char*)a[KV].p + a[LAYER_OFFSET].i, a[PAGE_BYTES].i, width};
     float buffer[MAX_WIDTH];
-    Range range = split(((const int32_t*)a[LIVE].p)[0], 1, ctx);
+    Range range = split(((const int32_t*)a[LIVE].p)[0], ctx);
     for (int64_t t = range.begin; t < range.end; t++) {
         const float* x = (const float*)a[X].p + t * width;
         rms_norm(x, (const float*)a[NORM].p, (float)a[EPS].f, latent, buffer);
@@ -63,7 +63,7 @@ void head_linear(const hs_ctx* ctx, const hs_arg* a) {
     const Weight first = c.w;
     const hs_ctx alone{0, 1, ctx->team};
     const int64_t pieces = (live + FEW_ROWS - 1) / FEW_ROWS;
-    Range range = split(heads * pieces, 1, ctx);
+    Range range = split(heads * pieces, ctx);
     for (int64_t u = range.begin; u < range.end; u++) {
         const int64_t head = u / pieces, row = u % pieces * FEW_ROWS;
         c.t = live - row < FEW_ROWS ? live - row : FEW_ROWS;

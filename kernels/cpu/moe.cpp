@@ -109,7 +109,7 @@ void experts(const hs_ctx* ctx, const hs_arg* a) {
             c.t = starts[e + 1] - starts[e];
             if (!c.t) continue;
             c.rows = c.places = order + starts[e];
-            c.bias = bias ? bias + e * c.n * c.unit() : nullptr;
+            c.bias = bias ? bias + e * c.n * (c.gated ? 2 : 1) : nullptr;
             c.w.data = first.tile(e * c.tiles());
             if (GROUPED) c.w.scale = first.tile_scale(e * c.tiles());
             c.work = work + prepared;
@@ -146,7 +146,7 @@ HS_EXPORT void hs_route(const hs_ctx* ctx, const hs_arg* a) {
     r.renormalise = a[RENORMALISE].i != 0;
     r.scale = (float)a[SCALE].f;
     r.bias = (const float*)a[BIAS].p;
-    Range range = split(((const int32_t*)a[LIVE].p)[0], 1, ctx);
+    Range range = split(((const int32_t*)a[LIVE].p)[0], ctx);
     for (int64_t t = range.begin; t < range.end; t++)
         r.choose((const float*)a[LOGITS].p + t * r.experts, (int32_t*)a[IDS].p + t * r.k, (float*)a[WEIGHTS].p + t * r.k);
 }
@@ -175,7 +175,7 @@ HS_EXPORT void hs_moe_combine(const hs_ctx* ctx, const hs_arg* a) {
     const float *y = (const float*)a[Y].p, *weights = (const float*)a[WEIGHTS].p;
     const float *shared = (const float*)a[SHARED].p, *gate = (const float*)a[GATE].p;
     const float* residual = (const float*)a[RESIDUAL].p;
-    Range range = split(((const int32_t*)a[LIVE].p)[0] * parts, 1, ctx);
+    Range range = split(((const int32_t*)a[LIVE].p)[0] * parts, ctx);
     for (int64_t u = range.begin; u < range.end; u++) {
         const int64_t t = u / parts, begin = u % parts * PART, end = begin + PART < dim ? begin + PART : dim;
         const vf share = gate ? sigmoid(splat(gate[t])) : splat(1.0f);

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from kernels.cpu.activations import ACTIVATION_CODES, GATED, SILU_CLAMPED
 from kernels.cpu.basic import not_float32
-from kernels.cpu.layout import TILE, misfit, parse_format
+from kernels.cpu.layout import ROW_BLOCK, misfit, parse_format
 from kernels.cpu.linear import prepared_bytes
 from kernels.kernel import CallShape, Kernel, register
 
@@ -141,10 +141,10 @@ def _scalars(call: CallShape) -> dict[str, int | float]:
 
 
 def _workspace(call: CallShape) -> int:
-    """Prepared rows of every pair; each expert's begin a new block of a tile."""
+    """Prepared rows of every pair; each expert's begin a new block."""
     tokens, choices = call.shapes["order"]
     pairs, experts = tokens * choices, call.shapes["w"][0]
-    rows = pairs + min(pairs, experts) * (TILE - 1)
+    rows = pairs + min(pairs, experts) * (ROW_BLOCK - 1)
     return rows * prepared_bytes(call.formats["w"], call.shapes["w"][2])
 
 

@@ -19,7 +19,7 @@ void kv_write(const hs_ctx* ctx, const hs_arg* a) {
     const float *k = (const float*)a[K].p, *v = (const float*)a[V].p;
     int64_t k_row = heads * own, v_row = heads * layer.v_dim;
     if (!v) v = k + k_row, k_row = v_row = k_row + v_row;  // the values stand behind the keys
-    Range range = split(units, 1, ctx);
+    Range range = split(units, ctx);
     for (int64_t u = range.begin; u < range.end; u++) {
         int64_t t = u / heads, head = u % heads, slot = ((const int32_t*)a[KV_SLOTS].p)[t];
         kv_store_k(layer, slot, head, k + t * k_row + head * own, 0, own);
@@ -38,7 +38,7 @@ void rope_kv(const hs_ctx* ctx, const hs_arg* a) {
     int64_t heads = a[HEADS].i, kv_heads = a[KV_HEADS].i, dim = a[HEAD_DIM].i, rotary = a[ROTARY].i;
     int64_t all = heads + 2 * kv_heads;
     KvLayer<T> layer{(char*)a[KV].p + a[LAYER_OFFSET].i, a[PAGE_BYTES].i, dim, dim};
-    Range range = split(((const int32_t*)a[LIVE].p)[0] * all, 1, ctx);
+    Range range = split(((const int32_t*)a[LIVE].p)[0] * all, ctx);
     float buffer[MAX_DIM];
     for (int64_t u = range.begin; u < range.end; u++) {
         int64_t t = u / all, head = u % all;
@@ -77,7 +77,7 @@ HS_EXPORT void hs_rope_table(const hs_ctx* ctx, const hs_arg* a) {
     int64_t half = a[HALF].i;
     const int32_t* variant = (const int32_t*)a[VARIANT].p;  // row of frequencies per token; NULL: the first
     float scale = (float)a[SCALE].f;
-    Range range = split(((const int32_t*)a[LIVE].p)[0] * half, 1, ctx);
+    Range range = split(((const int32_t*)a[LIVE].p)[0] * half, ctx);
     for (int64_t u = range.begin; u < range.end; u++) {
         int64_t t = u / half, i = u % half;
         // Rounded to float32 before the sine, as every published implementation does.
@@ -92,7 +92,7 @@ HS_EXPORT void hs_rope_table(const hs_ctx* ctx, const hs_arg* a) {
 HS_EXPORT void hs_rope(const hs_ctx* ctx, const hs_arg* a) {
     enum { LIVE, X, TABLE, OUT, HEADS, HEAD_DIM, START, ROTARY, INTERLEAVED };
     int64_t heads = a[HEADS].i, dim = a[HEAD_DIM].i, start = a[START].i, rotary = a[ROTARY].i;
-    Range range = split(((const int32_t*)a[LIVE].p)[0] * heads, 1, ctx);
+    Range range = split(((const int32_t*)a[LIVE].p)[0] * heads, ctx);
     for (int64_t u = range.begin; u < range.end; u++) {
         const float* x = (const float*)a[X].p + u * dim;
         float* out = (float*)a[OUT].p + u * dim;

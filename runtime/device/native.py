@@ -56,16 +56,17 @@ def open_library(artifact: Artifact, library: CpuLibrary) -> ctypes.CDLL:
     for other in artifact.manifest.libraries:
         if other.path != library.path:
             artifact.read(other.path)  # not ours to run, but damage is told on every machine
+    # Open as long as the library is loaded, which is for good: the loader takes a name that it has
+    # seen for the library that it has, and a closed number would name the next artifact's too.
     fd = artifact.library(library.path)
     try:
         native = ctypes.CDLL(f"/proc/self/fd/{fd}")
     except OSError as error:
+        os.close(fd)
         raise IncompatibleTarget(
             f"artifact {artifact.path}, file {library.path}: the loader says {error}; compile it "
             "on this machine"
         ) from error
-    finally:
-        os.close(fd)
     abi = symbol(native, "hs_abi", artifact, library)
     abi.restype, abi.argtypes = c_int, ()
     if abi() != ABI or artifact.manifest.target.abi != ABI:

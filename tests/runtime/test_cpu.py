@@ -48,6 +48,12 @@ def generate(artifact: Artifact, prompts: list[list[int]], **options: object) ->
     return list(tokens.values())
 
 
+def test_every_artifact_gets_its_own_library(artifact: Artifact) -> None:
+    library = native.choose_library(artifact)
+    first, second = (native.open_library(artifact, library) for _ in range(2))
+    assert first._handle != second._handle  # two artifacts may hold different code
+
+
 def test_greedy_tokens_do_not_depend_on_batch_chunk_overlap_or_preemption(
     artifact: Artifact,
 ) -> None:
