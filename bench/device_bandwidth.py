@@ -13,12 +13,29 @@ from bench.bandwidth import Rate
 from bench.errors import BenchError
 from compiler.bind import bind, build
 from kernels.cuda.kernel import launch
-from kernels.launch import Number, Pointer
+from kernels.launch import Launch, Number, Pointer
 from runtime.device.launcher import Launcher
 
 CACHE = "~/.cache/headstart"
 WORDS = 4096  # int32 that a program reads at a time
 PROGRAMS = (2, 4, 8)  # per multiprocessor
+
+
+def read_launches(multiprocessors: int, blocks: int) -> list[Launch]:
+    """One with each number of programs."""
+    return [
+        launch(
+            "probe.read_kernel",
+            (n * multiprocessors, 1, 1),
+            warps=8,
+            x_ptr=Pointer(arg="x", type="i32"),
+            out_ptr=Pointer(arg="out", type="i32"),
+            blocks=Number(type="i32", value=blocks),
+            BLOCK=WORDS,
+            PROGRAMS=n * multiprocessors,
+        )
+        for n in PROGRAMS
+    ]
 
 
 class DeviceBandwidth:
@@ -30,20 +47,7 @@ class DeviceBandwidth:
             raise BenchError(f"{size} bytes are too few to measure a bandwidth: {4 * WORDS} needed")
         self._launcher, self._size = launcher, blocks * 4 * WORDS
         places = {"x": address, "out": launcher.allocate(1 << 20)}
-        programs = [n * launcher.gpu.multiprocessors for n in PROGRAMS]
-        launches = [
-            launch(
-                "probe.read_kernel",
-                (count, 1, 1),
-                warps=8,
-                x_ptr=Pointer(arg="x", type="i32"),
-                out_ptr=Pointer(arg="out", type="i32"),
-                blocks=Number(type="i32", value=blocks),
-                BLOCK=WORDS,
-                PROGRAMS=count,
-            )
-            for count in programs
-        ]
+        launches = read_launches(launcher.gpu.multiprocessors, blocks)
         built = build(launches, cache)
         self._graphs = [
             launcher.graph([bind(launcher, x, built, lambda slot: places[slot.arg])])
@@ -68,7 +72,12 @@ class DeviceBandwidth:
         fastest = min(seconds, key=min)
         return Rate(best=self._size / min(fastest), median=self._size / median(fastest))
 
-    def close(self) -> None:
+    def release(self) -> None:
+        """Leaves the launcher to its owner."""
         for graph in self._graphs:
             graph.close()
+        self._graphs = []
+
+    def close(self) -> None:
+        self.release()
         self._launcher.close()

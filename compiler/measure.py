@@ -53,6 +53,12 @@ class Candidate:
     kernel: CudaKernel
     config: Any
 
+    @classmethod
+    def of(cls, node: Node) -> Candidate:
+        """What lowering chose for a call of a CUDA target."""
+        assert isinstance(node.kernel, CudaKernel)
+        return cls(kernel=node.kernel, config=node.config)
+
     @property
     def name(self) -> str:
         values = ", ".join(f"{k}={v}" for k, v in asdict(self.config).items())
@@ -91,7 +97,7 @@ def tasks(base: Draft, buckets: Sequence[Bucket], ops: Sequence[str] = ()) -> It
 
 
 def candidates(node: Node, shape: CallShape) -> tuple[Candidate, ...]:
-    first = Candidate(kernel=node.kernel, config=node.config)  # type: ignore[arg-type]
+    first = Candidate.of(node)
     kernels = accepting(shape, "cuda", label(node.call))
     rest = (Candidate(kernel=k, config=c) for k in kernels for c in k.candidates(shape))
     return tuple(dict.fromkeys((first, *rest)))

@@ -160,24 +160,57 @@ class PeersConfig:
 @dataclass(slots=True)
 class GpuConfig:
     """Everything that needs a GPU, in one bounded run. `sections`: which (empty: all, in order).
-    `seconds`: for all of them; `gpu`: its index (the children see no
-    other). `models`: shapes measured end to end, in order, as
-    long as time is left; `artifacts`: model -> artifact already compiled for this GPU (others are
-    compiled with random weights into `directory`). `hardware`: the target to compile for (null: by
-    the GPU's name)."""
+    `seconds`: for all of them; `gpu`: its index (the children see no other). `models`: shapes
+    measured end to end, `<name>` or `<name>/<quantization>`: the first with everything, then each
+    of the others with its compile and decode; `artifacts`: model -> artifact already compiled for
+    this GPU (others are compiled with random weights into `directory`; null: in memory,
+    /dev/shm/headstart, where that has room). `verify`: models whose compile compares the device
+    with the reference, which takes a large one minutes. `hardware`: the target to compile for
+    (null: by the GPU's name). `serving`: prompt and output tokens; `rates`: requests per second,
+    each for `load_s` seconds, and then unlimited. `bundle`: see `make gpu-bundle`.
+    `torch_device=cpu` runs the parts that need torch on a GPU without one, to prove them: what
+    they measure then means nothing."""
 
     sections: list[str] = field(default_factory=list)
     seconds: float = option(480.0, low=1)
     gpu: int = option(0, low=0)
     hardware: str | None = None
-    models: list[str] = field(default_factory=lambda: ["llama3.2-1b", "llama3-8b"])
+    models: list[str] = field(
+        default_factory=lambda: [
+            "llama3-8b",
+            "llama3.2-1b",
+            "llama3-8b/fp8",
+            "llama3-8b/int4",
+            "llama3-8b/int8",
+        ]
+    )
     artifacts: dict[str, str] = field(default_factory=dict)
+    verify: list[str] = field(default_factory=lambda: ["llama3.2-1b"])
     batch: list[int] = field(default_factory=lambda: [1, 8, 32, 128, 256], metadata={"low": 1})
     prefill: list[int] = field(default_factory=lambda: [1024, 4096, 8192], metadata={"low": 1})
     context: int = option(1024, low=1)
+    serving: list[int] = field(default_factory=lambda: [467, 256], metadata={"low": 1})
+    rates: list[float] = field(default_factory=lambda: [8.0, 16.0, 32.0])
+    load_s: float = option(8.0, low=0.5)
     cache: str = "~/.cache/headstart"
-    directory: str = ".gpu"
+    directory: str | None = None
+    bundle: str = ".gpu-bundle"
+    torch_device: str = option("cuda", choices=("cuda", "cpu"))
     output_file: str | None = None
+
+
+@dataclass(slots=True)
+class BundleConfig(GpuConfig):
+    """What `make gpu` of the same options and `make tune` need on a bare GPU machine, into
+    `bundle`. `python`: that machine's; `minutes`: of building kernels, the most valuable first
+    (what is not built by then is built over there); `jobs`: builds at a time (null: all cores but
+    two); `wheels`: fetch them anew; `tune`: models whose tuning is prepared."""
+
+    python: str = "3.12"
+    minutes: float = option(30.0, low=0)
+    jobs: int | None = option(None, low=1)
+    wheels: bool = True
+    tune: list[str] = field(default_factory=lambda: ["llama3-8b", "llama3.2-1b", "qwen3-0.6b"])
 
 
 @dataclass(slots=True)

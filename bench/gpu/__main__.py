@@ -2,7 +2,8 @@
 
 Correctness first (every kernel on the device, tokens beside the CPU's), then answers about the
 driver, then the measurements of each model. A section that fails or takes too long is recorded and
-the next one runs. Out: a short table, and one JSON document that also names what was not measured.
+the next one runs. Out: the table of goals, and one JSON document, written anew after every section,
+that also names what was not measured.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from typing import Any
 
 from bench import results
 from bench.errors import BenchUsage
-from bench.gpu.sections import SECTIONS, Section
+from bench.gpu import answers, goals
+from bench.gpu.sections import SECTIONS, Section, jobs
 from conf.bench_schema import GpuConfig
 from conf.load import run
 from conf.options import group_choices
@@ -35,50 +37,73 @@ def main(config: GpuConfig, sources: Mapping[str, str]) -> int:
     for name in config.sections:
         if name not in names:
             raise BenchUsage(f"sections: no {name!r}; choices: {', '.join(names)}")
-    config = replace(config, hardware=config.hardware or target_name(gpu_names(), config.gpu))
-    wanted = [s for s in SECTIONS if not config.sections or s.name in config.sections]
+    for model in config.artifacts:
+        if model not in config.models:
+            raise BenchUsage(f"artifacts.{model}: it is none of models={config.models}")
     deadline = time.monotonic() + config.seconds
-    records: list[dict[str, Any]] = []
-
-    def go(section: Section, model: str = "", artifact: str = "") -> dict[str, Any]:
-        record = run_section(section, config, deadline, model, artifact)
-        records.append(record)
-        print(line(record), flush=True)
-        return record
-
-    for section in wanted:
-        if not section.per_model:
-            go(section)
-    for model in config.models:
-        artifact = config.artifacts.get(model, "")
-        for section in wanted:
-            if section.per_model:
-                record = go(section, model, artifact)
-                artifact = record.get("figures", {}).get("artifact", artifact)
-    failed = [r for r in records if r["status"] != "done"]
-    unmeasured = [f"{r['section']} {r['model']}".strip() for r in failed]
-    document = results.stamp("gpu", {"sections": records, "unmeasured": unmeasured})
+    config = replace(config, hardware=config.hardware or target_name(gpu_name(config.gpu)))
     path = Path(config.output_file) if config.output_file else result_path(str(config.hardware))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    if unmeasured:
-        print(f"not measured: {', '.join(unmeasured)}")
+    document = results.stamp("gpu", {"hardware": config.hardware, "sections": []})
+    records: list[dict[str, Any]] = document["sections"]
+    artifacts = dict(config.artifacts)
+    for section, model in jobs(config):
+        record = run_section(section, config, deadline, model, artifacts.get(model, ""))
+        found = record.get("figures", {}).get("artifact")
+        if found:
+            artifacts[model] = found
+        records.append(record)
+        write(path, document)
+        print(line(record), flush=True)
+    failed = [f"{r['section']} {r['model']}".strip() for r in records if r["status"] != "done"]
+    document = {
+        **document,
+        "unmeasured": failed,
+        "goals": goals.reached(document),
+        "answers": answers.answers(document),
+    }
+    write(path, document)
+    print(goals.table(document["goals"]))
+    print(answers.table(document["answers"]))
+    if failed:
+        print(f"not measured: {', '.join(failed)}")
     print(path)
     return 1 if failed else 0
 
 
-def target_name(names: list[str], index: int) -> str:
+def write(path: Path, document: Mapping[str, Any]) -> None:
+    """The file is whole at every moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def gpu_name(index: int) -> str:
+    """As the kernel driver shows it, or (some sandboxes hide that) as the driver's library says."""
+    names = gpu_names()
+    if index < len(names):
+        return names[index]
+    code = (
+        "from runtime.device.launcher import Launcher\n"
+        f"with Launcher({index}) as launcher: print(launcher.gpu.name)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode:
+        known = ", ".join(t for t in group_choices("target") if t not in ("auto", "cpu"))
+        raise BenchUsage(
+            f"gpu={index}: no such GPU ({done.stderr.strip().splitlines()[-1]}); give hardware=… "
+            f"of {known} if one is there all the same"
+        )
+    return done.stdout.strip()
+
+
+def target_name(product: str) -> str:
     """The target (conf/target) of a GPU's product name, e.g. `NVIDIA H200` -> h200."""
     known = [t for t in group_choices("target") if t not in ("auto", "cpu")]
-    if index >= len(names):
-        raise BenchUsage(
-            f"gpu={index}: the kernel driver shows {len(names)} GPUs; give hardware=… of "
-            f"{', '.join(known)} if one is there all the same"
-        )
     for target in known:
-        if target in names[index].lower():
+        if target in product.lower():
             return target
-    raise BenchUsage(f"no target for {names[index]}; give hardware=… of {', '.join(known)}")
+    raise BenchUsage(f"no target for {product}; give hardware=… of {', '.join(known)}")
 
 
 def result_path(target: str) -> Path:
@@ -111,20 +136,24 @@ def run_section(
         out, errors = process.communicate(json.dumps(job), timeout=limit)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        return record | {"status": "failed", "seconds": limit, "error": f"over {limit:.0f} s"}
+        out, errors = process.communicate()
+        errors = f"over {limit:.0f} s"
     record["seconds"] = round(time.monotonic() - began, 2)
+    # What it had found by then counts, whatever came after.
+    found = [text for text in out.splitlines() if text.startswith("{") and text.endswith("}")]
+    figures = {"figures": json.loads(found[-1])} if found else {}
     if process.returncode:
-        return record | {"status": "failed", "error": errors.strip()[-ERROR:]}
-    return record | {"status": "done", "figures": json.loads(out.strip().splitlines()[-1])}
+        return record | {"status": "failed", "error": errors.strip()[-ERROR:], **figures}
+    return record | {"status": "done", **figures}
 
 
 def line(record: dict[str, Any]) -> str:
     """One section in the table: its figures, or why there are none."""
-    head = f"{record['section']:<10}{record['model']:<14}{record['status']:<8}"
+    head = f"{record['section']:<10}{record['model']:<16}{record['status']:<8}"
     if record["status"] != "done":
-        return f"{head}{record['error'].splitlines()[-1] if record['error'] else ''}"
-    return f"{head}{record['seconds']:>6.1f} s  {summary(record['figures'])}"
+        head += record["error"].splitlines()[-1] if record["error"] else ""
+        return f"{head}; so far {summary(record['figures'])}" if record.get("figures") else head
+    return f"{head}{record['seconds']:>6.1f} s  {summary(record.get('figures', {}))}"
 
 
 def summary(figures: Mapping[str, Any]) -> str:

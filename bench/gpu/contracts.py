@@ -17,18 +17,20 @@ import kernels.cuda.register
 import kernels.ops.register  # noqa: F401
 from compiler.bind import Built, bind, build
 from conf.bench_schema import GpuConfig
+from kernels.cuda.kernel import CudaKernel
 from kernels.kernel import KERNELS
-from kernels.launch import COUNTERS, COUNTERS_BYTES, WORKSPACE, Descriptor, Pointer
+from kernels.launch import COUNTERS, COUNTERS_BYTES, WORKSPACE, Descriptor, Pointer, Source
 from kernels.op import OPS
 from runtime.device.launcher import Launcher
 
 HARNESS = Path(__file__).resolve().parents[2] / "tests" / "cuda"
+sys.path.insert(0, str(HARNESS))
 POOL = 256 << 20  # bytes of device memory for one case
 ALIGN = 256
 
 
-def contracts(config: GpuConfig) -> dict[str, Any]:
-    sys.path.insert(0, str(HARNESS))
+def cases() -> list[tuple[CudaKernel, str, Any, Any]]:
+    """Every kernel on every sample of its op: kernel, label, case, the default configuration."""
     harness = importlib.import_module("cuda_harness")
     todo = []
     for kernel in KERNELS["cuda"]:
@@ -36,6 +38,17 @@ def contracts(config: GpuConfig) -> dict[str, Any]:
             for label, case in harness.cases(OPS[kernel.op], dtype):
                 if kernel.accepts(case.call) is None:
                     todo.append((kernel, label, case, kernel.default(case.call)))
+    return todo
+
+
+def sources() -> list[Source]:
+    launches = (x for k, _, case, c in cases() for x in k.launches(case.call, c))
+    return [launch.source for launch in launches if launch.source is not None]
+
+
+def contracts(config: GpuConfig) -> dict[str, Any]:
+    todo = cases()
+    harness = importlib.import_module("cuda_harness")
     launches = [x for kernel, _, case, c in todo for x in kernel.launches(case.call, c)]
     built = build(launches, config.cache)
     failures: list[str] = []

@@ -7,24 +7,27 @@ serving. Every program is a child process; its figures are the JSON line it appe
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bench.errors import BenchError
+from bench.peers.shape import Shape
 from bench.server import Server
 from conf.bench_schema import GpuConfig
 from runtime.artifact import Artifact
 
-SERVING = (467, 256)  # prompt and output tokens of a published serving table
-RATES = (8.0, 16.0, 32.0, None)  # requests per second
-SERVE_S = 8  # of load at each rate
+ROOM = 60 << 30  # bytes of all models' weights
+OUTPUT = 64  # tokens of a decode run
+LARGE = 64  # sequences from which one run is enough: its prefill takes seconds
+SPARE = 16  # tokens that a run needs beyond its prompt
 
 
 def program(*words: str) -> str:
@@ -48,6 +51,28 @@ def measured(*words: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def folder(config: GpuConfig) -> str:
+    """Where artifacts go: memory, if it has room for them, so that nothing waits for a disk."""
+    if config.directory is not None:
+        return config.directory
+    memory = Path("/dev/shm")
+    roomy = memory.is_dir() and shutil.disk_usage(memory).free > ROOM
+    return str(memory / "headstart") if roomy else ".gpu"
+
+
+def words(config: GpuConfig, model: str) -> list[str]:
+    """The overrides of a compile that suit what is measured."""
+    name, _, quant = model.partition("/")
+    wanted = max(*config.prefill, config.context + 4 * OUTPUT, sum(config.serving))
+    return [
+        *(f"model={name}", "weights=random", f"target={config.hardware}"),
+        *([f"quant={quant}"] if quant else []),
+        f"shape.context={min(wanted, Shape.load(name).context)}",
+        f"shape.max_seqs={max(config.batch)}",
+        f"shape.max_tokens={max(config.prefill)}",
+    ]
+
+
 def compiled(config: GpuConfig, model: str) -> dict[str, Any]:
     """The artifact to measure, given or made here."""
     if model in config.artifacts:
@@ -55,43 +80,58 @@ def compiled(config: GpuConfig, model: str) -> dict[str, Any]:
         return {"artifact": path, "digest": Artifact.open(path).digest, "given": True}
     began = time.perf_counter()
     out = program(
-        "compiler",
-        *(f"model={model}", "weights=random", f"target={config.hardware}"),
-        *(f"out={config.directory}", cache_option(config), f"name=gpu-{model}"),
-        f"shape.context={max(max(config.prefill) + 2 * config.context, sum(SERVING))}",
-        f"shape.max_seqs={max(config.batch)}",
-        f"shape.max_tokens={max(config.prefill)}",
+        *("compiler", *words(config, model), f"out={folder(config)}", cache_option(config)),
+        f"name=gpu-{model.replace('/', '-')}",
+        f"accuracy.measure={str(model in config.verify).lower()}",
     )
-    path = out.strip().splitlines()[-1]
-    seconds = time.perf_counter() - began
-    return {"artifact": path, "digest": Artifact.open(path).digest, "compile_s": seconds}
-
-
-def decode(config: GpuConfig, artifact: str) -> dict[str, Any]:
-    """Milliseconds a step at each batch, and the share of the bandwidth bound."""
-    lines = measured(
-        "bench.latency",
-        *(f"artifact={artifact}", f"batch={listed(config.batch)}", f"input_len={config.context}"),
-        *("output_len=64", "runs=3", "warmup_decode=16"),
-    )
+    artifact = Artifact.open(out.strip().splitlines()[-1])
+    manifest = artifact.manifest
     return {
-        f"batch_{line['batch_size']}": {
-            "ms": 1e3 * line["median_decode_latency"],
-            "bound_pct": line["bound_pct"],
-        }
-        for line in lines
+        "artifact": str(artifact.path),
+        "digest": artifact.digest,
+        "compile_s": time.perf_counter() - began,
+        "weights_bytes": manifest.weights_bytes,
+        "golden": len(manifest.golden),
+        **manifest.accuracy,
     }
 
 
+def decode(config: GpuConfig, model: str, artifact: str) -> Iterator[dict[str, Any]]:
+    """Milliseconds a step at each batch, and the share of the bandwidth bound. A quantized model
+    at batch one."""
+    batches = config.batch if "/" not in model else [1]
+    few, many = [b for b in batches if b < LARGE], [b for b in batches if b >= LARGE]
+    out: dict[str, Any] = {}
+    for part, runs in ((few, 3), (many, 1)):
+        if not part:
+            continue
+        for line in measured(
+            "bench.latency",
+            *(f"artifact={artifact}", f"batch={listed(part)}"),
+            *(f"input_len={config.context}", f"output_len={OUTPUT}"),
+            *(f"runs={runs}", "warmup_decode=16"),
+        ):
+            out[f"batch_{line['batch_size']}"] = {
+                "ms": 1e3 * line["median_decode_latency"],
+                "bound_pct": line["bound_pct"],
+                "bandwidth_gb_s": line["bandwidth_median"] / 1e9,
+            }
+        yield out
+
+
 def prefill(config: GpuConfig, artifact: str) -> dict[str, Any]:
+    """Milliseconds of one prompt of each length, or of the longest that fits."""
+    longest = Artifact.open(artifact).manifest.model.context - SPARE
     out = {}
     for length in config.prefill:
+        tokens = min(length, longest)
         (line,) = measured(
             "bench.latency",
-            *(f"artifact={artifact}", "batch=[1]", f"input_len={length}", "output_len=4"),
+            *(f"artifact={artifact}", "batch=[1]", f"input_len={tokens}", "output_len=4"),
             *("runs=5", "warmup_decode=2"),
         )
         out[f"tokens_{length}"] = {
+            "tokens": tokens,
             "ms": 1e3 * line["prefill_latency"],
             "tokens_per_s": line["prefill_throughput"],
         }
@@ -131,22 +171,22 @@ def restore(config: GpuConfig, artifact: str) -> dict[str, Any]:
     }
 
 
-def serving(config: GpuConfig, artifact: str) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    prompt, output = SERVING
+def serving(config: GpuConfig, artifact: str) -> Iterator[dict[str, Any]]:
+    out: dict[str, Any] = {"prompt_tokens": config.serving[0], "output_tokens": config.serving[1]}
     vocab = Artifact.open(artifact).manifest.model.vocab
     with Server(artifact, timeout=120) as server:
-        for rate in RATES:
+        for rate in (*config.rates, None):
             (line,) = measured(
                 "bench.serving",
                 *(f"url={server.url}", f"vocab={vocab}", "dataset=random", "progress=false"),
-                *(f"random.input_len={prompt}", f"random.output_len={output}"),
+                f"random.input_len={config.serving[0]}",
+                f"random.output_len={config.serving[1]}",
                 *("random.range_ratio=1", f"request_rate={'null' if rate is None else rate}"),
-                f"num_prompts={int(SERVE_S * (rate or 64))}",
+                f"num_prompts={max(int(config.load_s * (rate or 2 * max(config.rates))), 4)}",
             )
             names = ("median_ttft_ms", "median_itl_ms", "output_throughput", "failed")
             out["unlimited" if rate is None else f"rate_{rate:g}"] = {n: line[n] for n in names}
-    return out
+            yield out
 
 
 def tokens_as_on_cpu(config: GpuConfig) -> dict[str, Any]:
@@ -157,11 +197,7 @@ def tokens_as_on_cpu(config: GpuConfig) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     answers: list[list[list[int]]] = []
     for target in ("cpu", str(config.hardware)):
-        path = program(
-            *("compiler", "model=tiny", f"target={target}", "dtype=float32"),
-            *(f"out={config.directory}", cache_option(config), f"name=tokens-{target}"),
-        )
-        artifact = Artifact.open(path.strip().splitlines()[-1])
+        artifact = tiny(config, target)
         vocab = artifact.manifest.model.vocab
         prompts = [rng.integers(0, vocab, 5 + 9 * i).tolist() for i in range(4)]
         rng = np.random.default_rng(0)
@@ -175,6 +211,19 @@ def tokens_as_on_cpu(config: GpuConfig) -> dict[str, Any]:
         "equal": sum(a == b for cpu, gpu in pairs for a, b in zip(cpu, gpu, strict=True)),
         "sequences_equal": sum(cpu == gpu for cpu, gpu in pairs),
     }
+
+
+def tiny(config: GpuConfig, target: str) -> Artifact:
+    """The embedded model in float32; for the CPU that of the bundle, if there is one: its libraries
+    take a minute to build."""
+    for path in Path(config.bundle).glob(f"tokens-{target}-*"):
+        return Artifact.open(path)
+    out = program("compiler", *tiny_words(target), f"out={folder(config)}", cache_option(config))
+    return Artifact.open(out.strip().splitlines()[-1])
+
+
+def tiny_words(target: str) -> list[str]:
+    return ["model=tiny", f"target={target}", "dtype=float32", f"name=tokens-{target}"]
 
 
 def listed(values: Sequence[int]) -> str:

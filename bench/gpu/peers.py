@@ -2,12 +2,13 @@
 does it, and transformers with its own static cache.
 
 Comes in: a model shape with random weights. Out: milliseconds per decode step by batch. `device`
-and `compile` exist so that the peer's own arithmetic can be tested without a GPU.
+and `dtype` exist so that the peers can be proven without a GPU.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Iterator
 from statistics import median
 from typing import Any
 
@@ -19,7 +20,8 @@ from bench.peers.shape import Shape
 from conf.bench_schema import GpuConfig
 
 Tensor = torch.Tensor
-STEPS = 32
+STEPS, WARM = 32, 4  # decode steps that count, and those before them
+BATCHES = (1, 8)
 
 
 class Layer(nn.Module):
@@ -89,42 +91,83 @@ class StaticLlama(nn.Module):
             x = layer(x, cos, sin, mask, at)
         return self.head(self.norm(x[:, -1:]))
 
+    @torch.no_grad()
+    def load(self, weights: Iterable[tuple[str, Any]]) -> None:
+        """Takes the arrays of `Shape.random_weights`; q, k and v are merged, and gate and up."""
+        found = {name: torch.from_numpy(array) for name, array in weights}
+        self.embed.weight.copy_(found["model.embed_tokens.weight"])
+        head = found.get("lm_head.weight", found["model.embed_tokens.weight"])
+        self.head.weight.copy_(head)
+        self.norm.weight.copy_(found["model.norm.weight"])
+        for number, layer in enumerate(self.layers):
+            assert isinstance(layer, Layer)
+
+            def of(*names: str, prefix: str = f"model.layers.{number}.") -> Tensor:
+                return torch.cat([found[f"{prefix}{name}.weight"] for name in names])
+
+            layer.norm.weight.copy_(of("input_layernorm"))
+            projections = (f"self_attn.{p}_proj" for p in "qkv")
+            layer.qkv.weight.copy_(of(*projections))
+            layer.o.weight.copy_(of("self_attn.o_proj"))
+            layer.ffn_norm.weight.copy_(of("post_attention_layernorm"))
+            layer.gate_up.weight.copy_(of("mlp.gate_proj", "mlp.up_proj"))
+            layer.down.weight.copy_(of("mlp.down_proj"))
+
+
+def build(
+    shape: Shape, batch: int, context: int, *, device: str, dtype: torch.dtype
+) -> StaticLlama:
+    """Made where it will run: on a CPU eight billion numbers take minutes."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return StaticLlama(shape, batch, context).eval()
+    finally:
+        torch.set_default_dtype(before)
+
 
 @torch.inference_mode()
-def static_llama(
-    shape: Shape, batch: int, context: int, *, device: str = "cuda", compile: bool = True
-) -> list[float]:
-    """Seconds of each of STEPS decode steps after `context` tokens."""
-    torch.manual_seed(0)
-    # The causal mask and the cache are sized for the run, as a user would.
-    model = StaticLlama(shape, batch, context + STEPS + 4).to(device, torch.bfloat16).eval()
-    model.causal = model.causal.bool()  # `to` made numbers of it
-    model(
-        torch.zeros(batch, context, dtype=torch.long, device=device),
-        torch.arange(context).to(device),
-    )
+def greedy(
+    model: StaticLlama, prompt: Tensor, steps: int, *, compile: bool
+) -> tuple[Tensor, list[float]]:
+    """Tokens [batch, steps] that follow the prompt [batch, n], and the seconds of each step but the
+    first, which is the prefill's."""
+    device = prompt.device
 
     def next_token(token: Tensor, at: Tensor) -> Tensor:
         return model(token, at)[:, 0].argmax(-1, keepdim=True)
 
+    token = next_token(prompt, torch.arange(prompt.shape[1], device=device))
     step = (
         torch.compile(next_token, mode="reduce-overhead", fullgraph=True) if compile else next_token
     )
-    token = torch.zeros(batch, 1, dtype=torch.long, device=device)
-    seconds = []
-    for i in range(STEPS + 4):
-        at = torch.tensor([context + i], device=device)
-        _settle(device)
+    tokens, seconds = [token], []
+    for i in range(steps - 1):
+        at = torch.tensor([prompt.shape[1] + i], device=device)
+        _settle(device.type)
         began = time.perf_counter()
         token = step(token, at).clone()
-        _settle(device)
+        _settle(device.type)
         seconds.append(time.perf_counter() - began)
-    return seconds[4:]
+        tokens.append(token)
+    return torch.cat(tokens, 1), seconds
+
+
+def static_llama(
+    shape: Shape, batch: int, context: int, device: str, dtype: torch.dtype
+) -> list[float]:
+    """Seconds of each of STEPS decode steps after `context` tokens."""
+    torch.manual_seed(0)
+    # The causal mask and the cache are sized for the run, as a user would.
+    model = build(shape, batch, context + STEPS + WARM, device=device, dtype=dtype)
+    prompt = torch.zeros(batch, context, dtype=torch.long, device=device)
+    return greedy(model, prompt, STEPS + WARM, compile=True)[1][WARM - 1 :]
 
 
 @torch.inference_mode()
 def transformers_static(
-    shape: Shape, batch: int, context: int, *, device: str = "cuda"
+    shape: Shape, batch: int, context: int, device: str, dtype: torch.dtype
 ) -> list[float]:
     """Seconds per token of `generate` with transformers' static cache, which compiles the step:
     the difference of two lengths over their difference."""
@@ -133,7 +176,7 @@ def transformers_static(
     settings = {k: v for k, v in shape.config.items() if k != "model_type"}
     config = AutoConfig.for_model(str(shape.config["model_type"]), **settings)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     prompt = torch.ones(batch, context, dtype=torch.long, device=device)
 
     def generate(count: int) -> float:
@@ -161,17 +204,24 @@ def _settle(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def peers(config: GpuConfig, model: str) -> dict[str, Any]:
-    if not torch.cuda.is_available():
+PEERS = {"compiled": static_llama, "transformers": transformers_static}
+
+
+def peers(config: GpuConfig, model: str) -> Iterator[dict[str, Any]]:
+    """The figures so far, after each peer at each batch."""
+    device = config.torch_device
+    if device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"torch {torch.__version__} sees no GPU")
-    shape = Shape.load(model)
-    out: dict[str, Any] = {"torch": torch.__version__}
-    for batch in [b for b in config.batch if b in (1, 8)]:
-        for name, peer in (("compiled", static_llama), ("transformers", transformers_static)):
+    shape = Shape.load(model.partition("/")[0])
+    out: dict[str, Any] = {"torch": torch.__version__, "device": device}
+    for batch in [b for b in config.batch if b in BATCHES]:
+        for name, peer in PEERS.items():
             try:
-                out[f"{name}_batch_{batch}_ms"] = 1e3 * median(peer(shape, batch, config.context))
+                times = peer(shape, batch, config.context, device, torch.bfloat16)
+                out[f"{name}_batch_{batch}_ms"] = 1e3 * median(times)
             except Exception as error:  # noqa: BLE001 - a peer that fails stops no other
                 out[f"{name}_batch_{batch}_error"] = f"{type(error).__name__}: {error}"[:300]
-            torch.cuda.empty_cache()
+            yield out
+            if device == "cuda":
+                torch.cuda.empty_cache()
             torch.compiler.reset()
-    return out

@@ -1,45 +1,55 @@
 """Questions about the driver and the machine that no document answers, answered by trying.
 
 Each probe is a function of the launcher that returns figures; one that fails says so and the others
-go on. Out: answer by question. The list is docs/gpu.md's.
+go on. Out: figures by probe; answers.py puts them into words.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import asdict
 from importlib import metadata
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 
 from bench.device_bandwidth import DeviceBandwidth
+from bench.errors import BenchError
+from bench.gpu.dlpack import DlPack
 from compiler.bind import bind, build
 from conf.bench_schema import GpuConfig
+from kernels.cuda.build import ENVIRONMENT, decode_binary, ptxas
 from kernels.cuda.kernel import launch
-from kernels.launch import Descriptor, Launch, Pointer
+from kernels.launch import Binary, Descriptor, Launch, Pointer, Source
 from runtime.device.gpu_code import Function
 from runtime.device.gpu_memory import WISHED, GpuArena, Pinned
 from runtime.device.launcher import Call, Launcher
 
 COUNT = 1024  # int32 that the counting kernel adds to
+NEWER = "ptxas-blackwell"  # of CUDA 13, in Triton's wheel
 Probe = Callable[[Launcher, GpuConfig], dict[str, Any]]
 
 
-def probes(config: GpuConfig) -> dict[str, Any]:
-    answers: dict[str, Any] = {}
+def probes(config: GpuConfig) -> Iterator[dict[str, Any]]:
+    """The figures so far, after each probe."""
+    found: dict[str, Any] = {}
     for name, probe in PROBES.items():
         with Launcher() as launcher:
             try:
-                answers[name] = probe(launcher, config)
+                found[name] = probe(launcher, config)
             except Exception as error:  # noqa: BLE001 - whatever it was, the next one is tried
-                answers[name] = {"error": f"{type(error).__name__}: {error}"[:500]}
-    answers["failed"] = sum("error" in answer for answer in answers.values())
-    return answers
+                found[name] = {"error": f"{type(error).__name__}: {error}"[:500]}
+        failed = [name for name, figures in found.items() if "error" in figures]
+        yield {**found, "failed": len(failed)}
 
 
 def counting(ctas: int = 1) -> Launch:
@@ -53,6 +63,11 @@ def counting(ctas: int = 1) -> Launch:
     )
 
 
+def launches() -> list[Launch]:
+    """What the probes run, but for the bandwidth's."""
+    return [counting(), counting(ctas=2), tile()[0]]
+
+
 def read_bandwidth(launcher: Launcher, config: GpuConfig) -> dict[str, Any]:
     size = min(4 << 30, launcher.free_memory() // 2)
     bandwidth = DeviceBandwidth(launcher, launcher.allocate(size), size, config.cache)
@@ -62,17 +77,54 @@ def read_bandwidth(launcher: Launcher, config: GpuConfig) -> dict[str, Any]:
 
 
 def cubin_abi(launcher: Launcher, config: GpuConfig) -> dict[str, Any]:
-    """Cubins load and give right results; the driver finds parameters where the cubin says."""
+    """Cubins load and give right results: those of the assembler in use, and of the newer one that
+    Triton has for other architectures."""
     one = counting()
     built = build([one], config.cache)
     assert one.source is not None
-    binary = built[one.source][0]
-    value = count_chain(launcher, config, length=1, programmatic=False)
-    return {"elf_abi": binary.elf_abi, "driver": launcher.gpu.driver, "right": value == 1}
+    ours, newer = built[one.source], assembled_by(one.source, ptxas().with_name(NEWER))
+    out: dict[str, Any] = {"driver": launcher.gpu.driver}
+    for name, made in (("ours", ours), ("newer", newer)):
+        base = launcher.allocate(4 * COUNT)
+        launcher.fill(base, 4 * COUNT)
+        graph = launcher.graph([bind(launcher, one, {one.source: made}, lambda slot, b=base: b)])  # type: ignore[misc]
+        launcher.run(graph)
+        graph.close()
+        values = launcher.read(base, 4 * COUNT).view(np.int32)
+        out[name] = {"elf_abi": made[0].elf_abi, "right": bool((values == 1).all())}
+    return out
 
 
-def tensor_maps(launcher: Launcher, config: GpuConfig) -> dict[str, Any]:
-    """A kernel node with a tensor map and null scratch copies a matrix; where the map lies."""
+def assembled_by(source: Source, assembler: Path) -> tuple[Binary, bytes]:
+    """The source through another assembler, in a process of its own."""
+    code = (
+        "import json, sys\n"
+        "from dataclasses import asdict\n"
+        "from kernels.cuda.triton_compile import compile_source\n"
+        "from kernels.launch import Source\n"
+        "given = json.load(sys.stdin)\n"
+        "pairs = {k: tuple(map(tuple, given.pop(k))) for k in ('signature', 'constants')}\n"
+        "binary, image = compile_source(Source(**given, **pairs), 'sm_90a')\n"
+        "print(json.dumps([asdict(binary), image.hex()]))\n"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        chosen = {"TRITON_PTXAS_PATH": str(assembler), "TRITON_CACHE_DIR": folder}
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            input=json.dumps(asdict(source)),
+            env=os.environ | ENVIRONMENT | chosen,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if done.returncode:
+        raise BenchError(f"{assembler.name}: {done.stderr.strip()[-300:]}")
+    header, image = json.loads(done.stdout.splitlines()[-1])
+    return decode_binary(header), bytes.fromhex(image)
+
+
+def tile() -> tuple[Launch, int, int]:
+    """Copies a matrix of so many rows and columns through a tensor map."""
     rows, columns = 256, 64
     one = launch(
         "probe.tile_kernel",
@@ -84,6 +136,12 @@ def tensor_maps(launcher: Launcher, config: GpuConfig) -> dict[str, Any]:
         ROWS=64,
         COLUMNS=columns,
     )
+    return one, rows, columns
+
+
+def tensor_maps(launcher: Launcher, config: GpuConfig) -> dict[str, Any]:
+    """A kernel node with a tensor map and null scratch copies a matrix; where the map lies."""
+    one, rows, columns = tile()
     built = build([one], config.cache)
     data = np.random.default_rng(0).integers(0, 1 << 15, (rows, columns), np.uint16)
     base = launcher.allocate(2 * data.nbytes)
@@ -150,7 +208,7 @@ def wished_addresses(launcher: Launcher, config: GpuConfig) -> dict[str, Any]:
         "for w in WISHED.values()))\n"
     )
     out: dict[str, Any] = {"wished": [hex(w) for w in WISHED.values()]}
-    with_torch = "import torch\nif torch.cuda.is_available(): torch.zeros(1, device='cuda')"
+    with_torch = f"import torch\ntorch.zeros(1, device={config.torch_device!r})"
     for name, statement in (("alone", ""), ("with_torch", with_torch)):
         command = [sys.executable, "-c", code.format(torch=statement)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
@@ -235,26 +293,38 @@ def clusters(launcher: Launcher, config: GpuConfig) -> dict[str, Any]:
 
 
 def torch_views(launcher: Launcher, config: GpuConfig) -> dict[str, Any]:
-    """Whether torch can look at mapped memory without a copy, by the array interface."""
+    """Whether torch can look at mapped memory without a copy, by the array interface and by
+    DLPack."""
     import torch
 
+    device = config.torch_device
     base = launcher.allocate(4 * COUNT)
     launcher.write(base, np.arange(COUNT, dtype=np.int32))
+    out: dict[str, Any] = {"torch": torch.__version__, "device": device}
+    views: dict[str, Callable[[], Any]] = {
+        "array_interface": lambda: torch.as_tensor(ArrayInterface(base, device), device=device),
+        "dlpack": lambda: torch.from_dlpack(DlPack(base, device)),
+    }
+    for name, view in views.items():
+        try:
+            seen = view()
+            right = seen.cpu().tolist() == list(range(COUNT))
+            out[name] = {"aliases": seen.data_ptr() == base, "right": right}
+            del seen
+        except Exception as error:  # noqa: BLE001 - refusing it is an answer
+            out[name] = {"refused": f"{type(error).__name__}: {error}"[:300]}
+    return out
 
-    class View:
-        __cuda_array_interface__ = {
+
+class ArrayInterface:
+    def __init__(self, address: int, device: str) -> None:
+        described = {
             "shape": (COUNT,),
             "typestr": "<i4",
-            "data": (base, False),
+            "data": (address, False),
             "version": 3,
         }
-
-    view = torch.as_tensor(View(), device="cuda:0")
-    return {
-        "torch": torch.__version__,
-        "aliases": view.data_ptr() == base,
-        "right": view.cpu().tolist() == list(range(COUNT)),
-    }
+        setattr(self, f"__{'cuda_' if device == 'cuda' else ''}array_interface__", described)
 
 
 def bindings(launcher: Launcher, config: GpuConfig) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """The sections of `bench.gpu`, in order: what each is called, may take, and runs.
 
-Comes in: a config and, for sections of a model, its name and artifact. Goes out: figures. Each runs
-in a process of its own (worker.py), because a fault on the device takes the whole process with it.
+Comes in: a config and, for sections of a model, its name and artifact. Goes out: figures, or an
+iterator of the figures so far. Each runs in a process of its own (worker.py), because a fault on
+the device takes the whole process with it.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -15,18 +16,22 @@ from typing import Any
 from conf.bench_schema import GpuConfig
 
 Figures = dict[str, Any]
+Run = Callable[[GpuConfig, str, str], Figures | Iterator[Figures]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
     """`seconds`: the most it may take; `run(config, model, artifact)`, both empty unless
-    `per_model`. `needs`: it wants the model's artifact (all but the one that makes it)."""
+    `per_model`. `needs`: it wants the model's artifact. `others`: of models but the first, too;
+    `late`: after those others."""
 
     name: str
     seconds: float
-    run: Callable[[GpuConfig, str, str], Figures]
+    run: Run
     per_model: bool = False
     needs: bool = True
+    others: bool = False
+    late: bool = False
 
 
 def machine(config: GpuConfig, model: str, artifact: str) -> Figures:
@@ -53,40 +58,50 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def later(function: str, *takes: str) -> Callable[[GpuConfig, str, str], Figures]:
+def later(function: str, *takes: str) -> Run:
     """A section that is `<module>.<name>` of bench.gpu, imported when it runs: `machine` must work
     where torch or triton are missing. `takes`: what it wants beyond the config."""
 
-    def run(config: GpuConfig, model: str, artifact: str) -> Figures:
+    def run(config: GpuConfig, model: str, artifact: str) -> Figures | Iterator[Figures]:
         module, _, name = function.partition(".")
         given = {"model": model, "artifact": artifact}
         found = getattr(importlib.import_module(f"bench.gpu.{module}"), name)
-        figures: Figures = found(config, *(given[what] for what in takes))
+        figures: Figures | Iterator[Figures] = found(config, *(given[what] for what in takes))
         return figures
 
     return run
 
 
+def of_model(name: str, seconds: float, function: str, *takes: str, **rest: bool) -> Section:
+    run = later(function, *takes)
+    return Section(name=name, seconds=seconds, run=run, per_model=True, **rest)
+
+
 SECTIONS = (
-    Section(name="machine", seconds=30, run=machine),
-    Section(name="probes", seconds=60, run=later("probes.probes")),
+    Section(name="machine", seconds=40, run=machine),
     Section(name="contracts", seconds=120, run=later("contracts.contracts")),
-    Section(name="tokens", seconds=90, run=later("model.tokens_as_on_cpu")),
-    Section(
-        name="compile",
-        seconds=150,
-        run=later("model.compiled", "model"),
-        per_model=True,
-        needs=False,
-    ),
-    Section(name="restore", seconds=30, run=later("model.restore", "artifact"), per_model=True),
-    Section(name="decode", seconds=60, run=later("model.decode", "artifact"), per_model=True),
-    Section(name="prefill", seconds=60, run=later("model.prefill", "artifact"), per_model=True),
-    Section(name="nodes", seconds=45, run=later("nodes.nodes", "artifact"), per_model=True),
-    Section(name="products", seconds=30, run=later("nodes.products", "artifact"), per_model=True),
-    Section(name="startup", seconds=60, run=later("model.startup", "artifact"), per_model=True),
-    Section(
-        name="peers", seconds=120, run=later("peers.peers", "model"), per_model=True, needs=False
-    ),
-    Section(name="serving", seconds=90, run=later("model.serving", "artifact"), per_model=True),
+    Section(name="tokens", seconds=120, run=later("model.tokens_as_on_cpu")),
+    Section(name="probes", seconds=60, run=later("probes.probes")),
+    of_model("compile", 150, "model.compiled", "model", needs=False, others=True),
+    of_model("decode", 90, "model.decode", "model", "artifact", others=True),
+    of_model("prefill", 60, "model.prefill", "artifact"),
+    of_model("restore", 40, "model.restore", "artifact"),
+    of_model("calls", 90, "calls.calls", "model", needs=False),
+    of_model("peers", 150, "peers.peers", "model", needs=False, late=True),
+    of_model("startup", 60, "model.startup", "artifact", late=True),
+    of_model("serving", 90, "model.serving", "artifact", late=True),
+    of_model("nodes", 45, "nodes.nodes", "artifact", late=True),
 )
+
+
+def jobs(config: GpuConfig) -> list[tuple[Section, str]]:
+    """Sections and models in the order of their worth: correctness, the first model, what the
+    others are compared by, and then the rest about the first."""
+    wanted = [s for s in SECTIONS if not config.sections or s.name in config.sections]
+    first, others = config.models[:1], config.models[1:]
+    return [
+        *((s, "") for s in wanted if not s.per_model),
+        *((s, m) for m in first for s in wanted if s.per_model and not s.late),
+        *((s, m) for m in others for s in wanted if s.per_model and s.others),
+        *((s, m) for m in first for s in wanted if s.per_model and s.late),
+    ]

@@ -7,6 +7,7 @@ from `random_weights`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from compiler.hub import locate
 from conf.load import load
 from conf.schema import CompileConfig
 
@@ -57,9 +59,12 @@ class Shape:
 
     @classmethod
     def load(cls, name: str) -> Shape:
-        """Of conf/model/<name>.yaml."""
-        loaded = load(CompileConfig, "compile", [f"model={name}"])
-        return cls.of(name, dict(loaded.config.model.config))
+        """Of conf/model/<name>.yaml: the config written there, or that of its local checkpoint."""
+        model = load(CompileConfig, "compile", [f"model={name}"]).config.model
+        if model.config:
+            return cls.of(name, dict(model.config))
+        folder = locate(model.source, model.revision)
+        return cls.of(name, json.loads((folder / "config.json").read_text("utf-8")))
 
     @property
     def kv_width(self) -> int:
