@@ -29,6 +29,7 @@ from conf.options import group_choices
 from runtime.device.machine import gpu_names
 
 RESULTS = Path("bench/results")
+WORKER = [sys.executable, "-m", "bench.gpu.worker"]
 ERROR = 600  # characters of an error that are kept
 
 
@@ -124,7 +125,7 @@ def run_section(
     job = {"section": section.name, "config": asdict(config), "model": model, "artifact": artifact}
     began = time.monotonic()
     process = subprocess.Popen(
-        [sys.executable, "-m", "bench.gpu.worker"],
+        WORKER,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

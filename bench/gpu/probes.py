@@ -302,7 +302,7 @@ def torch_views(launcher: Launcher, config: GpuConfig) -> dict[str, Any]:
     launcher.write(base, np.arange(COUNT, dtype=np.int32))
     out: dict[str, Any] = {"torch": torch.__version__, "device": device}
     views: dict[str, Callable[[], Any]] = {
-        "array_interface": lambda: torch.as_tensor(ArrayInterface(base, device), device=device),
+        "array_interface": lambda: torch.as_tensor(array(base, device), device=device),
         "dlpack": lambda: torch.from_dlpack(DlPack(base, device)),
     }
     for name, view in views.items():
@@ -316,15 +316,17 @@ def torch_views(launcher: Launcher, config: GpuConfig) -> dict[str, Any]:
     return out
 
 
-class ArrayInterface:
-    def __init__(self, address: int, device: str) -> None:
-        described = {
-            "shape": (COUNT,),
-            "typestr": "<i4",
-            "data": (address, False),
-            "version": 3,
-        }
-        setattr(self, f"__{'cuda_' if device == 'cuda' else ''}array_interface__", described)
+def array(address: int, device: str) -> Any:
+    """Something with the array interface of the device."""
+
+    class Array:
+        described = {"shape": (COUNT,), "typestr": "<i4", "data": (address, False), "version": 3}
+        if device == "cuda":
+            __cuda_array_interface__ = described
+        else:
+            __array_interface__ = described
+
+    return Array() if device == "cuda" else np.asarray(Array())
 
 
 def bindings(launcher: Launcher, config: GpuConfig) -> dict[str, Any]:
