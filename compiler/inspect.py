@@ -73,7 +73,9 @@ def show(artifact: Artifact) -> Iterator[str]:
     )
     quant = m.quant["scheme"]
     grouped = "" if quant == "none" else f" in groups of {m.quant['group_size']}"
-    yield f"numbers    dtype {m.dtype}, quant {quant}{grouped}, kv {m.kv_dtype}"
+    mixers = (layer["mixer"] for layer in m.spec["layers"])
+    forms = "".join(f", {form} MLA" for form in {x["form"] for x in mixers if "form" in x})
+    yield f"numbers    dtype {m.dtype}, quant {quant}{grouped}, kv {m.kv_dtype}{forms}"
     yield f"target     {m.target.kind} {m.target.machine}: {', '.join(m.target.levels)}"
     yield f"serves     {m.model.context} tokens of context, {m.max_seqs} sequences in a step"
     fit = m.report["fit"]

@@ -266,7 +266,8 @@ def _split_valid(call: CallShape, config: SplitConfig) -> str | None:
 def _split_default(call: CallShape) -> SplitConfig:
     """In decode buckets as few rows as hold the heads of a group; in mixed ones room for short
     chunks. Two programs of 100 KB fit a multiprocessor and keep more keys and values on their way
-    than its share of the bandwidth needs (about 30 KB). Wide heads leave registers for 32 rows."""
+    than its share of the bandwidth needs (about 30 KB); where keys are wider than values, with a
+    stage less, or one program does. Wide heads leave registers for 32 rows."""
     shape = _shape(call)
     heads = shape.heads // shape.kv_heads
     narrow = shape.wide or shape.pad > 256
@@ -274,7 +275,7 @@ def _split_default(call: CallShape) -> SplitConfig:
     rows = min(most, max(16, _power(heads)))
     if call.kind != "decode" and not narrow:
         rows = most
-    return _fitting(
+    config = _fitting(
         call,
         SplitConfig(
             rows=rows,
@@ -284,6 +285,10 @@ def _split_default(call: CallShape) -> SplitConfig:
             programs=2 if shape.pad <= 128 else 1,
         ),
     )
+    for choice in (config, replace(config, stages=min(config.stages, 3))):
+        if choice.programs * _shared(call, choice) <= SHARED:
+            return choice
+    return replace(config, programs=1)
 
 
 def _split_space(call: CallShape) -> Iterable[SplitConfig]:

@@ -342,6 +342,16 @@ def _attention_samples() -> list[Sample]:
             values=64,
             dtype="bfloat16",
         ),
+        attention_sample(
+            84,
+            "narrow values e4m3",
+            MIXED,
+            heads=4,
+            kv_heads=2,
+            dim=64,
+            values=32,
+            dtype="fp8_e4m3",
+        ),
         attention_sample(75, "logn", MIXED, heads=2, kv_heads=2, dim=32, logn=19),
         attention_sample(
             76,

@@ -21,6 +21,7 @@ from compiler.errors import CompileError, DamagedCheckpoint
 from compiler.families.family import family_of
 from compiler.families.spec import ModelSpec, MoeFfn
 from compiler.importer import import_model
+from compiler.inspect import show
 from compiler.pipeline import compile_model
 from compiler.progress import Progress
 from compiler.weights import Weights, checkpoint_weights
@@ -179,22 +180,26 @@ MADE_SMALL: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", MADE_SMALL)
+@pytest.mark.parametrize(
+    ("name", "mla"), [*((name, "auto") for name in MADE_SMALL), ("deepseek-v3", "plain")]
+)
 @pytest.mark.parametrize(
     ("dtype", "quant"), [("bfloat16", "none"), ("bfloat16", "int8"), ("float32", "int4")]
 )
 def test_stacks_of_matrices_are_quantized_and_run(
-    name: str, dtype: str, quant: str, tmp_path: Path
+    name: str, mla: str, dtype: str, quant: str, tmp_path: Path
 ) -> None:
     """A published shape made small: the finished artifact is compared with the reference that has
     the same stored numbers, on the device."""
     keys = SMALL | MADE_SMALL[name]
     overrides = [f"model={name}", "weights=random", f"dtype={dtype}", f"quant={quant}"]
+    overrides += [f"model.mla={mla}"]
     overrides += [f"model.config.{key}={value}" for key, value in keys.items()]
     shape = ["shape.context=128", "shape.max_tokens=32", "shape.max_seqs=4", f"out={tmp_path}"]
     loaded = load(CompileConfig, "compile", overrides + shape)
     artifact = Artifact.open(compile_model(loaded.config, loaded.sources, Progress()))
     assert 0 < artifact.manifest.accuracy["logit_error"] < 0.6
+    assert ("plain MLA" in "\n".join(show(artifact))) == (mla == "plain")
 
 
 @pytest.mark.parametrize(("name", "active"), [("deepseek-v3", 37e9), ("mixtral-8x7b", 12.9e9)])
