@@ -179,57 +179,104 @@ def residual_into_combine(program: Program) -> Program:
             edit.drop(add, combine)
             break
     return edit.result()
-    return edit.result()
 
 
-def rows_through_linears(program: Program) -> Program:
-    """linears of which only chosen rows are read -> linears that compute only those rows.
-
-    Behind the last attention nothing mixes rows any more, so only the logit rows need to go through
-    the rest of the last layer.
+# Calls that compute each row from the same row of what they read.
+ROW_WISE = frozenset(
     """
-    while (narrower := _narrowed(program)) is not None:
-        program = narrower
-    return program
-
-
+    linear rms_norm layer_norm add gated activation
+    route expert_order moe_gate_up moe_down moe_combine
+    """.split()  # noqa: SIM905 - a list of quoted names is three times as long
+)
 # Which argument of a linear chooses the rows of which other one.
 _CHOSEN_BY = {"x": "rows", "residual": "residual_rows"}
 _ALL_TOKENS, _LOGIT_ROWS = 0, 2  # `live_index`
 
 
-def _narrowed(program: Program) -> Program | None:
-    """One linear more that computes only the rows its readers choose; None when there is none."""
-    for made in program.calls:
-        if made.op != "linear" or made.attrs["live_index"] != _ALL_TOKENS:
-            continue
-        name = made.outs["out"]
-        readers = program.consumers(name)
-        chosen = {
-            reader.ins.get(_CHOSEN_BY.get(arg, "")) if reader.op == "linear" else None
-            for reader in readers
-            for arg, value in reader.ins.items()
-            if value == name
-        }
-        rows = chosen.pop() if len(chosen) == 1 else None
-        if rows is None or program.values[rows].kind != "input":
-            continue
-        edit = _Edit(program)
-        edit.values[name] = replace(
-            program.values[name],
-            dims=(program.values[rows].dims[0], *program.values[name].dims[1:]),
+def only_chosen_rows(program: Program) -> Program:
+    """Calls of which only chosen rows are read -> calls that compute only those rows.
+
+    Behind the last attention nothing mixes rows any more, so only the logit rows need to go through
+    the rest of the last layer, experts and all.
+    """
+    chosen = {
+        call.ins[choice]
+        for call in program.calls
+        if call.op == "linear"
+        for choice in _CHOSEN_BY.values()
+        if choice in call.ins
+    }
+    for rows in sorted(chosen):
+        if program.values[rows].kind == "input":
+            program = _narrowed(program, rows)
+    return program
+
+
+def _narrowed(program: Program, rows: str) -> Program:
+    narrow = _needing_only(program, rows)
+    names = {out for call in program.calls if id(call) in narrow for out in call.outs.values()}
+    edit = _Edit(program)
+    for name in names:
+        value = program.values[name]
+        if value.dims[0] == "tokens":  # where experts start is of no row
+            dims = (program.values[rows].dims[0], *value.dims[1:])
+            edit.values[name] = replace(value, dims=dims)
+    for call in program.calls:
+        ins, attrs = dict(call.ins), dict(call.attrs)
+        if id(call) in narrow and "live_index" in attrs:
+            attrs["live_index"] = _LOGIT_ROWS
+        for arg, choice in _CHOSEN_BY.items() if call.op == "linear" else ():
+            if call.ins.get(arg) in names:
+                ins.pop(choice, None)
+            elif id(call) in narrow and arg in call.ins:
+                ins[choice] = rows
+        if (ins, attrs) != (call.ins, call.attrs):
+            edit.insert(call, replace(call, ins=ins, attrs=attrs))
+            edit.drop(call)
+    return edit.result()
+
+
+def _needing_only(program: Program, rows: str) -> set[int]:
+    """Ids of the calls that can compute nothing but the rows `rows` chooses: all their readers need
+    only those, and what they read has been narrowed too, or is read through a choice of its own.
+    """
+    readers: dict[str, list[tuple[Call, str]]] = {}
+    for call in program.calls:
+        for arg, name in call.ins.items():
+            readers.setdefault(name, []).append((call, arg))
+    made = {out: id(call) for call in program.calls for out in call.outs.values()}
+    found = {
+        id(call)
+        for call in program.calls
+        if call.op in ROW_WISE and call.attrs.get("live_index", _ALL_TOKENS) == _ALL_TOKENS
+    }
+
+    def read_by_choice(call: Call) -> bool:
+        return all(
+            program.values[name].kind == "temp"
+            and (
+                id(reader) in found
+                or (reader.op == "linear" and reader.ins.get(_CHOSEN_BY.get(arg, "")) == rows)
+            )
+            for name in call.outs.values()
+            for reader, arg in readers.get(name, ())
         )
-        choices = {_CHOSEN_BY[arg]: rows for arg in _CHOSEN_BY if arg in made.ins}
-        attrs = {**made.attrs, "live_index": _LOGIT_ROWS}
-        edit.insert(made, replace(made, ins={**made.ins, **choices}, attrs=attrs))
-        edit.drop(made)
-        for reader in readers:
-            all_read = {_CHOSEN_BY[arg] for arg in _CHOSEN_BY if reader.ins.get(arg) == name}
-            ins = {arg: value for arg, value in reader.ins.items() if arg not in all_read}
-            edit.insert(reader, replace(reader, ins=ins))
-            edit.drop(reader)
-        return edit.result()
-    return None
+
+    def reads_narrow(call: Call) -> bool:
+        return all(
+            made.get(name) in found or (call.op == "linear" and arg in _CHOSEN_BY)
+            for arg, name in call.ins.items()
+            if "tokens" in program.values[name].dims
+        )
+
+    before = -1
+    while before != len(found):
+        before = len(found)
+        for calls, holds in ((program.calls[::-1], read_by_choice), (program.calls, reads_narrow)):
+            for call in calls:
+                if id(call) in found and not holds(call):
+                    found.discard(id(call))
+    return found
 
 
 def residual_into_norm(program: Program) -> Program:
@@ -259,7 +306,7 @@ RULES = (
     residual_into_norm,
     residual_into_combine,
     residual_into_linear,
-    rows_through_linears,
+    only_chosen_rows,
 )
 
 

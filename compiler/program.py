@@ -108,6 +108,8 @@ class Builder:
         arguments the op updates are added to the outputs by its contract; `None` inputs are
         absent optional ones."""
         present = {arg: name for arg, name in ins.items() if name is not None}
+        if "live_index" in OPS[op].attrs:
+            attrs.setdefault("live_index", 0)  # every token
         outs = ({"out": out} if out else {}) if isinstance(out, str) else dict(out)
         outs |= {
             a.name: present[a.name] for a in OPS[op].args if a.role == "inout" and a.name in present

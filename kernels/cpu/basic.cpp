@@ -14,7 +14,7 @@ struct Piece {
 // This thread's share of n units.
 Piece share(const hs_ctx* ctx, int64_t n) { return {n * ctx->thread / ctx->threads, n * (ctx->thread + 1) / ctx->threads}; }
 
-int64_t live(const hs_arg& a, int index) { return ((const int32_t*)a.p)[index]; }
+int64_t live(const hs_arg& a, int64_t index) { return ((const int32_t*)a.p)[index]; }
 
 // out[i] = f(x[i], y[i]) over the first n numbers, split without regard to row ends.
 template <class F>
@@ -103,11 +103,11 @@ HS_EXPORT void hs_gather(const hs_ctx* ctx, const hs_arg* a) {
 
 // All row and head norms: a row is HEADS pieces of D, piece h with the weights w[h * OWN ...].
 HS_EXPORT void hs_norm(const hs_ctx* ctx, const hs_arg* a) {
-    enum { LIVE, X, W, BIAS, RESIDUAL, OUT, HEADS, D, OWN, CENTRE, EPS };
+    enum { LIVE, LIVE_INDEX, X, W, BIAS, RESIDUAL, OUT, HEADS, D, OWN, CENTRE, EPS };
     int64_t dim = a[D].i, heads = a[HEADS].i;
     const float *bias = (const float*)a[BIAS].p, *residual = (const float*)a[RESIDUAL].p;
     float eps = (float)a[EPS].f;
-    Piece piece = share(ctx, live(a[LIVE], 0) * heads);
+    Piece piece = share(ctx, live(a[LIVE], a[LIVE_INDEX].i) * heads);
     for (int64_t i = piece.begin; i < piece.end; i++) {
         const float *x = (const float*)a[X].p + i * dim, *w = (const float*)a[W].p + i % heads * a[OWN].i;
         float* out = (float*)a[OUT].p + i * dim;
@@ -121,25 +121,25 @@ HS_EXPORT void hs_norm(const hs_ctx* ctx, const hs_arg* a) {
 }
 
 HS_EXPORT void hs_gated(const hs_ctx* ctx, const hs_arg* a) {
-    enum { LIVE, GATE, UP, OUT, D, ACT };
-    int64_t act = a[ACT].i, n = live(a[LIVE], 0) * a[D].i;
+    enum { LIVE, LIVE_INDEX, GATE, UP, OUT, D, ACT };
+    int64_t act = a[ACT].i, n = live(a[LIVE], a[LIVE_INDEX].i) * a[D].i;
     elementwise(ctx, n, a[GATE].p, a[UP].p, a[OUT].p, [=](vf gate, vf up) { return activate(act, gate) * up; });
 }
 
 HS_EXPORT void hs_activation(const hs_ctx* ctx, const hs_arg* a) {
-    enum { LIVE, X, OUT, D, ACT };
-    int64_t act = a[ACT].i, n = live(a[LIVE], 0) * a[D].i;
+    enum { LIVE, LIVE_INDEX, X, OUT, D, ACT };
+    int64_t act = a[ACT].i, n = live(a[LIVE], a[LIVE_INDEX].i) * a[D].i;
     elementwise(ctx, n, a[X].p, a[X].p, a[OUT].p, [=](vf x, vf) { return activate(act, x); });
 }
 
 HS_EXPORT void hs_clip(const hs_ctx* ctx, const hs_arg* a) {
-    enum { LIVE, X, OUT, D, LIMIT };
+    enum { LIVE, LIVE_INDEX, X, OUT, D, LIMIT };
     float limit = (float)a[LIMIT].f;
-    int64_t n = live(a[LIVE], 0) * a[D].i;
+    int64_t n = live(a[LIVE], a[LIVE_INDEX].i) * a[D].i;
     elementwise(ctx, n, a[X].p, a[X].p, a[OUT].p, [=](vf x, vf) { return vmax(vmin(x, splat(limit)), splat(-limit)); });
 }
 
 HS_EXPORT void hs_add(const hs_ctx* ctx, const hs_arg* a) {
-    enum { LIVE, A, B, OUT, D };
-    elementwise(ctx, live(a[LIVE], 0) * a[D].i, a[A].p, a[B].p, a[OUT].p, [](vf x, vf y) { return x + y; });
+    enum { LIVE, LIVE_INDEX, A, B, OUT, D };
+    elementwise(ctx, live(a[LIVE], a[LIVE_INDEX].i) * a[D].i, a[A].p, a[B].p, a[OUT].p, [](vf x, vf y) { return x + y; });
 }

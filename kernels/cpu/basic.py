@@ -135,6 +135,7 @@ def _norm(call: CallShape) -> dict[str, int | float]:
     heads = call.attrs.get("heads", 1)
     dim = call.shapes["x"][1] // heads
     return {
+        "live_index": call.attrs.get("live_index", 0),
         "heads": heads,
         "d": dim,
         "own": dim if call.shapes["w"][0] == heads * dim else 0,
@@ -152,6 +153,7 @@ for _name in ("rms_norm", "layer_norm", "head_norm"):
             entry="hs_norm",
             params=(
                 "ptr:live",
+                "i64:live_index",
                 "ptr:x",
                 "ptr:w",
                 "ptr:bias",
@@ -172,6 +174,7 @@ for _name in ("rms_norm", "layer_norm", "head_norm"):
 def _elementwise(call: CallShape) -> dict[str, int | float]:
     act = call.attrs.get("act", "")
     return {
+        "live_index": call.attrs.get("live_index", 0),
         "d": call.shapes["out"][1],
         "act": ACTIVATION_CODES[GATED.get(act, act)] if act else 0,
         "limit": float(call.attrs.get("limit", 0.0)),
@@ -191,7 +194,12 @@ for _name, _inputs, _more in (
             op=_name,
             target="cpu",
             entry=f"hs_{_name}",
-            params=("ptr:live", *(f"ptr:{n}" for n in _inputs), "ptr:out", "i64:d", *_more),
+            params=(
+                *("ptr:live", "i64:live_index"),
+                *(f"ptr:{n}" for n in _inputs),
+                *("ptr:out", "i64:d"),
+                *_more,
+            ),
             accepts=not_float32,
             scalars=_elementwise,
         )

@@ -133,7 +133,7 @@ void experts(const hs_ctx* ctx, const hs_arg* a) {
 
 HS_EXPORT void hs_route(const hs_ctx* ctx, const hs_arg* a) {
     enum {
-        LIVE, LOGITS, BIAS, IDS, WEIGHTS,
+        LIVE, LIVE_INDEX, LOGITS, BIAS, IDS, WEIGHTS,
         EXPERTS, CHOICES, SCORE, GROUPS, KEPT_GROUPS, GROUP_BEST, RENORMALISE, SCALE
     };
     Router r;
@@ -146,18 +146,18 @@ HS_EXPORT void hs_route(const hs_ctx* ctx, const hs_arg* a) {
     r.renormalise = a[RENORMALISE].i != 0;
     r.scale = (float)a[SCALE].f;
     r.bias = (const float*)a[BIAS].p;
-    Range range = split(((const int32_t*)a[LIVE].p)[0], ctx);
+    Range range = split(((const int32_t*)a[LIVE].p)[a[LIVE_INDEX].i], ctx);
     for (int64_t t = range.begin; t < range.end; t++)
         r.choose((const float*)a[LOGITS].p + t * r.experts, (int32_t*)a[IDS].p + t * r.k, (float*)a[WEIGHTS].p + t * r.k);
 }
 
 // A counting sort by one thread: it moves four bytes per pair, the experts' linears thousands.
 HS_EXPORT void hs_expert_order(const hs_ctx* ctx, const hs_arg* a) {
-    enum { LIVE, IDS, ORDER, STARTS, EXPERTS, CHOICES };
+    enum { LIVE, LIVE_INDEX, IDS, ORDER, STARTS, EXPERTS, CHOICES };
     if (ctx->thread) return;
     const int32_t* ids = (const int32_t*)a[IDS].p;
     int32_t *order = (int32_t*)a[ORDER].p, *starts = (int32_t*)a[STARTS].p;
-    const int64_t experts = a[EXPERTS].i, pairs = ((const int32_t*)a[LIVE].p)[0] * a[CHOICES].i;
+    const int64_t experts = a[EXPERTS].i, pairs = ((const int32_t*)a[LIVE].p)[a[LIVE_INDEX].i] * a[CHOICES].i;
     int32_t next[MAX_EXPERTS];
     memset(starts, 0, (experts + 1) * sizeof(int32_t));
     for (int64_t p = 0; p < pairs; p++) starts[ids[p] + 1]++;
@@ -169,13 +169,13 @@ HS_EXPORT void hs_expert_order(const hs_ctx* ctx, const hs_arg* a) {
 }
 
 HS_EXPORT void hs_moe_combine(const hs_ctx* ctx, const hs_arg* a) {
-    enum { LIVE, Y, WEIGHTS, SHARED, GATE, RESIDUAL, OUT, D, CHOICES };
+    enum { LIVE, LIVE_INDEX, Y, WEIGHTS, SHARED, GATE, RESIDUAL, OUT, D, CHOICES };
     constexpr int64_t PART = 256;  // columns of a piece of work
     const int64_t dim = a[D].i, k = a[CHOICES].i, parts = (dim + PART - 1) / PART;
     const float *y = (const float*)a[Y].p, *weights = (const float*)a[WEIGHTS].p;
     const float *shared = (const float*)a[SHARED].p, *gate = (const float*)a[GATE].p;
     const float* residual = (const float*)a[RESIDUAL].p;
-    Range range = split(((const int32_t*)a[LIVE].p)[0] * parts, ctx);
+    Range range = split(((const int32_t*)a[LIVE].p)[a[LIVE_INDEX].i] * parts, ctx);
     for (int64_t u = range.begin; u < range.end; u++) {
         const int64_t t = u / parts, begin = u % parts * PART, end = begin + PART < dim ? begin + PART : dim;
         const vf share = gate ? sigmoid(splat(gate[t])) : splat(1.0f);

@@ -46,6 +46,7 @@ register(
         entry="hs_route",
         params=(
             "ptr:live",
+            "i64:live_index",
             "ptr:logits",
             "ptr:bias",
             "ptr:ids",
@@ -61,6 +62,7 @@ register(
         ),
         accepts=_accepts_route,
         scalars=lambda call: {
+            "live_index": call.attrs.get("live_index", 0),
             **{n: int(call.attrs[n]) for n in ("k", "groups", "kept_groups", "group_best")},
             "experts": call.shapes["logits"][1],
             "score": SCORES[call.attrs["score"]],
@@ -76,13 +78,20 @@ register(
         op="expert_order",
         target="cpu",
         entry="hs_expert_order",
-        params=("ptr:live", "ptr:ids", "ptr:order", "ptr:starts", "i64:experts", "i64:k"),
+        params=(
+            *("ptr:live", "i64:live_index", "ptr:ids", "ptr:order", "ptr:starts"),
+            *("i64:experts", "i64:k"),
+        ),
         accepts=lambda call: (
             None
             if call.attrs["experts"] <= MAX_EXPERTS
             else f"{call.attrs['experts']} experts: at most {MAX_EXPERTS}"
         ),
-        scalars=lambda call: {"experts": call.attrs["experts"], "k": call.shapes["ids"][1]},
+        scalars=lambda call: {
+            "live_index": call.attrs.get("live_index", 0),
+            "experts": call.attrs["experts"],
+            "k": call.shapes["ids"][1],
+        },
     )
 )
 
@@ -94,6 +103,7 @@ register(
         entry="hs_moe_combine",
         params=(
             "ptr:live",
+            "i64:live_index",
             "ptr:y",
             "ptr:weights",
             "ptr:shared",
@@ -104,7 +114,11 @@ register(
             "i64:k",
         ),
         accepts=not_float32,
-        scalars=lambda call: {"d": call.shapes["y"][2], "k": call.shapes["y"][1]},
+        scalars=lambda call: {
+            "live_index": call.attrs.get("live_index", 0),
+            "d": call.shapes["y"][2],
+            "k": call.shapes["y"][1],
+        },
     )
 )
 

@@ -33,6 +33,7 @@ def _launches(call: CallShape, config: RowConfig) -> tuple[Launch, ...]:
             a_ptr=pointer(call, first),
             b_ptr=pointer(call, second[0]) if second else None,
             out_ptr=pointer(call, "out"),
+            LIVE=call.attrs.get("live_index", 0),
             ACT=GATED.get(act, act) if act else None,
             LIMIT=float(call.attrs["limit"]) if "limit" in call.attrs else None,
             WIDTH=width,

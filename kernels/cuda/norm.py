@@ -45,6 +45,7 @@ def _launches(call: CallShape, config: TileConfig) -> tuple[Launch, ...]:
             bias_ptr=pointer(call, "bias"),
             residual_ptr=pointer(call, "residual"),
             out_ptr=pointer(call, "out"),
+            LIVE=call.attrs.get("live_index", 0),
             EPS=float(call.attrs["eps"]),
             CENTRE=bool(call.attrs.get("centre", call.op == "layer_norm")),
             HEADS=heads,

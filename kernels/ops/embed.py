@@ -25,6 +25,11 @@ def live_count(args: dict[str, Any], index: int) -> int:
     return int(args["live"][index])
 
 
+def live_rows(args: dict[str, Any], attrs: dict[str, Any]) -> int:
+    """How many rows a row-wise op has: one per token, or (`live_index` 2) one per logit row."""
+    return live_count(args, attrs.get("live_index", 0))
+
+
 def embed_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str, Tensor]:
     n = live_count(args, 0)
     tokens, table_VD = args["tokens"], args["table"]

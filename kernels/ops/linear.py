@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels.op import Arg, Cost, Op, Sample, register
-from kernels.ops.embed import LIVE, live_count
+from kernels.ops.embed import LIVE, live_rows
 from kernels.ops.mlp import ACTIVATIONS, GATED
 from kernels.ops.norm import normalized
 from kernels.ops.samples import floats, generator, live, padded
@@ -37,7 +37,7 @@ def e4m3_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def linear_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str, Tensor]:
-    n = live_count(args, attrs.get("live_index", 0))
+    n = live_rows(args, attrs)
     rows = args.get("rows")
     x = args["x"][rows[:n].long()] if rows is not None else args["x"][:n]
     x = x.float()

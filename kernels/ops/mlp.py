@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.op import Arg, Cost, Op, Sample, register
-from kernels.ops.embed import LIVE, live_count
-from kernels.ops.samples import floats, generator, live
+from kernels.ops.embed import LIVE, live_count, live_rows
+from kernels.ops.samples import floats, generator, live, with_logit_rows
 
 # By the names used in attributes. gelu: x/2 (1 + erf(x/sqrt 2)); gelu_tanh: its tanh form
 # (Hendrycks and Gimpel 2016); relu2: max(x, 0)^2.
@@ -32,21 +32,21 @@ GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
 
 
 def gated_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str, Tensor]:
-    n = live_count(args, 0)
+    n = live_rows(args, attrs)
     out = torch.zeros_like(args["gate"])
     out[:n] = ACTIVATIONS[GATED[attrs["act"]]](args["gate"][:n]) * args["up"][:n]
     return {"out": out}
 
 
 def activation_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str, Tensor]:
-    n = live_count(args, 0)
+    n = live_rows(args, attrs)
     out = torch.zeros_like(args["x"])
     out[:n] = ACTIVATIONS[attrs["act"]](args["x"][:n])
     return {"out": out}
 
 
 def add_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str, Tensor]:
-    n = live_count(args, 0)
+    n = live_rows(args, attrs)
     out = torch.zeros_like(args["a"])
     out[:n] = args["a"][:n] + args["b"][:n]
     return {"out": out}
@@ -92,7 +92,7 @@ def _samples(names: tuple[str, ...], scale: float, choices: tuple[dict[str, Any]
 
 
 def _rows(name: str, role: str, axis: str) -> Arg:
-    return Arg(name=name, role=role, dims=("tokens", axis), dtypes=("float",))
+    return Arg(name=name, role=role, dims=("R", axis), dtypes=("float",))
 
 
 GATED_OP = register(
@@ -104,11 +104,13 @@ GATED_OP = register(
             _rows("up", "input", "F"),
             _rows("out", "output", "F"),
         ),
-        attrs={"act": str},
+        attrs={"act": str, "live_index": int},
         reference=gated_reference,
         cost=_cost(("gate", "up"), 6),
         # far into both tails of the sigmoid
-        samples=_samples(("gate", "up"), 30.0, tuple({"act": act} for act in GATED)),
+        samples=with_logit_rows(
+            _samples(("gate", "up"), 30.0, tuple({"act": act} for act in GATED))
+        ),
     )
 )
 
@@ -116,10 +118,10 @@ ACTIVATION = register(
     Op(
         name="activation",
         args=(LIVE, _rows("x", "input", "F"), _rows("out", "output", "F")),
-        attrs={"act": str},
+        attrs={"act": str, "live_index": int},
         reference=activation_reference,
         cost=_cost(("x",), 6),
-        samples=_samples(("x",), 6.0, tuple({"act": act} for act in ACTIVATIONS)),
+        samples=with_logit_rows(_samples(("x",), 6.0, tuple({"act": act} for act in ACTIVATIONS))),
     )
 )
 
@@ -132,9 +134,10 @@ ADD = register(
             _rows("b", "input", "D"),
             _rows("out", "output", "D"),
         ),
+        attrs={"live_index": int},
         reference=add_reference,
         cost=_cost(("a", "b"), 1),
-        samples=_samples(("a", "b"), 1.0, ({},)),
+        samples=with_logit_rows(_samples(("a", "b"), 1.0, ({},))),
     )
 )
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from kernels.op import Arg, Cost, Op, Sample, register
-from kernels.ops.embed import LIVE, live_count
+from kernels.ops.embed import LIVE, live_rows
 from kernels.ops.mlp import ACTIVATIONS, GATED
 from kernels.ops.route import expert_order_reference
-from kernels.ops.samples import POISON, floats, generator, live
+from kernels.ops.samples import POISON, floats, generator, live, with_logit_rows
 
 CLAMPED = "swiglu_clamped"
 
@@ -165,18 +165,18 @@ def _experts_args(x_dims: tuple[str, ...]) -> tuple[Arg, ...]:
     return (
         LIVE,
         Arg(name="x", role="input", dims=x_dims, dtypes=("float",)),
-        Arg(name="order", role="input", dims=("tokens", "k"), dtypes=("int32",)),
+        Arg(name="order", role="input", dims=("R", "k"), dtypes=("int32",)),
         Arg(name="starts", role="input", dims=("E+1",), dtypes=("int32",)),
         Arg(name="w", role="weight", dims=("E", "N", "K"), dtypes=("float",)),
         Arg(name="bias", role="weight", dims=("E*N",), dtypes=("float",), optional=True),
-        Arg(name="out", role="output", dims=("tokens", "k", "O"), dtypes=("float",)),
+        Arg(name="out", role="output", dims=("R", "k", "O"), dtypes=("float",)),
     )
 
 
 MOE_GATE_UP = register(
     Op(
         name="moe_gate_up",
-        args=_experts_args(("tokens", "K")),
+        args=_experts_args(("R", "K")),
         attrs={"act": str},
         reference=moe_gate_up_reference,
         cost=_experts_cost,
@@ -188,7 +188,7 @@ MOE_GATE_UP = register(
 MOE_DOWN = register(
     Op(
         name="moe_down",
-        args=_experts_args(("tokens", "k", "K")),
+        args=_experts_args(("R", "k", "K")),
         reference=moe_down_reference,
         cost=_experts_cost,
         samples=_down_samples,
@@ -200,7 +200,7 @@ MOE_DOWN = register(
 def moe_combine_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str, Tensor]:
     """sum over j of weights[t, j] * y[t, j], j ascending; then the shared experts' output, times
     sigmoid(gate) where there is one; then the residual."""
-    n = live_count(args, 0)
+    n = live_rows(args, attrs)
     y_TkD, weights = args["y"][:n], args["weights"][:n]
     total = torch.zeros(n, y_TkD.shape[2])
     for j in range(y_TkD.shape[1]):
@@ -250,7 +250,7 @@ def _combine_samples() -> list[Sample]:
 
 
 def _optional(name: str, width: str) -> Arg:
-    return Arg(name=name, role="input", dims=("tokens", width), dtypes=("float",), optional=True)
+    return Arg(name=name, role="input", dims=("R", width), dtypes=("float",), optional=True)
 
 
 MOE_COMBINE = register(
@@ -258,15 +258,16 @@ MOE_COMBINE = register(
         name="moe_combine",
         args=(
             LIVE,
-            Arg(name="y", role="input", dims=("tokens", "k", "D"), dtypes=("float",)),
-            Arg(name="weights", role="input", dims=("tokens", "k"), dtypes=("float32",)),
+            Arg(name="y", role="input", dims=("R", "k", "D"), dtypes=("float",)),
+            Arg(name="weights", role="input", dims=("R", "k"), dtypes=("float32",)),
             _optional("shared", "D"),
             _optional("gate", "1"),
             _optional("residual", "D"),
-            Arg(name="out", role="output", dims=("tokens", "D"), dtypes=("float",)),
+            Arg(name="out", role="output", dims=("R", "D"), dtypes=("float",)),
         ),
+        attrs={"live_index": int},
         reference=moe_combine_reference,
         cost=_combine_cost,
-        samples=_combine_samples,
+        samples=with_logit_rows(_combine_samples),
     )
 )

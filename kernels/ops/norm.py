@@ -1,7 +1,7 @@
 """Norms: over a whole row, and per attention head.
 
 RMS norm: x / sqrt(mean x^2 + eps) * w. LayerNorm ("centred"): the same of x - mean x, plus an
-optional bias. T tokens, D model, H heads, E head dim.
+optional bias. R rows (tokens or logit rows), D model, H heads, E head dim.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from kernels.op import Arg, Cost, Op, Sample, register
-from kernels.ops.embed import LIVE, live_count
-from kernels.ops.samples import floats, generator, live
+from kernels.ops.embed import LIVE, live_count, live_rows
+from kernels.ops.samples import floats, generator, live, with_logit_rows
 
 
 def normalized(x: Tensor, weight: Tensor, eps: float, centre: bool = False) -> Tensor:
@@ -25,7 +25,7 @@ def normalized(x: Tensor, weight: Tensor, eps: float, centre: bool = False) -> T
 
 
 def rms_norm_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str, Tensor]:
-    n = live_count(args, 0)
+    n = live_rows(args, attrs)
     out = torch.zeros_like(args["x"])
     out[:n] = normalized(args["x"][:n], args["w"], attrs["eps"])
     if args.get("residual") is not None:
@@ -34,7 +34,7 @@ def rms_norm_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str,
 
 
 def layer_norm_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str, Tensor]:
-    n = live_count(args, 0)
+    n = live_rows(args, attrs)
     out = torch.zeros_like(args["x"])
     out[:n] = normalized(args["x"][:n], args["w"], attrs["eps"], centre=True)
     if args.get("bias") is not None:
@@ -88,21 +88,21 @@ RMS_NORM = register(
         name="rms_norm",
         args=(
             LIVE,
-            Arg(name="x", role="input", dims=("tokens", "D"), dtypes=("float",)),
+            Arg(name="x", role="input", dims=("R", "D"), dtypes=("float",)),
             Arg(name="w", role="weight", dims=("D",), dtypes=("float",)),
             Arg(
                 name="residual",
                 role="input",
-                dims=("tokens", "D"),
+                dims=("R", "D"),
                 dtypes=("float",),
                 optional=True,
             ),
-            Arg(name="out", role="output", dims=("tokens", "D"), dtypes=("float",)),
+            Arg(name="out", role="output", dims=("R", "D"), dtypes=("float",)),
         ),
-        attrs={"eps": float},
+        attrs={"eps": float, "live_index": int},
         reference=rms_norm_reference,
         cost=_cost,
-        samples=_rms_norm_samples,
+        samples=with_logit_rows(_rms_norm_samples),
     )
 )
 
@@ -125,15 +125,15 @@ LAYER_NORM = register(
         name="layer_norm",
         args=(
             LIVE,
-            Arg(name="x", role="input", dims=("tokens", "D"), dtypes=("float",)),
+            Arg(name="x", role="input", dims=("R", "D"), dtypes=("float",)),
             Arg(name="w", role="weight", dims=("D",), dtypes=("float",)),
             Arg(name="bias", role="weight", dims=("D",), dtypes=("float",), optional=True),
-            Arg(name="out", role="output", dims=("tokens", "D"), dtypes=("float",)),
+            Arg(name="out", role="output", dims=("R", "D"), dtypes=("float",)),
         ),
-        attrs={"eps": float},
+        attrs={"eps": float, "live_index": int},
         reference=layer_norm_reference,
         cost=_cost,
-        samples=_layer_norm_samples,
+        samples=with_logit_rows(_layer_norm_samples),
     )
 )
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from kernels.op import Arg, Cost, Op, Sample, register
-from kernels.ops.embed import LIVE, live_count
-from kernels.ops.samples import POISON, floats, generator, live
+from kernels.ops.embed import LIVE, live_rows
+from kernels.ops.samples import POISON, floats, generator, live, with_logit_rows
 
 SCORES = ("softmax", "sigmoid", "chosen")
 
@@ -31,7 +31,7 @@ def route_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str, Te
     `kept_groups` best groups of neighbouring experts take part; a group is worth the sum of its
     `group_best` largest (biased) scores. `renormalise` divides by the sum of the chosen + 1e-20.
     """
-    n, k = live_count(args, 0), attrs["k"]
+    n, k = live_rows(args, attrs), attrs["k"]
     logits_TE = args["logits"][:n].float()
     scores = logits_TE
     if attrs["score"] == "softmax":
@@ -138,10 +138,10 @@ ROUTE = register(
         name="route",
         args=(
             LIVE,
-            Arg(name="logits", role="input", dims=("tokens", "E"), dtypes=("float",)),
+            Arg(name="logits", role="input", dims=("R", "E"), dtypes=("float",)),
             Arg(name="bias", role="weight", dims=("E",), dtypes=("float",), optional=True),
-            Arg(name="ids", role="output", dims=("tokens", "k"), dtypes=("int32",)),
-            Arg(name="weights", role="output", dims=("tokens", "k"), dtypes=("float32",)),
+            Arg(name="ids", role="output", dims=("R", "k"), dtypes=("int32",)),
+            Arg(name="weights", role="output", dims=("R", "k"), dtypes=("float32",)),
         ),
         attrs={
             "k": int,
@@ -151,10 +151,11 @@ ROUTE = register(
             "group_best": int,
             "renormalise": bool,
             "scale": float,
+            "live_index": int,
         },
         reference=route_reference,
         cost=_route_cost,
-        samples=_route_samples,
+        samples=with_logit_rows(_route_samples),
     )
 )
 
@@ -162,7 +163,7 @@ ROUTE = register(
 def expert_order_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str, Tensor]:
     """Pair t * k + j is choice j of token t. Expert e owns the pairs order[starts[e]:starts[e+1]]
     of the flattened `order`, ascending: a counting sort. Pairs of dead tokens stand nowhere."""
-    n, experts = live_count(args, 0), attrs["experts"]
+    n, experts = live_rows(args, attrs), attrs["experts"]
     ids = args["ids"]
     flat = ids[:n].flatten().long()
     order = torch.zeros(ids.numel(), dtype=torch.int32)
@@ -194,17 +195,17 @@ EXPERT_ORDER = register(
         name="expert_order",
         args=(
             LIVE,
-            Arg(name="ids", role="input", dims=("tokens", "k"), dtypes=("int32",)),
-            Arg(name="order", role="output", dims=("tokens", "k"), dtypes=("int32",)),
+            Arg(name="ids", role="input", dims=("R", "k"), dtypes=("int32",)),
+            Arg(name="order", role="output", dims=("R", "k"), dtypes=("int32",)),
             Arg(name="starts", role="output", dims=("E+1",), dtypes=("int32",)),
         ),
-        attrs={"experts": int},
+        attrs={"experts": int, "live_index": int},
         reference=expert_order_reference,
         cost=lambda shapes, attrs: Cost(
             read=shapes["ids"][0] * shapes["ids"][1] * 4,
             written=(shapes["ids"][0] * shapes["ids"][1] + attrs["experts"] + 1) * 4,
             flops=0,
         ),
-        samples=_order_samples,
+        samples=with_logit_rows(_order_samples),
     )
 )

@@ -6,11 +6,13 @@ it fails its test.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from kernels.op import Sample
 
 POISON = 2**30  # an index that faults or gives garbage when used
 
@@ -35,6 +37,19 @@ def padded(values: Sequence[int], size: int, dtype: torch.dtype = torch.int32) -
     out = torch.full((size,), POISON, dtype=dtype)
     out[: len(values)] = torch.tensor(list(values), dtype=dtype)
     return out
+
+
+def with_logit_rows(samples: Callable[[], list[Sample]]) -> Callable[[], list[Sample]]:
+    """The samples, and the first one again with its rows counted as logit rows."""
+
+    def more() -> list[Sample]:
+        own = samples()
+        first = own[0]
+        args = {**first.args, "live": live(rows=int(first.args["live"][0]))}
+        attrs = {**first.attrs, "live_index": 2}
+        return [*own, Sample(label=f"{first.label}, logit rows", args=args, attrs=attrs)]
+
+    return more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

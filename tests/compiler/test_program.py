@@ -68,7 +68,7 @@ BROKEN = {
     "is never written": lambda: with_value(
         Value(name="spare", dtype="float32", dims=(4,), kind="output")
     ),
-    "expected float": lambda: edited("rms_norm", attrs={"eps": 1}),
+    "expected float": lambda: edited("rms_norm", attrs={"eps": 1, "live_index": 0}),
     "the contract has": lambda: edited("rms_norm", attrs={}),
     "axis D is 65, expected 64": lambda: with_value(
         replace(PROGRAM.values["layers.0.attn_norm"], dims=(65,))

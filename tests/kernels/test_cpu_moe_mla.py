@@ -17,6 +17,7 @@ import kernels.ops.register  # noqa: F401
 from kernels.cpu.run import Team, run_on
 from kernels.kernel import KERNELS, Kernel
 from kernels.op import Sample
+from kernels.ops.embed import live_rows
 from kernels.ops.mla import HEAD_LINEAR, MLA_ATTENTION
 from kernels.ops.moe import MOE_DOWN, MOE_GATE_UP
 from kernels.ops.route import ROUTE, expert_order_reference
@@ -49,7 +50,7 @@ def live(tokens: int) -> torch.Tensor:
 
 def pair_ids(s: Sample) -> torch.Tensor:
     """The expert of every pair, from the order."""
-    n = int(s.args["live"][0])
+    n = live_rows(s.args, s.attrs)
     ids = torch.zeros(n * s.args["order"].shape[1], dtype=torch.int32)
     starts, order = s.args["starts"].tolist(), s.args["order"].flatten()
     for e in range(len(starts) - 1):
@@ -63,7 +64,7 @@ def test_an_experts_row_is_the_same_in_every_batch(teams: dict[int, Team], op, s
     s = next(s for s in op.samples() if s.label == "crowded")
     kernel = KERNEL[f"{op.name}_{suffix}"]
     case = make_case(op, s, FORMATS[suffix])
-    n, ids = int(s.args["live"][0]), pair_ids(s)
+    n, ids = live_rows(s.args, s.attrs), pair_ids(s)
     want = outputs(teams[1], kernel, case)["out"][:n]
     np.testing.assert_array_equal(outputs(teams[3], kernel, case)["out"][:n], want)
     experts = len(s.args["starts"]) - 1
@@ -79,7 +80,7 @@ def test_an_experts_row_is_the_same_in_every_batch(teams: dict[int, Team], op, s
 
 @pytest.mark.parametrize("s", ROUTE.samples(), ids=lambda s: s.label)
 def test_a_tokens_experts_are_the_same_in_every_batch(teams: dict[int, Team], s: Sample) -> None:
-    case, n = make_case(ROUTE, s), int(s.args["live"][0])
+    case, n = make_case(ROUTE, s), live_rows(s.args, s.attrs)
     want = outputs(teams[1], KERNEL["route"], case)
     for t in range(n):
         one = with_args(s, live=live(1), logits=s.args["logits"][t : t + 1].clone())
@@ -91,7 +92,7 @@ def test_a_tokens_experts_are_the_same_in_every_batch(teams: dict[int, Team], s:
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_head_linear_row_by_row(teams: dict[int, Team], suffix: str) -> None:
     s = next(s for s in HEAD_LINEAR.samples() if s.label == "value")
-    kernel, n = KERNEL[f"head_linear_{suffix}"], int(s.args["live"][0])
+    kernel, n = KERNEL[f"head_linear_{suffix}"], live_rows(s.args, s.attrs)
     want = outputs(teams[1], kernel, make_case(HEAD_LINEAR, s, FORMATS[suffix]))["out"]
     for t0, t1 in ((0, 1), (3, 4), (2, 11), (9, n)):
         part = with_args(s, live=live(t1 - t0), x=s.args["x"][t0:t1].clone())
@@ -123,7 +124,7 @@ def test_latent_attention_bits_do_not_depend_on_the_batch(
     s = next(s for s in MLA_ATTENTION.samples() if s.label == label)
     kernel = KERNEL[f"mla_attention_{'bf16' if s.attrs['kv_dtype'] == 'bfloat16' else 'f32'}"]
     whole = replace(kernel, scalars=lambda call: {**kernel.scalars(call), "room": 0})
-    case, n = make_case(MLA_ATTENTION, s), int(s.args["live"][0])
+    case, n = make_case(MLA_ATTENTION, s), live_rows(s.args, s.attrs)
     want = outputs(teams[1], kernel, case)["out"][:n]
     for team, variant in ((teams[3], kernel), (teams[3], whole), (teams[1], whole)):
         np.testing.assert_array_equal(outputs(team, variant, case)["out"][:n], want)

@@ -13,6 +13,7 @@ import torch
 import kernels.ops.register  # noqa: F401
 from kernels.op import OPS, Sample
 from kernels.ops import mla, moe, route
+from kernels.ops.embed import live_rows
 
 
 def run(name: str, s: Sample) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -29,7 +30,7 @@ def softmax(x: np.ndarray) -> np.ndarray:
 def test_route_token_by_token(s: Sample) -> None:
     out, _ = run("route", s)
     a = s.attrs
-    for t in range(int(s.args["live"][0])):
+    for t in range(live_rows(s.args, s.attrs)):
         logits = s.args["logits"][t].double().numpy()
         scores = {"softmax": softmax(logits), "sigmoid": 1 / (1 + np.exp(-logits))}.get(
             a["score"], logits
@@ -58,7 +59,7 @@ def test_route_token_by_token(s: Sample) -> None:
 @pytest.mark.parametrize("s", route.EXPERT_ORDER.samples(), ids=lambda s: s.label)
 def test_order_sorts_pairs_by_expert(s: Sample) -> None:
     out, _ = run("expert_order", s)
-    n, experts = int(s.args["live"][0]), s.attrs["experts"]
+    n, experts = live_rows(s.args, s.attrs), s.attrs["experts"]
     flat, order, starts = (
         s.args["ids"][:n].flatten().tolist(),
         out["order"].flatten(),
@@ -110,7 +111,7 @@ def test_down_pair_by_pair(s: Sample) -> None:
 @pytest.mark.parametrize("s", moe.MOE_COMBINE.samples(), ids=lambda s: s.label)
 def test_combine(s: Sample) -> None:
     out, _ = run("moe_combine", s)
-    n = int(s.args["live"][0])
+    n = live_rows(s.args, s.attrs)
     a = {name: v[:n].double().numpy() for name, v in s.args.items() if name != "live"}
     want = np.einsum("tkd,tk->td", a["y"], a["weights"])
     if "shared" in a:

@@ -15,6 +15,7 @@ def elementwise_kernel(
     a_ptr,
     b_ptr,
     out_ptr,
+    LIVE: tl.constexpr,
     ACT: tl.constexpr,
     LIMIT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -24,7 +25,7 @@ def elementwise_kernel(
     pdl.wait()
     BLOCKS: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     row = tl.program_id(0) // BLOCKS
-    if row < tl.load(live_ptr):
+    if row < tl.load(live_ptr + LIVE):
         column = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
         at = row.to(tl.int64) * WIDTH + column
         mask = column < WIDTH

@@ -18,6 +18,7 @@ def route_kernel(
     bias_ptr,
     ids_ptr,
     weights_ptr,
+    LIVE: tl.constexpr,
     GROUPS: tl.constexpr,
     SIZE: tl.constexpr,
     CHOICES: tl.constexpr,
@@ -34,7 +35,7 @@ def route_kernel(
     taken CHOICES times, the lower index first among equals."""
     pdl.wait()
     token = tl.program_id(0)
-    if token < tl.load(live_ptr):
+    if token < tl.load(live_ptr + LIVE):
         LOWEST: tl.constexpr = float("-inf")
         group = tl.arange(0, BLOCK_G)
         place = tl.arange(0, BLOCK_S)
@@ -97,6 +98,7 @@ def order_kernel(
     ids_ptr,
     order_ptr,
     starts_ptr,
+    LIVE: tl.constexpr,
     EXPERTS: tl.constexpr,
     CHOICES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -104,7 +106,7 @@ def order_kernel(
     """One expert per program: how many pairs go to lower experts, then its own in their order."""
     pdl.wait()
     expert = tl.program_id(0)
-    pairs = tl.load(live_ptr) * CHOICES
+    pairs = tl.load(live_ptr + LIVE) * CHOICES
     lane = tl.arange(0, BLOCK)
     lower = tl.zeros((BLOCK,), tl.int32)
     for first in tl.range(0, pairs, BLOCK):
@@ -244,6 +246,7 @@ def combine_kernel(
     gate_ptr,
     residual_ptr,
     out_ptr,
+    LIVE: tl.constexpr,
     CHOICES: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -252,7 +255,7 @@ def combine_kernel(
     pdl.wait()
     BLOCKS: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     t = tl.program_id(0) // BLOCKS
-    if t < tl.load(live_ptr):
+    if t < tl.load(live_ptr + LIVE):
         column = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
         mask = column < WIDTH
         total = tl.zeros((BLOCK,), tl.float32)

@@ -16,6 +16,7 @@ def norm_kernel(
     bias_ptr,
     residual_ptr,
     out_ptr,
+    LIVE: tl.constexpr,
     EPS: tl.constexpr,
     CENTRE: tl.constexpr,
     HEADS: tl.constexpr,
@@ -34,7 +35,7 @@ def norm_kernel(
     first = (unit % HEADS) * WIDTH if OWN else 0
     w = tl.load(w_ptr + first + column, inside, 0.0).to(tl.float32)
     pdl.wait()
-    units = tl.load(live_ptr) * HEADS
+    units = tl.load(live_ptr + LIVE) * HEADS
     if tl.program_id(0) * ROWS < units:
         at = unit.to(tl.int64) * WIDTH + column
         mask = (unit < units) & inside
