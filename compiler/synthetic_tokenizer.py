@@ -7,9 +7,10 @@ and benchmarks behave as with the real model. Deterministic. Called by `compiler
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from typing import Any
+
+import msgspec
 
 LETTERS = "etaoinshrdlcumwfgypbvkjxqz"  # most frequent first
 SPACE = "Ġ"  # how byte-level BPE writes a space
@@ -29,13 +30,13 @@ def synthetic_tokenizer(vocab: int, specials: dict[int, str]) -> bytes | None:
     pieces = deque([SPACE, *LETTERS])
     while len(merges) < wanted:
         stem = pieces.popleft()
-        for letter in LETTERS[: wanted - len(merges)]:
-            merges.append((stem, letter))
-            pieces.append(stem + letter)
+        letters = LETTERS[: wanted - len(merges)]
+        merges += [(stem, letter) for letter in letters]
+        pieces += [stem + letter for letter in letters]
     ids = (i for i in range(vocab) if i not in specials)
     tokens = [*alphabet, *(a + b for a, b in merges)]
     table = dict(zip(tokens, ids, strict=True)) | {text: i for i, text in specials.items()}
-    return json.dumps(_document(table, merges, specials), ensure_ascii=False).encode()
+    return msgspec.json.encode(_document(table, merges, specials))
 
 
 def _document(

@@ -64,7 +64,7 @@ def test_thresholds(kind: str, chunk: int) -> None:
 def test_more_candidates_than_room(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The row itself is searched."""
     monkeypatch.setattr(sampling, "ROOM", 2)
-    case = make_case(OPS["sample"], sample_of(kind, 700), "float32")
+    case = make_case(OPS["sample"], sample_of(kind, 300), "float32")
     run_case(SAMPLE, case, sampling.SampleConfig(chunk=256, tile=256, warps=8))
     check_case(case)
 
