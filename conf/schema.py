@@ -185,6 +185,8 @@ class LimitsConfig:
     stop_bytes: int = limit(512)
     stop_token_ids: int = limit(128)
     logit_bias: int = limit(1024)
+    grammar_bytes: int = limit(65536)
+    regex_bytes: int = limit(4096)
     messages: int = limit(4096)
 
     def lifted(self) -> list[str]:

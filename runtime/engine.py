@@ -23,6 +23,7 @@ from runtime.core.loop import EngineLoop
 from runtime.core.options import EngineOptions
 from runtime.device.base import open_session
 from runtime.errors import EngineDead, UsageError
+from runtime.grammar.client import grammars_of
 from runtime.request import Event
 from runtime.text.call import Call
 from runtime.text.encode import embedding_of, encoded, read_encode
@@ -60,7 +61,12 @@ class Engine:
             trust=self.options.trust_artifact,
             null_step_s=self.options.null_step_s,
         )
-        loop = EngineLoop(session, self.options, eos=manifest.model.eos_token_ids)
+        loop = EngineLoop(
+            session,
+            self.options,
+            eos=manifest.model.eos_token_ids,
+            grammars=grammars_of(self._artifact, session.capacity.slots),
+        )
         self._capacity = session.capacity
         self._model = TextModel.make(
             manifest.name,

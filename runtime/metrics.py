@@ -184,6 +184,7 @@ class _Scrape(Collector):
         for name, text, value in (
             ("num_running_reqs", "Sequences in the running batch.", s.running),
             ("num_queue_reqs", "Requests waiting.", s.waiting),
+            ("num_grammar_queue_reqs", "Requests with a grammar to compile.", s.waiting_grammars),
             ("gen_throughput", "Tokens generated per second, last heartbeat.", self._throughput),
             ("utilization", "Running sequences, of those that fit.", s.running / ready.max_seqs),
             ("token_usage", "Share of the KV pool in use.", used / total if total else 0.0),

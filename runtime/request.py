@@ -7,9 +7,20 @@ range, every float finite.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 MAX_TOP_LOGPROBS = 20
+
+GrammarKind = Literal["json_schema", "regex", "ebnf", "structural_tag"]
+
+
+class Grammar(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an output's whole text must match; `kind` names the native field it was given in."""
+
+    kind: GrammarKind
+    text: str
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -29,7 +40,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     logit_bias: dict[int, float] = {}
     seed: int | None = None  # None: chosen by the engine
     stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False  # end only by length, stop ids or abort
+    ignore_eos: bool = False  # end only by length, stop ids, the grammar's end or abort
+    grammar: Grammar | None = None
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="request"):
@@ -113,6 +125,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     running: int
     waiting: int
     waiting_tokens: int
+    waiting_grammars: int  # requests whose grammars are being compiled
     pages_total: int
     pages_used: int  # referenced by running sequences
     pages_cached: int  # reusable, not referenced

@@ -30,6 +30,8 @@ ONLY_IN = {
     "hydra": {"conf/load.py"},
     "omegaconf": {"conf/load.py"},
     "cuda": {"runtime/device/cuda.py"},
+    # In a process of its own: neither the engine nor the HTTP process loads it.
+    "llguidance": {f"runtime/grammar/{n}.py" for n in ("cache", "compiler", "trial", "worker")},
 }
 NEVER = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 

@@ -19,7 +19,10 @@ from runtime.request import Event, Finish, TopLogprobs
 if TYPE_CHECKING:
     from runtime.core.scheduler import Scheduler
 
-NOT_FINITE = "The model produced numbers that are not finite for this request."
+UNUSABLE = {  # StepOutput.status: message and HTTP status
+    1: ("The model produced numbers that are not finite for this request.", 500),
+    2: ("The grammar, logit_bias and min_new_tokens together leave no token.", 400),
+}
 
 
 def commit_step(scheduler: Scheduler, step: Step, output: StepOutput) -> list[Event]:
@@ -66,7 +69,7 @@ def _commit_rows(scheduler: Scheduler, step: Step, output: StepOutput) -> list[E
     for i in special:
         seq = seqs[i]
         events[i] = Event(id=ids[i], **_news(seq, output, i if at is None else int(at[i])))
-        done[i] |= listed[i] in seq.stops
+        done[i] |= listed[i] in seq.stops or seq.verdict is not None
     if done.any():
         for i in np.flatnonzero(done).tolist():
             events[i] = _finished(scheduler, seqs[i], events[i], listed[i], int(status[i]))
@@ -91,7 +94,8 @@ def _commit_chunk(scheduler: Scheduler, chunk: Chunk, output: StepOutput, row: i
     seq, slots = chunk.seq, scheduler.slots
     last = row + chunk.score
     if output.status[row : last + chunk.samples].any():
-        return _finished(scheduler, seq, Event(id=seq.request.id), -1, 1)
+        bad = output.status[row : last + chunk.samples]
+        return _finished(scheduler, seq, Event(id=seq.request.id), -1, int(bad[bad > 0].min()))
     if chunk.score:
         seq.prompt_logprobs += output.logprob[row:last].tolist()
         seq.prompt_top += [_top(seq, output, i) for i in range(row, last)]
@@ -116,7 +120,8 @@ def _commit_chunk(scheduler: Scheduler, chunk: Chunk, output: StepOutput, row: i
             if request.top_logprobs:
                 news["prompt_top_logprobs"] = seq.prompt_top
     event = Event(id=request.id, **news)
-    if token in seq.stops or slots.known[chunk.slot] >= slots.limit[chunk.slot]:
+    ended = token in seq.stops or seq.verdict is not None
+    if ended or slots.known[chunk.slot] >= slots.limit[chunk.slot]:
         return _finished(scheduler, seq, event, token, 0)
     return event
 
@@ -141,17 +146,21 @@ def _finished(scheduler: Scheduler, seq: Sequence, event: Event, token: int, sta
     cannot be trusted. A sequence at the end of its rope's range goes on after being computed again.
     """
     stopped = token in seq.stops
-    if not status and not stopped and scheduler.slots.known[seq.slot] < seq.limit:
+    verdict = seq.verdict
+    ended = status or stopped or verdict is not None
+    if not ended and scheduler.slots.known[seq.slot] < seq.limit:
         scheduler.restart(seq)
         return event
     if status:
-        scheduler.count.aborted += 1
+        message, code = UNUSABLE[status]
         scheduler.end(seq, keep=False)
         event = Event(id=event.id, queue_s=seq.tell_queue())
-        finish = Finish(reason="abort", message=NOT_FINITE, status=500)
+        finish = Finish(reason="abort", message=message, status=code)
     else:
         scheduler.end(seq)
         finish = Finish(reason="stop", matched=token) if stopped else Finish(reason="length")
+        finish = finish if stopped or verdict is None else verdict
+    scheduler.count.aborted += finish.reason == "abort"
     return Event(
         id=event.id,
         tokens=event.tokens,

@@ -18,15 +18,19 @@ from collections.abc import Callable
 from runtime.core.admission import check, check_whole
 from runtime.core.batch import build
 from runtime.core.commit import commit_step
+from runtime.core.constrain import advance, constrain, constrained_rows
 from runtime.core.options import EngineOptions
 from runtime.core.policy import resolve_policy
-from runtime.core.scheduler import Scheduler
+from runtime.core.scheduler import QUEUE_FULL, WAITED, Scheduler
 from runtime.core.sequence import Step
 from runtime.device.base import Session, Ticket
 from runtime.errors import InvalidRequest
+from runtime.grammar.client import Grammars
 from runtime.request import Abort, Control, ControlReply, Event, Finish, Request, Stats, ToEngine
 
 log = logging.getLogger("headstart.engine")
+
+COMPILE_POLL_S = 0.002  # how long a message may wait while only grammars are under way
 
 
 class EngineLoop:
@@ -36,9 +40,11 @@ class EngineLoop:
         options: EngineOptions,
         *,
         eos: tuple[int, ...],
+        grammars: Grammars | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.session = session
+        self.grammars = grammars
         self.replies: list[ControlReply] = []
         self.stopping = False
         self.scheduler = Scheduler(
@@ -52,13 +58,14 @@ class EngineLoop:
         self._clock = clock
         self._depth = 1 if options.overlap else 0
         self._in_flight: deque[tuple[Step, Ticket]] = deque()
+        self._compiling: dict[int, tuple[Request, float]] = {}  # with its deadline
         self._drain: Control | None = None
         self._checked = True
         self._last_step_s = 0.0
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or bool(self._in_flight)
+        return self.scheduler.has_work or bool(self._in_flight) or bool(self._compiling)
 
     def receive(self, message: ToEngine) -> None:
         if isinstance(message, Request):
@@ -75,7 +82,10 @@ class EngineLoop:
             check_whole(request, self.session.capacity, self.scheduler.policy.max_step_tokens)
             if self._drain is not None:
                 raise InvalidRequest("The server is shutting down.", status=503)
-            self.scheduler.add(request, self._clock())
+            if request.sampling.grammar is None:
+                self.scheduler.add(request, self._clock())
+            else:
+                self._compile(request)
         except InvalidRequest as error:
             self._refuse(request, str(error), error.status)
         except Exception:
@@ -83,6 +93,8 @@ class EngineLoop:
             self._refuse(request, "The engine could not admit this request.", 500)
 
     def abort(self, request: int) -> None:
+        if self._compiling.pop(request, None) is not None:
+            self._end_early(request, "Aborted", None)
         self.scheduler.abort(request)
 
     def control(self, control: Control) -> None:
@@ -107,21 +119,35 @@ class EngineLoop:
         """
         scheduler, flying = self.scheduler, self._in_flight
         self._checked = False
-        step = scheduler.schedule(self._clock())
+        if self._compiling:
+            self._admit_compiled(0.0 if flying or scheduler.has_work else COMPILE_POLL_S)
+        step, depth = scheduler.schedule(self._clock()), self._depth
         if step is not None:
-            flying.append((step, self.session.submit(build(step, scheduler.slots))))
+            given = build(step, scheduler.slots)
+            if self.grammars is not None and constrain(self.grammars, step, given):
+                depth = 0  # the next masks depend on this step's tokens
+            flying.append((step, self.session.submit(given)))
         events = scheduler.outbox
-        if flying and (step is None or len(flying) > self._depth):
-            oldest, ticket = flying.popleft()
-            output = self.session.collect(ticket)
-            self._last_step_s = output.seconds
-            news = commit_step(scheduler, oldest, output)
+        while flying and (step is None or len(flying) > depth):
+            news = self._collect(*flying.popleft())
             events = events + news if events else news
+            if step is None:
+                break
         if scheduler.outbox:
             scheduler.outbox = []
+        if self.grammars is not None and scheduler.unconstrained:
+            self.grammars.forget(scheduler.unconstrained)
+            scheduler.unconstrained = []
         if self._drain is not None:
             self._finish_drain()
         return events
+
+    def _collect(self, step: Step, ticket: Ticket) -> list[Event]:
+        output = self.session.collect(ticket)
+        self._last_step_s = output.seconds
+        if self.grammars is not None and constrained_rows(step):
+            advance(self.grammars, step, output, self.scheduler.slots.life)
+        return commit_step(self.scheduler, step, output)
 
     def idle(self) -> None:
         """Called when there has been no work for a while: the books are checked once per pause."""
@@ -136,6 +162,7 @@ class EngineLoop:
             running=len(s.running),
             waiting=len(s.waiting),
             waiting_tokens=s.waiting.tokens,
+            waiting_grammars=len(self._compiling),
             pages_total=pool.total,
             pages_used=pool.used,
             pages_cached=pool.cached,
@@ -150,7 +177,53 @@ class EngineLoop:
         )
 
     def close(self) -> None:
+        if self.grammars is not None:
+            self.grammars.close()
         self.session.close()
+
+    # --- grammars -------------------------------------------------------------------------------
+
+    def _compile(self, request: Request) -> None:
+        """The request waits for its grammar, then joins the line."""
+        grammar, policy = request.sampling.grammar, self.scheduler.policy
+        assert grammar is not None
+        if self.grammars is None:
+            raise InvalidRequest("This engine has no tokenizer: it takes no grammars.")
+        if request.id in self._compiling:
+            raise InvalidRequest("The request id is in use.")
+        if policy.waiting_requests is not None and len(self._compiling) >= policy.waiting_requests:
+            raise InvalidRequest(QUEUE_FULL, status=503)
+        deadline = self._clock() + (policy.queue_wait_s or float("inf"))
+        self._compiling[request.id] = request, deadline
+        self.grammars.open(request.id, grammar)
+
+    def _admit_compiled(self, wait: float) -> None:
+        """Requests whose grammars are compiled, or will not be. `wait`: seconds, when there is
+        nothing else to do."""
+        assert self.grammars is not None
+        forget = []
+        now = self._clock()
+        for id_, why, status in self.grammars.poll(wait):
+            request, _ = self._compiling.pop(id_, (None, 0.0))
+            if request is None:  # aborted meanwhile
+                forget.append(id_)
+            elif why is not None:
+                self._end_early(id_, why, status)
+            else:
+                self.scheduler.add(request, now)
+                if id_ not in self.scheduler.live:  # refused, or nothing to generate
+                    forget.append(id_)
+        for id_ in [i for i, (_, deadline) in self._compiling.items() if now >= deadline]:
+            del self._compiling[id_]
+            forget.append(id_)
+            self._end_early(id_, WAITED, 503)
+        if forget:
+            self.grammars.forget(forget)
+
+    def _end_early(self, request: int, message: str, status: int | None) -> None:
+        self.scheduler.count.aborted += 1
+        finish = Finish(reason="abort", message=message, status=status)
+        self.scheduler.outbox.append(Event(id=request, finish=finish))
 
     def _finish_drain(self) -> None:
         if self._drain is not None and not self.has_work and self._drain.id >= 0:

@@ -25,6 +25,7 @@ from runtime.core.options import EngineOptions
 from runtime.core.phases import Phases
 from runtime.device.base import open_session
 from runtime.errors import HeadstartError, UsageError
+from runtime.grammar.client import grammars_of
 from runtime.ipc import BadFrame, Channel
 from runtime.request import Events, Failed, Ready
 
@@ -93,7 +94,10 @@ def open_loop(options: EngineOptions, phases: Phases) -> EngineLoop:
         mark=phases.mark,
     )
     return EngineLoop(
-        session, options, eos=artifact.manifest.model.eos_token_ids if artifact else ()
+        session,
+        options,
+        eos=artifact.manifest.model.eos_token_ids if artifact else (),
+        grammars=grammars_of(artifact, session.capacity.slots) if artifact else None,
     )
 
 

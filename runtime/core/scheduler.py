@@ -57,6 +57,7 @@ class Scheduler:
         self.waiting = WaitingLine(policy.order)
         self.live: dict[int, Sequence] = {}  # by request id
         self.outbox: list[Event] = []
+        self.unconstrained: list[int] = []  # sequences with a grammar that ended: nobody needs it
         self.count = Counters()
         self.banned: dict[Sequence, None] = {}  # their stop tokens are banned on the device now
         self._ban_edits = 0  # of all that run: bounded, so that all bans can be lifted in one step
@@ -129,6 +130,8 @@ class Scheduler:
             self._leave(seq, keep=keep)
         seq.state = DONE
         del self.live[seq.request.id]
+        if seq.constrained:
+            self.unconstrained.append(seq.request.id)
 
     def flush(self) -> bool:
         """Forgets cached prefixes; refused while sequences run on them."""

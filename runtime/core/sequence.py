@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.device.base import F32, I32, I64, Capacity
-from runtime.request import Request, TopLogprobs
+from runtime.request import Finish, Request, TopLogprobs
 
 Index = npt.NDArray[np.intp]
 
@@ -37,6 +37,7 @@ class Sequence:
         "arrived",
         "ban",
         "cached",
+        "constrained",
         "deadline",
         "keys",
         "order",
@@ -56,6 +57,7 @@ class Sequence:
         "state",
         "stops",
         "tokens",
+        "verdict",
         "wait_deadline",
     )
 
@@ -92,7 +94,9 @@ class Sequence:
         self.retractions = 0
         # Banned until min_new_tokens are out.
         self.ban = tuple(sorted(stops)) if sampling.min_new_tokens > 0 else ()
-        self.special = bool(request.logprobs or sampling.stop_token_ids)
+        self.constrained = sampling.grammar is not None
+        self.verdict: Finish | None = None  # its grammar ended it
+        self.special = bool(request.logprobs or sampling.stop_token_ids or self.constrained)
         self.score_next = max(request.prompt_logprobs_from, 1) if self.scores else 0
         self.prompt_logprobs: list[float | None] = []
         self.prompt_top: list[TopLogprobs | None] = []
@@ -222,6 +226,7 @@ class Rows:
         self.life = slots.life[self.slots]
         self.ids = [s.request.id for s in seqs]
         self.special = [i for i, s in enumerate(seqs) if s.special]
+        self.constrained = [i for i in self.special if seqs[i].constrained]
         self.row_slot = self.slots.astype(np.int32)
         self.tokens = -1 - self.row_slot
         self.base = self.slots * slots.columns

@@ -68,6 +68,7 @@ def choose(value: int, vocab: int, bias: dict[int, float], among: list[int] | No
     tokens: -1 where all of them are forbidden."""
     if among is not None:
         among = [token for token in among if bias.get(token, 0.0) > -100]
+        among = [token for token in among if bias.get(token, 0.0) >= 100] or among
         return among[value % len(among)] if among else -1
     if bias:
         best = max(bias.values())

@@ -7,12 +7,14 @@ share. Used by openai.py and chat.py.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
 from conf.schema import LimitsConfig
 from runtime.errors import InvalidRequest
+from runtime.request import GrammarKind
+from runtime.text.grammar import EXCLUSIVE
 from runtime.text.sampling import Sampling, SamplingBody, sampling_from
 from runtime.text.schema import check_unsupported, convert
 
@@ -28,9 +30,6 @@ IGNORED = frozenset(
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "best_of": (1,),
-    "regex": ("",),
-    "ebnf": ("",),
-    "json_schema": ("",),
     "stop_regex": ("", []),
     "lora_path": ("",),
     "session_params": ({},),
@@ -41,7 +40,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "return_token_ids": (),
     "return_cached_tokens_details": (),
     "custom_labels": ({},),
-    "response_format": ({"type": "text"},),
     "tool_choice": ("auto", "none"),
     "functions": ([],),
     "function_call": ("auto", "none"),
@@ -65,6 +63,21 @@ class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
     include_obfuscation: bool | None = None
+
+
+class JsonSchema(msgspec.Struct, kw_only=True):
+    """`schema` is what counts; name, description and strict are for the caller."""
+
+    schema: dict[str, Any]
+
+
+class ResponseFormat(msgspec.Struct, kw_only=True):
+    """`structures` and `triggers`: of a structural_tag."""
+
+    type: Literal["text", "json_object", "json_schema", "structural_tag"]
+    json_schema: JsonSchema | None = None
+    structures: list[dict[str, Any]] | None = None
+    triggers: list[str] | None = None
 
 
 class CommonBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -92,6 +105,10 @@ class CommonBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     extra_key: str | None = None
     cache_salt: str | None = None
     priority: int | None = None
+    json_schema: str | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    response_format: ResponseFormat | None = None
 
     @property
     def include_usage(self) -> bool:
@@ -151,6 +168,7 @@ def sampling(
         value = getattr(body, name)
         return defaults.get(name) if value is None else value
 
+    grammar = grammar_fields(body)
     return sampling_from(
         SamplingBody(
             max_new_tokens=most,
@@ -170,7 +188,42 @@ def sampling(
             skip_special_tokens=body.skip_special_tokens,
             logit_bias=body.logit_bias,
             sampling_seed=body.seed,
+            json_schema=grammar.get("json_schema"),
+            regex=grammar.get("regex"),
+            ebnf=grammar.get("ebnf"),
+            structural_tag=grammar.get("structural_tag"),
         ),
         vocab,
         limits,
     )
+
+
+def grammar_fields(body: CommonBody) -> dict[GrammarKind, str]:
+    """The native fields that say what `response_format` and SGLang's extra fields say."""
+    fields: dict[GrammarKind, str] = {}
+    for kind, text in (
+        ("json_schema", body.json_schema),
+        ("regex", body.regex),
+        ("ebnf", body.ebnf),
+    ):
+        if text:
+            fields[kind] = text  # type: ignore[index]
+    wanted = body.response_format
+    if wanted is None or wanted.type == "text":
+        return fields
+    if fields:
+        raise InvalidRequest(EXCLUSIVE, param="response_format")
+    if wanted.type == "json_object":
+        return {"json_schema": '{"type": "object"}'}
+    if wanted.type == "json_schema":
+        if wanted.json_schema is None:
+            raise InvalidRequest(
+                "Missing parameter: response_format.json_schema.", param="response_format"
+            )
+        return {"json_schema": _json(wanted.json_schema.schema)}
+    tag = {"structures": wanted.structures, "triggers": wanted.triggers}
+    return {"structural_tag": _json(tag)}
+
+
+def _json(value: Any) -> str:
+    return msgspec.json.encode(value).decode()

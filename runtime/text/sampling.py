@@ -16,6 +16,7 @@ import msgspec
 from conf.schema import LimitsConfig
 from runtime.errors import InvalidRequest
 from runtime.request import SamplingParams
+from runtime.text.grammar import KINDS, read_grammar
 from runtime.text.schema import check_unsupported, convert, show
 
 T = TypeVar("T")
@@ -26,10 +27,6 @@ GREEDY_BELOW = 1e-6
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "beam_width": (1,),
     "stop_regex": ("", []),
-    "json_schema": ("",),
-    "regex": ("",),
-    "ebnf": ("",),
-    "structural_tag": ("",),
     "custom_params": ({},),
     "watermark": ({},),
 }
@@ -60,6 +57,10 @@ class SamplingBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     stream_interval: int | None = None
     logit_bias: dict[str, float] | None = None
     sampling_seed: int | None = None
+    json_schema: str | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    structural_tag: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +110,7 @@ def sampling_from(body: SamplingBody, vocab: int, limits: LimitsConfig) -> Sampl
         seed=_seed(body.sampling_seed),
         stop_token_ids=_stop_token_ids(body.stop_token_ids or [], vocab, limits),
         ignore_eos=bool(body.ignore_eos),
+        grammar=read_grammar({kind: getattr(body, kind) for kind in KINDS}, limits),
     )
     return Sampling(
         params=params,

@@ -260,8 +260,8 @@ TOO_MANY = (
             "image_data is not supported by this server; leave it out.",
         ),
         (
-            {"text": "a", "sampling_params": {"regex": "a*"}},
-            "sampling_params.regex is not supported by this server; leave it out.",
+            {"text": "a", "sampling_params": {"stop_regex": "a*"}},
+            "sampling_params.stop_regex is not supported by this server; leave it out.",
         ),
     ],
 )

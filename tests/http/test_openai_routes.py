@@ -204,8 +204,8 @@ def test_text_parts_are_joined(server: ServerProcess):
         ),
         (
             "chat/completions",
-            {"messages": HELLO, "response_format": {"type": "json_object"}},
-            "response_format is not supported by this server; leave it out.",
+            {"messages": HELLO, "response_format": {"type": "json_schema"}},
+            "Missing parameter: response_format.json_schema.",
         ),
         (
             "chat/completions",
