@@ -18,6 +18,7 @@ from runtime.request import MAX_TOP_LOGPROBS, Request, SamplingParams
 MAX_BIAS = 1024
 MAX_STOP_IDS = 128
 MAX_SALT = 256
+MAX_GRAMMAR = 1 << 20
 CELLS = 4 << 20  # logprob cells of one request
 
 
@@ -134,6 +135,11 @@ def _check_sampling(s: SamplingParams, vocab: int) -> None:
     for token in s.stop_token_ids:
         if not 0 <= token < vocab:
             raise _refuse("stop_token_ids", f"must be in [0, {vocab - 1}], got {token}.")
+    if s.grammar is not None and not 0 < len(s.grammar.text) <= MAX_GRAMMAR:
+        raise InvalidRequest(
+            f"{s.grammar.kind} must be 1 to {MAX_GRAMMAR} characters, got {len(s.grammar.text)}.",
+            param="grammar",
+        )
     if s.seed is not None and not -(2**63) <= s.seed < 2**63:
         raise _refuse("sampling_seed", f"must be in [-2**63, 2**63 - 1], got {s.seed}.")
 

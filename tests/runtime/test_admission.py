@@ -12,7 +12,7 @@ from oracle import SMALL, make_loop
 
 from runtime.core.admission import check
 from runtime.errors import InvalidRequest
-from runtime.request import Request, SamplingParams
+from runtime.request import Grammar, Request, SamplingParams
 
 
 def request(tokens: list[int] | None = None, **fields: object) -> Request:
@@ -62,6 +62,8 @@ def test_an_ordinary_request_passes() -> None:
         ({"stop_token_ids": (SMALL.vocab,)}, "stop_token_ids"),
         ({"stop_token_ids": (-5,)}, "stop_token_ids"),
         ({"stop_token_ids": (1,) * 129}, "stop_token_ids"),
+        ({"grammar": Grammar(kind="regex", text="")}, "grammar"),
+        ({"grammar": Grammar(kind="regex", text="a" * (2**20 + 1))}, "grammar"),
         ({"seed": 2**63}, "sampling_seed"),
         ({"seed": -(2**63) - 1}, "sampling_seed"),
         ({"top_logprobs": 21}, "top_logprobs_num"),
