@@ -112,4 +112,4 @@ def test_a_bomb_is_refused_and_the_server_lives(server: ServerProcess):
     assert reply.status == 400
     assert "does not compile within" in reply.json["error"]["message"]
     assert native(server, regex="ok").json["text"] == "ok"
-    assert "headstart:num_grammar_queue_reqs" in server.get("/metrics").text
+    assert b"headstart:num_grammar_queue_reqs" in server.get("/metrics").body
