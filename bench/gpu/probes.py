@@ -27,6 +27,7 @@ from bench.errors import BenchError
 from bench.gpu.dlpack import DlPack
 from compiler.bind import bind, build
 from conf.bench_schema import GpuConfig
+from kernels.cuda import nvcc
 from kernels.cuda.build import ENVIRONMENT, decode_binary, ptxas
 from kernels.cuda.kernel import launch
 from kernels.launch import Binary, Descriptor, Launch, Pointer, Source
@@ -35,7 +36,8 @@ from runtime.device.gpu_memory import WISHED, GpuArena, Pinned
 from runtime.device.launcher import Call, Launcher
 
 COUNT = 1024  # int32 that the counting kernel adds to
-NEWER = "ptxas-blackwell"  # of CUDA 13, in Triton's wheel
+NEWER = "ptxas-blackwell"  # in Triton's wheel, for other architectures
+TOOLKIT = Path("/usr/local/cuda/bin")
 Probe = Callable[[Launcher, GpuConfig], dict[str, Any]]
 
 
@@ -77,13 +79,13 @@ def read_bandwidth(launcher: Launcher, config: GpuConfig) -> dict[str, Any]:
 
 
 def cubin_abi(launcher: Launcher, config: GpuConfig) -> dict[str, Any]:
-    """Cubins load and give right results: those of the assembler in use, and of the newer one that
-    Triton has for other architectures."""
+    """Cubins load and give right results: those of the assembler in use, and of a newer one."""
     one = counting()
     built = build([one], config.cache)
     assert one.source is not None
-    ours, newer = built[one.source], assembled_by(one.source, ptxas().with_name(NEWER))
-    out: dict[str, Any] = {"driver": launcher.gpu.driver}
+    assembler = newest_assembler()
+    ours, newer = built[one.source], assembled_by(one.source, assembler)
+    out: dict[str, Any] = {"driver": launcher.gpu.driver, "newer_by": str(assembler)}
     for name, made in (("ours", ours), ("newer", newer)):
         base = launcher.allocate(4 * COUNT)
         launcher.fill(base, 4 * COUNT)
@@ -93,6 +95,15 @@ def cubin_abi(launcher: Launcher, config: GpuConfig) -> dict[str, Any]:
         values = launcher.read(base, 4 * COUNT).view(np.int32)
         out[name] = {"elf_abi": made[0].elf_abi, "right": bool((values == 1).all())}
     return out
+
+
+def newest_assembler() -> Path:
+    """Of a CUDA 13 toolkit (pip's, or the machine's), whose cubins have a newer format; without one
+    the newer of Triton's two."""
+    places = [TOOLKIT / "ptxas", ptxas().with_name(NEWER)]
+    if nvcc.missing() is None:
+        places.insert(0, nvcc.root() / "bin" / "ptxas")
+    return next(place for place in places if place.exists())
 
 
 def assembled_by(source: Source, assembler: Path) -> tuple[Binary, bytes]:
