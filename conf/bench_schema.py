@@ -203,8 +203,8 @@ class GpuConfig:
 class BundleConfig(GpuConfig):
     """What `make gpu` of the same options and `make tune` need on a bare GPU machine, into
     `bundle`. `python`: that machine's; `minutes`: of building kernels, the most valuable first
-    (what is not built by then is built over there); `jobs`: builds at a time (null: all cores but
-    two); `wheels`: fetch them anew; `tune`: models whose tuning is prepared."""
+    (what is not built by then is built over there); `jobs`: builds at a time (null: all cores);
+    `wheels`: fetch them anew; `tune`: models whose tuning is prepared."""
 
     python: str = "3.12"
     minutes: float = option(30.0, low=0)

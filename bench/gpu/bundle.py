@@ -10,6 +10,7 @@ on where the last one ended, since what is built is in the cache.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import shutil
 import sys
 import tarfile
@@ -26,7 +27,7 @@ from bench.gpu.model import cache_option, program, tiny_words, words
 from bench.gpu.wheels import KERNELS, WHEELS, WheelError, fetch
 from compiler.design import Draft, draft, nodes_of
 from compiler.importer import import_model
-from compiler.tune import ordered
+from compiler.tune import anchors, ordered
 from compiler.tune_search import Search
 from compiler.tuned import load_records
 from conf.bench_schema import BundleConfig
@@ -74,7 +75,7 @@ def built(config: BundleConfig, cache: Path, deadline: float) -> list[str]:
     entries: dict[str, None] = {}
     seen: set[Source] = set()
     try:
-        with Builders(cache, jobs=config.jobs) as builders:
+        with Builders(cache, jobs=config.jobs or len(os.sched_getaffinity(0))) as builders:
             for what, wanted in groups(config):
                 new = [source for source in dict.fromkeys(wanted) if source not in seen]
                 seen |= set(new)
@@ -115,9 +116,12 @@ def groups(config: BundleConfig) -> Iterator[tuple[str, list[Source]]]:
     for model in config.tune:
         given = [f"model={model}", "weights=random", f"target={config.hardware}", *TUNED_SHAPE]
         first: list[Source] = []
-        for task in ordered(_draft(given)):
-            for one in Search(task).wanted():
-                first += one.sources(task.node.shape)
+        base = _draft(given)
+        searched = anchors(base.buckets)
+        for task in ordered(base):
+            if task.bucket.name in searched:
+                for one in Search(task).wanted():
+                    first += one.sources(task.node.shape)
         yield f"tuning of {model}", first
 
 

@@ -31,13 +31,13 @@ from kernels.cuda import nvcc
 from kernels.cuda.build import ENVIRONMENT, decode_binary, ptxas
 from kernels.cuda.kernel import launch
 from kernels.launch import Binary, Descriptor, Launch, Pointer, Source
+from kernels.toolchain import ToolchainError
 from runtime.device.gpu_code import Function
 from runtime.device.gpu_memory import WISHED, GpuArena, Pinned
 from runtime.device.launcher import Call, Launcher
 
 COUNT = 1024  # int32 that the counting kernel adds to
 NEWER = "ptxas-blackwell"  # in Triton's wheel, for other architectures
-TOOLKIT = Path("/usr/local/cuda/bin")
 Probe = Callable[[Launcher, GpuConfig], dict[str, Any]]
 
 
@@ -98,12 +98,12 @@ def cubin_abi(launcher: Launcher, config: GpuConfig) -> dict[str, Any]:
 
 
 def newest_assembler() -> Path:
-    """Of a CUDA 13 toolkit (pip's, or the machine's), whose cubins have a newer format; without one
-    the newer of Triton's two."""
-    places = [TOOLKIT / "ptxas", ptxas().with_name(NEWER)]
-    if nvcc.missing() is None:
-        places.insert(0, nvcc.root() / "bin" / "ptxas")
-    return next(place for place in places if place.exists())
+    """Of a CUDA 13 toolkit, whose cubins have a newer format; without one the newer of Triton's
+    two."""
+    try:
+        return nvcc.root() / "bin" / "ptxas"
+    except ToolchainError:
+        return ptxas().with_name(NEWER)
 
 
 def assembled_by(source: Source, assembler: Path) -> tuple[Binary, bytes]:

@@ -25,9 +25,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-EXTRAS = ("compile", "cuda", "bench")  # what compiling, serving and measuring on a GPU import
+EXTRAS = ("compile", "cuda", "cutlass", "bench")  # to compile, serve and measure on a GPU
 # Large, and there wherever torch for GPUs is.
-MACHINE = ("torch", "triton", "cuda-bindings", "numpy", "pandas", "matplotlib")
+MACHINE = ("torch", "triton", "cuda-bindings", "numpy", "pandas", "matplotlib", "transformers")
+TOOLKIT = ("nvidia-cuda-cccl", "nvidia-cuda-nvcc", "nvidia-cuda-runtime")  # the machine's own does
+HEADERS = ("nvidia-cutlass",)  # only its headers are used, nothing it asks for
 WHEELS, KERNELS = "wheels", "kernels.tar.xz"  # of a bundle
 GLIBC = range(39, 16, -1)  # manylinux_2_<n> wheels that the machine takes
 
@@ -87,17 +89,20 @@ def closure(
 # --- where there is a network -----------------------------------------------------------------
 
 
+def needed_here(requirement: Any) -> list[str]:
+    """What a package of this environment asks for, for `closure`."""
+    _, utils = packaging()
+    name = utils.canonicalize_name(requirement.name)
+    if name in (*MACHINE, *TOOLKIT):
+        raise StopIteration
+    return [] if name in HEADERS else metadata.requires(name) or []
+
+
 def fetch(folder: Path, python: str) -> list[Path]:
     """Downloads into `folder` (emptied first) for x86-64 Linux and Python `python`."""
-    _, utils = packaging()
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.whl"):
         old.unlink()
-
-    def requires(requirement: Any) -> list[str]:
-        if utils.canonicalize_name(requirement.name) in MACHINE:
-            raise StopIteration
-        return metadata.requires(requirement.name) or []
 
     environment = {
         "python_version": python,
@@ -108,7 +113,7 @@ def fetch(folder: Path, python: str) -> list[Path]:
         "implementation_name": "cpython",
         "platform_python_implementation": "CPython",
     }
-    names = closure(wanted(), requires, environment)
+    names = closure(wanted(), needed_here, environment)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda name: _fetch_one(name, folder, python), names))
     return sorted(folder.glob("*.whl"))
@@ -175,6 +180,8 @@ def choose(wheels: Iterable[Path], version: Callable[[str], str] = metadata.vers
 
     def requires(requirement: Any) -> list[str]:
         name = utils.canonicalize_name(requirement.name)
+        if name in TOOLKIT:
+            raise StopIteration
         try:
             found = version(requirement.name)
         except metadata.PackageNotFoundError:
@@ -184,7 +191,7 @@ def choose(wheels: Iterable[Path], version: Callable[[str], str] = metadata.vers
         if name not in have:
             missing.append(f"{requirement} ({f'here {found}' if found else 'not here'})")
             raise StopIteration
-        return _requires(have[name])
+        return [] if name in HEADERS else _requires(have[name])
 
     names = closure(wanted(), requires, {})
     if missing:

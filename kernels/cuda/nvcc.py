@@ -1,8 +1,9 @@
-"""One CUDA C++ function (CUTLASS/CuTe headers) to a cubin, with the pip-installed nvcc.
+"""One CUDA C++ function (CUTLASS/CuTe headers) to a cubin, with nvcc.
 
 nvcc needs no GPU. The packages `nvidia-cuda-nvcc`, `nvidia-cuda-runtime` and `nvidia-cuda-cccl`
-bring compiler and headers, `nvidia-cutlass` (BSD-3) the CUTLASS headers. Runs in a worker process
-of `kernels.cuda.build`.
+bring compiler and headers (without them the machine's own CUDA toolkit is taken; its version is
+part of every key), `nvidia-cutlass` (BSD-3) the CUTLASS headers. Runs in a worker process of
+`kernels.cuda.build`.
 
 A source includes "launch.cuh" after all other headers; it is made here from the `Source`. The
 function is `extern "C"` and takes PARAMETERS, a macro made from the signature, so the ABI is the
@@ -17,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import re
+import shutil
 import subprocess
 import tempfile
 from functools import cache
@@ -52,15 +54,21 @@ SWIZZLE_128 = 3
 # ptxas only warns when it gives up overlapping products or moving registers between warp groups.
 LOSSES = ("wgmma", "setmaxnreg")
 HEADER = "launch.cuh"
+USUAL = Path("/usr/local/cuda")
 
 
 def root() -> Path:
-    """The folder of the CUDA toolkit's wheels."""
+    """The folder of the CUDA toolkit: of its wheels, of the nvcc in PATH, or where it is usual."""
     spec = importlib.util.find_spec("nvidia")
     for place in (spec.submodule_search_locations or []) if spec else []:
         for toolkit in sorted(Path(place).glob("cu*"), reverse=True):
             if (toolkit / "bin" / "nvcc").exists():
                 return toolkit
+    found = shutil.which("nvcc")
+    for toolkit in (*([Path(found).resolve().parent.parent] if found else []), USUAL):
+        parts = ("bin/nvcc", "bin/ptxas", "include/cuda_runtime.h")
+        if all((toolkit / part).exists() for part in parts):
+            return toolkit
     raise ToolchainError(f"nvcc is not installed, it builds the CUTLASS kernels; {REMEDY}")
 
 

@@ -109,6 +109,8 @@ def test_without_nvcc_every_call_is_refused_with_the_remedy(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(nvcc.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(nvcc.shutil, "which", lambda name: None)
+    monkeypatch.setattr(nvcc, "USUAL", Path("/nowhere"))
     nvcc.missing.cache_clear()
     try:
         reason = KERNEL.accepts(call(512, 2048, 1024))
