@@ -8,7 +8,7 @@ so everything it reads is written by then.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from compiler.program import Call, Dim, Program, Value, rewrite, verify
@@ -142,41 +142,39 @@ def norm_into_linear(program: Program) -> Program:
 
 def residual_into_linear(program: Program) -> Program:
     """linear, then add -> linear that adds the residual."""
-    edit = _Edit(program)
-    for add in program.calls:
-        if add.op != "add" or add.ins["a"] == add.ins["b"]:
-            continue
-        for side, other in (("b", "a"), ("a", "b")):
-            linear = _only(program, add.ins[side], add, "linear")
-            if (
-                linear is None
-                or "residual" in linear.ins
-                or "rows" in linear.ins
-                or linear.attrs["act"] in GATED
-                or linear.attrs["softcap"]
-            ):
-                continue
-            edit.insert(
-                add, replace(linear, ins={**linear.ins, "residual": add.ins[other]}, outs=add.outs)
-            )
-            edit.drop(add, linear)
-            break
-    return edit.result()
+    return _residual_into(
+        program,
+        "linear",
+        lambda linear: (
+            not ("rows" in linear.ins or linear.attrs["act"] in GATED or linear.attrs["softcap"])
+        ),
+    )
 
 
 def residual_into_combine(program: Program) -> Program:
     """moe_combine, then add -> moe_combine that adds the residual."""
+    return _residual_into(program, "moe_combine")
+
+
+def residual_into_norm(program: Program) -> Program:
+    """rms_norm, then add -> rms_norm that adds the residual (a norm after the branch)."""
+    return _residual_into(program, "rms_norm")
+
+
+def _residual_into(
+    program: Program, op: str, fits: Callable[[Call], bool] = lambda call: True
+) -> Program:
     edit = _Edit(program)
     for add in program.calls:
         if add.op != "add" or add.ins["a"] == add.ins["b"]:
             continue
         for side, other in (("b", "a"), ("a", "b")):
-            combine = _only(program, add.ins[side], add, "moe_combine")
-            if combine is None or "residual" in combine.ins:
+            made = _only(program, add.ins[side], add, op)
+            if made is None or "residual" in made.ins or not fits(made):
                 continue
-            ins = {**combine.ins, "residual": add.ins[other]}
-            edit.insert(add, replace(combine, ins=ins, outs=add.outs))
-            edit.drop(add, combine)
+            ins = {**made.ins, "residual": add.ins[other]}
+            edit.insert(add, replace(made, ins=ins, outs=add.outs))
+            edit.drop(add, made)
             break
     return edit.result()
 
@@ -277,24 +275,6 @@ def _needing_only(program: Program, rows: str) -> set[int]:
                 if id(call) in found and not holds(call):
                     found.discard(id(call))
     return found
-
-
-def residual_into_norm(program: Program) -> Program:
-    """rms_norm, then add -> rms_norm that adds the residual (a norm after the branch)."""
-    edit = _Edit(program)
-    for add in program.calls:
-        if add.op != "add":
-            continue
-        for side, other in (("b", "a"), ("a", "b")):
-            norm = _only(program, add.ins[side], add, "rms_norm")
-            if norm is None or "residual" in norm.ins:
-                continue
-            edit.insert(
-                add, replace(norm, ins={**norm.ins, "residual": add.ins[other]}, outs=add.outs)
-            )
-            edit.drop(add, norm)
-            break
-    return edit.result()
 
 
 RULES = (

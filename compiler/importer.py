@@ -22,7 +22,7 @@ from compiler.families.spec import ModelSpec
 from compiler.hub import locate
 from compiler.text import Text, made_up_text, read_text
 from compiler.weights import Weights, checkpoint_weights, random_weights
-from conf.resolve import model_name
+from conf.resolve import model_name, resolve
 from conf.schema import CompileConfig
 
 
@@ -42,6 +42,21 @@ class Imported:
     digests: dict[str, str]
     dimensions: tuple[int, ...] = ()
     dropped: Mapping[str, int] = field(default_factory=dict)
+
+
+def import_resolved(
+    config: CompileConfig, sources: Mapping[str, str]
+) -> tuple[Imported, CompileConfig, dict[str, str]]:
+    """The model, the config without `auto`, and where each of its values came from."""
+    model = import_model(config)
+    resolved, origins = resolve(
+        config,
+        sources,
+        checkpoint_dtype=model.dtype,
+        context=model.spec.context,
+        whole=model.spec.whole,
+    )
+    return model, resolved, origins
 
 
 def import_model(config: CompileConfig) -> Imported:

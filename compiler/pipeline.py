@@ -23,7 +23,7 @@ from compiler.code import Code, build_code
 from compiler.design import Design, design
 from compiler.families.by_length import length_rule
 from compiler.families.spec import PoolSpec
-from compiler.importer import Imported, import_model
+from compiler.importer import Imported, import_resolved
 from compiler.model import constants
 from compiler.pack import Package
 from compiler.progress import Progress
@@ -38,7 +38,7 @@ from compiler.verify import (
     golden_vectors,
     measure,
 )
-from conf.resolve import check_supported, resolve, settle_target
+from conf.resolve import check_supported, settle_target
 from conf.schema import CompileConfig
 from runtime.artifact import (
     SCHEMA,
@@ -62,14 +62,7 @@ def compile_model(config: CompileConfig, sources: Mapping[str, str], progress: P
     config, sources = settle_target(config, sources, gpus)
     check_supported(config)
     with progress.stage("import"):
-        model = import_model(config)
-        config, origins = resolve(
-            config,
-            sources,
-            checkpoint_dtype=model.dtype,
-            context=model.spec.context,
-            whole=model.spec.whole,
-        )
+        model, config, origins = import_resolved(config, sources)
     if model.dropped:
         progress.show(report.dropped(model.spec.family, model.dropped))
     with progress.stage("design"):

@@ -26,7 +26,7 @@ from typing import Any
 import msgspec
 
 from compiler.design import Draft, draft, nodes_of
-from compiler.importer import import_model
+from compiler.importer import import_resolved
 from compiler.lower import Node, label
 from compiler.measure import Candidate, Task, candidate, tasks
 from compiler.progress import Progress
@@ -35,7 +35,6 @@ from compiler.tune_search import Search
 from compiler.tuned import FOLDER, Records, call_key, load_records, save_records
 from conf.errors import ConfigError
 from conf.load import run
-from conf.resolve import resolve
 from conf.schema import TuneConfig
 from kernels.cuda.build import Builders, build_cuda, versions
 from kernels.launch import Source
@@ -67,14 +66,7 @@ def main(config: TuneConfig, sources: Mapping[str, str]) -> None:
     deadline = time.monotonic() + 60 * config.limit
     folder = FOLDER if config.records is None else Path(config.records)
     progress = Progress()
-    model = import_model(config)
-    resolved, _ = resolve(
-        config,
-        sources,
-        checkpoint_dtype=model.dtype,
-        context=model.spec.context,
-        whole=model.spec.whole,
-    )
+    model, resolved, _ = import_resolved(config, sources)
     assert isinstance(resolved, TuneConfig)
     base = draft(model.spec, resolved)
     job = {"config": msgspec.to_builtins(resolved)}

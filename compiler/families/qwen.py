@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from compiler.checkpoint import ConfigReader
 from compiler.families.decoder import (
     FULL,
@@ -17,9 +19,11 @@ from compiler.families.names import llama_names
 from compiler.families.spec import ModelSpec
 
 
-def sliding(config: ConfigReader) -> Window:
+def sliding(
+    config: ConfigReader, full: Callable[[int, int], bool] = lambda layer, first: layer < first
+) -> Window:
     """Off unless `use_sliding_window`; then the listed layers slide, or all from
-    `max_window_layers` on.
+    `max_window_layers` on. `full`: of a layer and `max_window_layers`, where none are listed.
     """
     window = config.value("sliding_window", int, 4096) or None
     first = config.value("max_window_layers", int, 28)
@@ -28,8 +32,8 @@ def sliding(config: ConfigReader) -> Window:
         window = None
 
     def window_of(layer: int) -> int | None:
-        full = layer < first if types is None else types[layer] == FULL
-        return None if full else window
+        whole = full(layer, first) if types is None else types[layer] == FULL
+        return None if whole else window
 
     return window_of
 
@@ -38,10 +42,13 @@ def spec_qwen2(config: ConfigReader) -> ModelSpec:
     return decoder_spec(config, Parts(name="qwen2", biases=QKV, window=sliding(config)))
 
 
-def spec_qwen3(config: ConfigReader) -> ModelSpec:
+def parts_qwen3(config: ConfigReader, name: str) -> Parts:
     bias = config.flag("attention_bias", False)  # covers q, k, v and o
-    parts = Parts(name="qwen3", biases=QKVO if bias else (), qk_norm="head", window=sliding(config))
-    return decoder_spec(config, parts)
+    return Parts(name=name, biases=QKVO if bias else (), qk_norm="head", window=sliding(config))
+
+
+def spec_qwen3(config: ConfigReader) -> ModelSpec:
+    return decoder_spec(config, parts_qwen3(config, "qwen3"))
 
 
 QWEN2 = register(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from compiler.checkpoint import ConfigReader
-from compiler.families.decoder import FULL, QKV, QKVO, Parts, Window, decoder_spec, layer_types
+from compiler.families.decoder import QKV, Parts, decoder_spec
 from compiler.families.family import Family, register
 from compiler.families.layers import count_of_experts, listed_layers, with_experts
 from compiler.families.names import LLAMA_NAMES, expert_modules, named
-from compiler.families.qwen import sliding
+from compiler.families.qwen import parts_qwen3, sliding
 from compiler.families.spec import ModelSpec, MoeFfn, Router, SharedExperts
 
 NAMES = named(
@@ -32,35 +32,21 @@ def mixture(config: ConfigReader, shared: SharedExperts | None) -> MoeFfn:
     )
 
 
-def sliding_qwen2(config: ConfigReader) -> Window:
+def full_qwen2(layer: int, first: int) -> bool:
     """Its class lets every other layer below `max_window_layers` slide, from the first on."""
-    window = config.value("sliding_window", int, 4096) or None
-    first = config.value("max_window_layers", int, 28)
-    types = layer_types(config)
-    if not config.flag("use_sliding_window", False):
-        window = None
-
-    def window_of(layer: int) -> int | None:
-        full = layer % 2 == 1 or layer >= first if types is None else types[layer] == FULL
-        return None if full else window
-
-    return window_of
+    return layer % 2 == 1 or layer >= first
 
 
 def spec_qwen2(config: ConfigReader) -> ModelSpec:
     biases = QKV if config.flag("qkv_bias", True) else ()
-    parts = Parts(name="qwen2_moe", biases=biases, window=sliding_qwen2(config))
+    parts = Parts(name="qwen2_moe", biases=biases, window=sliding(config, full_qwen2))
     shared = SharedExperts(width=config.integer("shared_expert_intermediate_size"), gated=True)
     dense = decoder_spec(config, parts)
     return with_experts(dense, mixture(config, shared), listed_layers(config))
 
 
 def spec_qwen3(config: ConfigReader) -> ModelSpec:
-    bias = config.flag("attention_bias", False)  # covers q, k, v and o
-    parts = Parts(
-        name="qwen3_moe", biases=QKVO if bias else (), qk_norm="head", window=sliding(config)
-    )
-    dense = decoder_spec(config, parts)
+    dense = decoder_spec(config, parts_qwen3(config, "qwen3_moe"))
     return with_experts(dense, mixture(config, None), listed_layers(config))
 
 

@@ -17,9 +17,9 @@ from compiler.importer import Imported, import_model
 from compiler.pipeline import compile_model
 from compiler.progress import Progress
 from compiler.weights import by_module
-from conf.load import load
+from conf.load import group_values, load
 from conf.options import group_choices
-from conf.schema import CompileConfig
+from conf.schema import CompileConfig, ModelConfig
 from runtime.errors import UsageError
 
 TINY = locate("package:tiny", None)
@@ -51,7 +51,7 @@ def test_tiny_has_learnt_something() -> None:
 
 @pytest.mark.parametrize("name", NAMED)
 def test_named_shapes_import_without_a_checkpoint(name: str) -> None:
-    config = load(CompileConfig, "compile", [f"model={name}", "weights=random"]).config
+    config = CompileConfig(model=ModelConfig(**group_values("model", name)), weights="random")
     model = import_model(config)
     eos = config.model.config.get("eos_token_id", model.spec.vocab - 1)  # encoders have none
     ends = eos if isinstance(eos, list) else [eos]
