@@ -83,6 +83,10 @@ class _Shape:
     wide: bool  # the product is of float32
 
     @property
+    def fp8(self) -> bool:
+        return SIZES[self.kv] == 1
+
+    @property
     def pad(self) -> int:
         return max(16, _power(self.dim))
 
@@ -267,11 +271,14 @@ def _split_default(call: CallShape) -> SplitConfig:
     """In decode buckets as few rows as hold the heads of a group; in mixed ones room for short
     chunks. Two programs of 100 KB fit a multiprocessor and keep more keys and values on their way
     than its share of the bandwidth needs (about 30 KB); where keys are wider than values, with a
-    stage less, or one program does. Wide heads leave registers for 32 rows."""
+    stage less, or one program does. Wide heads leave registers for 32 rows, of fp8, which is
+    converted in registers, for 16."""
     shape = _shape(call)
     heads = shape.heads // shape.kv_heads
     narrow = shape.wide or shape.pad > 256
     most = 64 if shape.pad <= 128 and not shape.wide else 32
+    if shape.fp8 and shape.pad > 256:
+        most = 16
     rows = min(most, max(16, _power(heads)))
     if call.kind != "decode" and not narrow:
         rows = most
@@ -294,7 +301,10 @@ def _split_default(call: CallShape) -> SplitConfig:
 def _split_space(call: CallShape) -> Iterable[SplitConfig]:
     shape = _shape(call)
     least = min(64, max(16, _power(shape.heads // shape.kv_heads)))
-    sizes = [least] if call.kind == "decode" else [r for r in (16, 32, 64) if r >= least]
+    sizes = [r for r in (16, 32, 64) if r >= least]
+    if call.kind == "decode":
+        # Warp groups (64 rows) read values by wide loads, where smaller tiles gather fp8 by bytes.
+        sizes = sorted({least, 64}) if shape.fp8 else [least]
     for rows, keys, warps, stages in product(sizes, (32, 64, 128), (4, 8), (3, 4, 6)):
         for programs in (1, 2, 3):
             yield SplitConfig(rows=rows, keys=keys, warps=warps, stages=stages, programs=programs)
@@ -351,14 +361,22 @@ def _fitting(call: CallShape, config: AnyConfig) -> AnyConfig:
 
 def _tile_default(call: CallShape) -> TileConfig:
     """Two warp groups of 64 rows each. float32 has no product as fast and takes twice the
-    registers, as wide heads do."""
+    registers, as wide heads do. Heads of 128 take 128 keys: the queries' product reads shared
+    memory at three quarters of its rate (with 64 keys at all of it), and rescaling, reductions and
+    barriers serve twice the keys. Narrower heads leave room for two programs with 64."""
     shape = _shape(call)
-    rows, keys, warps = 128, 64, 8
+    rows, keys, warps, stages = 128, 64, 8, 3
     if shape.wide or shape.pad > 256:
         rows, keys, warps = 32, 32, 8 if shape.pad > 64 else 4
     elif shape.pad > 128:
         rows = 64
-    return _fitting(call, TileConfig(rows=rows, keys=keys, warps=warps, stages=3))
+    elif shape.pad == 128 and not shape.rest:
+        keys, stages = 128, 3 if shape.fp8 else 2  # 64 KB on their way
+    if shape.fp8 and shape.pad > 128:  # conversion takes registers, as the edge of a window does
+        keys = 32
+        if shape.pad > 256 or call.attrs.get("window"):
+            rows = 16 if shape.pad > 256 else 32
+    return _fitting(call, TileConfig(rows=rows, keys=keys, warps=warps, stages=stages))
 
 
 def _tile_space(call: CallShape) -> Iterable[TileConfig]:

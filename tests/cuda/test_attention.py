@@ -22,6 +22,7 @@ from kernels.kernel import KERNELS, CallShape
 from kernels.launch import Launch
 from kernels.op import OPS
 from kernels.ops.attention import attention_sample
+from kernels.ops.kv import KV_DTYPES
 from kernels.ops.samples import Ragged
 
 KERNEL: dict[str, CudaKernel] = {k.name: k for k in KERNELS["cuda"]}
@@ -155,13 +156,15 @@ def call_of(
     latents where kv_heads is 0 (`dim` + 64 wide)."""
     kind = "decode" if tokens == seqs else "mixed"
     stored: dict[str, Any] = {"page_size": 16, "kv_dtype": "bfloat16", "scale": dim**-0.5}
+    stored |= attrs
+    size = 16 * KV_DTYPES[stored["kv_dtype"]].itemsize  # of a page's column
     if kv_heads:
-        op, layer = "attention", 32 * kv_heads * (2 * dim + rest)
+        op, layer = "attention", size * kv_heads * (2 * dim + rest)
         q, out = heads * (dim + rest), heads * dim
         stored |= {"kv_heads": kv_heads, "head_dim": dim + rest, "v_head_dim": dim}
         stored |= {"causal": True, "window": 0, "softcap": 0.0, "logn": 0}
     else:
-        op, layer, q, out = "mla_attention", 32 * (dim + 64), heads * (dim + 64), heads * dim
+        op, layer, q, out = "mla_attention", size * (dim + 64), heads * (dim + 64), heads * dim
         stored |= {"latent": dim, "rotary": 64}
     stored |= {"heads": heads, "layer_offset": layer, "page_bytes": 3 * layer, **attrs}
     shapes = {"live": (8,), "q": (tokens, q), "kv": (3 * layer,), "seq_start": (seqs + 1,)}
@@ -178,13 +181,37 @@ def check_binaries(calls: Sequence[CallShape], cache: Path) -> None:
         assert kernel.valid(call, config) is None
         for launch in kernel.launches(call, config):
             launches[launch.source] = f"{kernel.name} {config} at {dict(call.shapes)}"
+    spills = []
     for source, (binary, _) in build_cuda(launches, cache).items():
-        assert binary.stack == 0, f"{launches[source]} spills {binary.stack} bytes"
+        if binary.stack:
+            spills.append(f"{launches[source]} spills {binary.stack} bytes in {source.function}")
         assert binary.shared <= SHARED and binary.pdl, launches[source]
+    assert not spills, "\n".join(spills)
 
 
-def test_binaries_of_llama3_8b(tmp_path: Path) -> None:
-    calls = [call_of(32, 8, 128, 64, 64, 8192), call_of(32, 8, 128, 512, 64, 8192)]
+@pytest.mark.parametrize("kv", ["bfloat16", "fp8_e4m3"])
+def test_binaries_of_llama3_8b(kv: str, tmp_path: Path) -> None:
+    calls = [call_of(32, 8, 128, n, 64, 8192, kv_dtype=kv) for n in (64, 512)]
+    check_binaries(calls, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv", ["fp8_e4m3", "fp8_e5m2"])
+def test_binaries_over_fp8_pages(kv: str, tmp_path: Path) -> None:
+    calls = []
+    for heads, kv_heads, dim, rest in (
+        (32, 8, 128, 0),
+        (32, 8, 64, 0),
+        (64, 8, 128, 0),
+        (8, 4, 256, 0),
+        (71, 1, 64, 0),
+        (32, 32, 96, 0),
+        (16, 16, 128, 64),
+        (128, 0, 512, 0),
+    ):
+        for n in (1, 256, 4096):
+            calls.append(call_of(heads, kv_heads, dim, n, min(n, 256), 8192, rest, kv_dtype=kv))
+    calls.append(call_of(16, 8, 256, 512, 64, 8192, window=4096, softcap=50.0, kv_dtype=kv))
     check_binaries(calls, tmp_path)
 
 

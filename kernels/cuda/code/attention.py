@@ -12,8 +12,7 @@ batch as in stream-K (Osama et al. 2023).
 
 Keys come by the page table, 16 tokens a page, gathered by pointer: a page holds 16 * DIM
 contiguous elements of a head, so every row is read in 16-byte pieces and the pipeliner turns the
-gather into asynchronous copies. A tensor map would need one box per page and the number of pages of
-the pool, which is known at load only.
+gather into asynchronous copies. Why not by tensor maps: docs/cuda.md.
 """
 
 from __future__ import annotations
@@ -22,10 +21,14 @@ import triton
 import triton.language as tl
 
 from kernels.cuda.code import pdl
+from kernels.cuda.code.narrow import F16_LARGEST, clipped
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1e30)  # below every score, and finite: lowest - lowest is 0, not NaN
 PAGE_TOKENS = tl.constexpr(16)
+# Of keys, which are not negative: a signed division would take three instructions.
+PAGE_SHIFT = tl.constexpr(4)
+PAGE_MASK = tl.constexpr(15)
 
 
 @triton.jit
@@ -44,22 +47,35 @@ def row_heads(r, tile, GROUP: tl.constexpr, TILE_HEADS: tl.constexpr, HEAD_TILES
 
 
 @triton.jit
+def rows_again(r, tile, zero, GROUP: tl.constexpr, TILE_HEADS: tl.constexpr,
+               HEAD_TILES: tl.constexpr):  # fmt: skip
+    """`row_heads` behind a loop, computed anew: `zero` is a difference of loads that the compiler
+    does not see through, so it holds nothing of this in registers over the loop."""
+    return row_heads(r + zero, tile, GROUP, TILE_HEADS, HEAD_TILES)
+
+
+@triton.jit
 def load_queries(q_ptr, kv_ptr, row, head, valid, columns, BEGIN: tl.constexpr, WIDTH: tl.constexpr,
                  Q_ROW: tl.constexpr, Q_HEAD: tl.constexpr):  # fmt: skip
     """Columns BEGIN .. BEGIN + WIDTH of the tile's query heads, zero where there is none; in the
-    type of the product: float32 where either side is."""
+    type of the product: float32 where either side is, float16 over fp8 pages. float16 holds every
+    value of both kinds of fp8, and one instruction makes two of them; bfloat16 takes that one and
+    two conversions at a sixteenth of the rate. Queries keep all their bits (weights gain three) up
+    to 65504, where they saturate."""
     at = row.to(tl.int64) * Q_ROW + head * Q_HEAD + BEGIN
     mask = valid[:, None] & (columns < WIDTH)[None, :]
     q = tl.load(q_ptr + at[:, None] + columns[None, :], mask, 0.0)
-    if kv_ptr.dtype.element_ty == tl.float32:
+    type: tl.constexpr = kv_ptr.dtype.element_ty
+    if type == tl.float32:
         q = q.to(tl.float32)
+    elif q.dtype == tl.bfloat16 and (type == tl.float8e4nv or type == tl.float8e5):
+        q = clipped(q.to(tl.float32), F16_LARGEST).to(tl.float16)
     return q
 
 
 @triton.jit
-def load_rows(ptr, at, columns, WIDTH: tl.constexpr, PAD: tl.constexpr):
+def load_rows(pointers, columns, WIDTH: tl.constexpr, PAD: tl.constexpr):
     """Rows of WIDTH elements, PAD wide."""
-    pointers = ptr + at[:, None] + columns[None, :]
     if WIDTH < PAD:
         return tl.load(pointers, (columns < WIDTH)[None, :], 0.0)
     return tl.load(pointers)
@@ -69,7 +85,7 @@ def load_rows(ptr, at, columns, WIDTH: tl.constexpr, PAD: tl.constexpr):
 def page_of(table_ptr, block, length, KEYS: tl.constexpr):
     """Page of every key of a block; of the last key beyond the sequence."""
     key = tl.minimum(block * KEYS + tl.arange(0, KEYS), length - 1)
-    return tl.load(table_ptr + key // PAGE_TOKENS)
+    return tl.load(table_ptr + (key >> PAGE_SHIFT))
 
 
 @triton.jit
@@ -87,14 +103,16 @@ def attend(acc, top, total, page, q, q_rest, block, k_ptr, v_ptr, table_ptr, len
     dims = tl.arange(0, DIM_PAD)
     slot = tl.arange(0, KEYS) % PAGE_TOKENS
     if MASKED:
-        slot = tl.minimum(key, length - 1) % PAGE_TOKENS
+        slot = tl.minimum(key, length - 1) & PAGE_MASK
     following = page_of(table_ptr, block + 1, length, KEYS)
     at = page.to(tl.int64) * PAGE + slot * (DIM + REST)
-    k = load_rows(k_ptr, at, dims, DIM, DIM_PAD).to(q.dtype)
+    keys = k_ptr + at[:, None] + dims[None, :]
+    k = load_rows(keys, dims, DIM, DIM_PAD).to(q.dtype)
     score = tl.dot(q, tl.trans(k), input_precision="tf32x3")
     if REST:
         rests = tl.arange(0, REST_PAD)
-        k_rest = load_rows(k_ptr + DIM, at, rests, REST, REST_PAD).to(q.dtype)
+        k_rest = load_rows(k_ptr + DIM + at[:, None] + rests[None, :], rests, REST, REST_PAD)
+        k_rest = k_rest.to(q.dtype)
         score = tl.dot(q_rest, tl.trans(k_rest), score, input_precision="tf32x3")
     if SOFTCAP > 0:
         # cap * tanh(x / cap), tanh(x) = 1 - 2 / (e^2x + 1)
@@ -121,9 +139,11 @@ def attend(acc, top, total, page, q, q_rest, block, k_ptr, v_ptr, table_ptr, len
     fade = tl.exp2(top - best)
     total = total * fade + tl.sum(weight, 1)
     if VALUES:
+        values = keys + VALUES  # of the same shape: one address serves both
         if REST:
             at = page.to(tl.int64) * PAGE + slot * DIM
-        v = load_rows(v_ptr, at, dims, DIM, DIM_PAD).to(q.dtype)
+            values = v_ptr + at[:, None] + dims[None, :]
+        v = load_rows(values, dims, DIM, DIM_PAD).to(q.dtype)
     else:
         v = k
     acc = tl.dot(weight.to(q.dtype), v, acc * fade[:, None], input_precision="tf32x3")
@@ -261,9 +281,7 @@ def split_kernel(live_ptr, q_ptr, kv_ptr, seq_start_ptr, seq_len_ptr, pages_ptr,
         top = tl.full((ROWS,), LOWEST, tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
         k_ptr = kv_ptr + tile // HEAD_TILES * (PAGE_TOKENS * (DIM + REST))
-        v_ptr = k_ptr + VALUES
-        if REST:
-            v_ptr = kv_ptr + VALUES + tile // HEAD_TILES * (PAGE_TOKENS * DIM)
+        v_ptr = kv_ptr + VALUES + tile // HEAD_TILES * (PAGE_TOKENS * DIM)
         table_ptr = pages_ptr + seq.to(tl.int64) * COLUMNS
         page = page_of(table_ptr, skipped + first, length, KEYS)
         for block in tl.range(skipped + first, skipped + last):
@@ -273,6 +291,15 @@ def split_kernel(live_ptr, q_ptr, kv_ptr, seq_start_ptr, seq_len_ptr, pages_ptr,
                 True, WINDOW, SOFTCAP, True,
             )  # fmt: skip
 
+        token, head, valid = rows_again(
+            r,
+            tile,
+            tl.load(seq_len_ptr + seq, volatile=True) - length,
+            GROUP,
+            TILE_HEADS,
+            HEAD_TILES,
+        )
+        valid = valid & (token < count)
         if first == 0 and last == blocks:
             write_out(
                 out_ptr, sinks_ptr, acc, top, total, start + token, head, valid, dims, DIM,
@@ -407,9 +434,7 @@ def tile_kernel(live_ptr, q_ptr, kv_ptr, seq_start_ptr, seq_len_ptr, pages_ptr, 
         top = tl.full((ROWS,), LOWEST, tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
         k_ptr = kv_ptr + tile // HEAD_TILES * (PAGE_TOKENS * (DIM + REST))
-        v_ptr = k_ptr + VALUES
-        if REST:
-            v_ptr = kv_ptr + VALUES + tile // HEAD_TILES * (PAGE_TOKENS * DIM)
+        v_ptr = kv_ptr + VALUES + tile // HEAD_TILES * (PAGE_TOKENS * DIM)
         table_ptr = pages_ptr + seq.to(tl.int64) * COLUMNS
 
         if CAUSAL:
@@ -442,7 +467,15 @@ def tile_kernel(live_ptr, q_ptr, kv_ptr, seq_start_ptr, seq_len_ptr, pages_ptr, 
                 position, scale, slope, DIM, DIM_PAD, REST, REST_PAD, PAGE, VALUES, KEYS,
                 CAUSAL, WINDOW, SOFTCAP, True,
             )  # fmt: skip
-        # Read again, so that no addresses are held in registers over the loops.
-        row = tl.load(seq_start_ptr + seq) + begin + token
+        token, head, valid = rows_again(
+            r,
+            tile,
+            tl.load(seq_len_ptr + seq, volatile=True) - length,
+            GROUP,
+            TILE_HEADS,
+            HEAD_TILES,
+        )
+        valid = valid & (token < count)
+        row = start + begin + token
         write_out(out_ptr, sinks_ptr, acc, top, total, row, head, valid, dims, DIM, HEADS * DIM)
     pdl.release()

@@ -7,6 +7,7 @@ import triton.language as tl
 
 E4M3_LARGEST = tl.constexpr(448.0)
 E5M2_LARGEST = tl.constexpr(57344.0)
+F16_LARGEST = tl.constexpr(65504.0)
 
 
 @triton.jit
