@@ -1,8 +1,9 @@
 // The CPU plan's binary interface: what the plan loop (plan.cpp) and every kernel agree on.
 //
-// A plan node is (kernel, argument array). Every thread of the team calls the kernel with the same
-// arguments and its own hs_ctx; kernels split their work by ctx->thread / ctx->threads or take pieces
-// with hs_next. The loop puts one barrier after every node; a kernel with phases calls hs_barrier itself.
+// A plan node is (kernel, argument array), its work in as many shares as the team has threads. The kernel is called
+// once per share with the same arguments; it splits its work by ctx->thread / ctx->threads or takes pieces
+// with hs_next. A share is its thread's own, but when that is late (its core is shared with another process) any
+// thread that waits runs it: a kernel may not wait for another share. The next node begins when all shares are done.
 #pragma once
 #include <cstdint>
 
@@ -20,16 +21,18 @@ union hs_arg {
 struct hs_team;   // threads and their barrier; defined in team.h
 
 struct hs_ctx {
-    int32_t thread;    // 0 .. threads-1
+    int32_t thread;    // the share: 0 .. threads-1
     int32_t threads;
     hs_team* team;
+    int32_t phase;     // of the node: 0, and one more for every hs_again
 };
 
 typedef void (*hs_kernel)(const hs_ctx*, const hs_arg*);
 
-// All threads of the team arrive before any leaves (acquire/release).
-void hs_barrier(const hs_ctx*);
+// When all shares of this phase are done, the kernel is called again for every share, with the next phase.
+// Asked for by any share.
+void hs_again(const hs_ctx*);
 
-// The next piece nobody has taken yet: 0, 1, 2, … counted from the last barrier. A thread whose core is
+// The next piece nobody has taken yet: 0, 1, 2, … counted from the start of the phase. A thread whose core is
 // shared with another process then holds up only the piece it works on.
 int64_t hs_next(const hs_ctx*);

@@ -6,7 +6,7 @@
 //
 // Work items: (sequence, KV head, up to 24 query rows), where the rows of a sequence are its tokens times the query heads of the
 // KV head: keys and values are read once for all of them. A sequence with a single such item and several blocks is split by block;
-// the pieces are merged after a barrier.
+// the pieces are merged in a second phase.
 #include "abi.h"
 #include "kv_page.h"
 #include "softmax.h"
@@ -386,9 +386,15 @@ void attention(const hs_ctx* ctx, const hs_arg* a) {
     c.logn = a[LOGN].i;
 
     Buffers b;
+    int64_t mine = hs_next(ctx), seen = 0;
+    if (ctx->phase == 1)
+        return each_job(c, [&](const Job& job) {
+            if (job.at < 0 || seen++ != mine) return;
+            mine = hs_next(ctx);
+            merge_parts(c, job, b);
+        });
     Job held;  // ours, but run only when the one after it is known, so that its first keys can be prefetched
     bool holding = false, parts = false;
-    int64_t mine = hs_next(ctx), seen = 0;
     auto take = [&](const Job& job) {
         if (seen++ != mine) return;
         mine = hs_next(ctx);
@@ -405,14 +411,7 @@ void attention(const hs_ctx* ctx, const hs_arg* a) {
         }
     });
     if (holding) run<T>(c, held, nullptr, b);
-    if (!parts) return;
-    hs_barrier(ctx);
-    mine = hs_next(ctx), seen = 0;
-    each_job(c, [&](const Job& job) {
-        if (job.at < 0 || seen++ != mine) return;
-        mine = hs_next(ctx);
-        merge_parts(c, job, b);
-    });
+    if (parts) hs_again(ctx);
 }
 
 }  // namespace

@@ -74,9 +74,9 @@ Linear bind(int format, const hs_arg* a) {
 template <int FMT>
 void linear(const hs_ctx* ctx, const Linear& c) {
     if (c.t <= 0) return;
-    if (c.t > FEW_ROWS) {
+    if (c.t > FEW_ROWS && ctx->phase == 0) {
         prepare<FMT>(ctx, c);
-        hs_barrier(ctx);
+        return hs_again(ctx);
     }
     product<FMT>(ctx, c);
 }

@@ -173,8 +173,8 @@ static inline Stream stream(const Linear& c, int64_t tile, int64_t end) {
     return {c.w.tile(tile), c.w.tile(tile + 1 < end ? tile + 1 : tile)};
 }
 
-// Rows up to this many are prepared by every thread for itself: cheaper than a barrier. More are prepared together, in
-// c.work, by prepare<FMT>(ctx, c); after a barrier product<FMT>(ctx, c) computes this thread's tiles of all rows.
+// Rows up to this many are prepared by every share for itself: cheaper than a phase. More are prepared together, in
+// c.work, by prepare<FMT>(ctx, c); in the next phase product<FMT>(ctx, c) computes this share's tiles of all rows.
 constexpr int64_t FEW_ROWS = 8;
 
 // Defined in linear.cpp for every Format.

@@ -47,7 +47,7 @@ void kv_write(const hs_ctx* ctx, const hs_arg* a) {
     }
 }
 
-// Every head's own matrix on rows of few at a time, so that nothing is prepared and no barrier is needed; a thread takes
+// Every head's own matrix on rows of few at a time, so that nothing is prepared and one phase is enough; a thread takes
 // neighbouring pieces, and with them the matrix that is in its cache.
 template <int FMT>
 void head_linear(const hs_ctx* ctx, const hs_arg* a) {
@@ -61,7 +61,7 @@ void head_linear(const hs_ctx* ctx, const hs_arg* a) {
     c.n = a[N].i;
     c.w = {FMT, a[K].i, GROUPED ? a[GROUP].i : 0, a[DATA].p, GROUPED ? (const uint16_t*)a[SCALE].p : nullptr};
     const Weight first = c.w;
-    const hs_ctx alone{0, 1, ctx->team};
+    const hs_ctx alone{0, 1, ctx->team, 0};
     const int64_t pieces = (live + FEW_ROWS - 1) / FEW_ROWS;
     Range range = split(heads * pieces, ctx);
     for (int64_t u = range.begin; u < range.end; u++) {
@@ -285,8 +285,14 @@ void attention(const hs_ctx* ctx, const hs_arg* a) {
     c.scale = (float)a[SCALE].f;
 
     Buffers& b = *(Buffers*)scratch(sizeof(Buffers));
-    bool parts = false;
     int64_t mine = hs_next(ctx), seen = 0;
+    if (ctx->phase == 1)
+        return each_job(c, [&](const Job& job) {
+            if (job.at < 0 || seen++ != mine) return;
+            mine = hs_next(ctx);
+            merge_parts(c, job, b);
+        });
+    bool parts = false;
     auto take = [&](const Job& job) {
         if (seen++ != mine) return;
         mine = hs_next(ctx);
@@ -300,14 +306,7 @@ void attention(const hs_ctx* ctx, const hs_arg* a) {
             take(job);
         }
     });
-    if (!parts) return;
-    hs_barrier(ctx);
-    mine = hs_next(ctx), seen = 0;
-    each_job(c, [&](const Job& job) {
-        if (job.at < 0 || seen++ != mine) return;
-        mine = hs_next(ctx);
-        merge_parts(c, job, b);
-    });
+    if (parts) hs_again(ctx);
 }
 
 }  // namespace

@@ -118,14 +118,15 @@ void experts(const hs_ctx* ctx, const hs_arg* a) {
         }
     };
     bool many = false;
-    each([&](int64_t e) {
-        if (c.t <= FEW_ROWS) return;
-        many = true;
-        hs_ctx turned = *ctx;  // another thread begins at every expert
-        turned.thread = (int32_t)((ctx->thread + e) % ctx->threads);
-        prepare<FMT>(&turned, c);
-    });
-    if (many) hs_barrier(ctx);
+    if (ctx->phase == 0)
+        each([&](int64_t e) {
+            if (c.t <= FEW_ROWS) return;
+            many = true;
+            hs_ctx turned = *ctx;  // another thread begins at every expert
+            turned.thread = (int32_t)((ctx->thread + e) % ctx->threads);
+            prepare<FMT>(&turned, c);
+        });
+    if (many) return hs_again(ctx);
     each([&](int64_t) { product<FMT>(ctx, c); });
 }
 

@@ -1,4 +1,4 @@
-// The plan loop: opens the thread team and executes submitted plans node by node. Called by the runtime's CPU device
+// The plan loop: opens the thread team and executes submitted plans node by node (team.h). Called by the runtime's CPU device
 // through ctypes; a submit returns at once.
 #include <stdlib.h>
 #include <string.h>
@@ -10,49 +10,129 @@
 // Whether this build may run here (linear.cpp): 0 when it needs tile registers and the system refuses them.
 extern "C" int hs_amx(void);
 
-void hs_barrier(const hs_ctx* ctx) {
-    hs_team* team = ctx->team;
-    if (ctx->threads == 1) {
-        team->next.store(0, std::memory_order_relaxed);
-        return;
-    }
-    uint32_t epoch = team->epoch.load(std::memory_order_relaxed);
-    if (team->arrived.fetch_add(1, std::memory_order_acq_rel) + 1 < (uint32_t)ctx->threads) {
-        hs_await(team, epoch);
-        return;
-    }
-    team->arrived.store(0, std::memory_order_relaxed);
-    team->next.store(0, std::memory_order_relaxed);
-    team->epoch.store(epoch + 1);
-    if (team->sleepers.load()) syscall(SYS_futex, &team->epoch, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
-}
+void hs_again(const hs_ctx* ctx) { ctx->team->again.store(true, std::memory_order_relaxed); }
 
 int64_t hs_next(const hs_ctx* ctx) { return ctx->team->next.fetch_add(1, std::memory_order_relaxed); }
 
 namespace {
 
-struct Plan {
-    int nodes;
-    const hs_kernel* fns;
-    const hs_arg* const* args;
-    double* seconds;  // per node, accumulated when asked for
-};
+double now() {
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec + 1e-9 * t.tv_nsec;
+}
 
-void run_plan(const hs_ctx* ctx, void* arg) {
-    // A copy: once the last barrier opens, the plan may be freed while a worker is still on its way out.
-    const Plan plan = *(const Plan*)arg;
-    bool timed = plan.seconds && ctx->thread == 0;
-    double start = timed ? hs_now() : 0;
-    for (int i = 0; i < plan.nodes; i++) {
-        plan.fns[i](ctx, plan.args[i]);
-        hs_barrier(ctx);
-        if (timed) {
-            double now = hs_now();
-            plan.seconds[i] += now - start;
-            start = now;
-        }
+void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+// ---- phases ----
+
+void publish(hs_team* team) {
+    team->finished.store(0, std::memory_order_relaxed);
+    team->next.store(0, std::memory_order_relaxed);
+    team->again.store(false, std::memory_order_relaxed);
+    team->epoch.store(team->epoch.load(std::memory_order_relaxed) + 1);
+    if (team->sleepers.load()) syscall(SYS_futex, &team->epoch, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
+}
+
+// Starts `team->job`, whose nodes are at least one.
+void begin(hs_team* team) {
+    const hs_job& job = team->job;
+    team->begun = team->node_begun = now();
+    if (job.upload_bytes) memcpy(job.io, job.staging, job.upload_bytes);
+    team->node = team->phase = 0;
+    publish(team);
+}
+
+// The job's last share is done: its results, then the next job. Whoever waits is woken last: it may take this core at once.
+void end(hs_team* team) {
+    const hs_job& job = team->job;
+    if (job.out_bytes) memcpy(job.out, job.out_from, job.out_bytes);
+    double took = now() - team->begun;
+    pthread_mutex_lock(&team->mutex);
+    int64_t ticket = ++team->done;
+    team->seconds[ticket % hs_team::HISTORY] = took;
+    team->running = team->done < team->submitted;
+    if (team->running) team->job = team->queue[(ticket + 1) % hs_team::QUEUE];
+    bool more = team->running;
+    pthread_mutex_unlock(&team->mutex);
+    if (more) begin(team);
+    pthread_cond_broadcast(&team->done_changed);
+}
+
+// Every share of the phase is done and no other thread is in it.
+void advance(hs_team* team) {
+    const hs_nodes& nodes = *team->job.nodes;
+    if (team->again.load(std::memory_order_relaxed)) {
+        team->phase++;
+        return publish(team);
+    }
+    if (nodes.seconds) {
+        double time = now();
+        nodes.seconds[team->node] += time - team->node_begun;
+        team->node_begun = time;
+    }
+    team->phase = 0;
+    if (++team->node == nodes.count) return end(team);
+    publish(team);
+}
+
+// Runs a share of the phase of `epoch` unless somebody has taken it.
+bool run_share(hs_team* team, int share, uint32_t epoch) {
+    uint32_t last = epoch - 1;
+    if (!team->shares[share].taken.compare_exchange_strong(last, epoch, std::memory_order_acq_rel)) return false;
+    // From here to the count below the phase cannot end, so the position is that of `epoch`.
+    const hs_nodes& nodes = *team->job.nodes;
+    const hs_ctx ctx{share, team->threads, team, team->phase};
+    nodes.fns[team->node](&ctx, nodes.args[team->node]);
+    if (team->finished.fetch_add(1, std::memory_order_acq_rel) + 1 == team->threads) advance(team);
+    return true;
+}
+
+// Runs the shares of others that nobody has taken.
+void help(hs_team* team, int self, uint32_t epoch) {
+    for (int i = 1; i < team->threads; i++) {
+        const int other = (self + i) % team->threads;
+        if (team->shares[other].taken.load(std::memory_order_relaxed) != epoch - 1) continue;
+        if (run_share(team, other, epoch)) team->late.store(epoch, std::memory_order_relaxed);
     }
 }
+
+// Waits for an epoch after `epoch`. Spinning is worth it when the others are microseconds away, giving the core up when it is
+// shared with another process, sleeping when there is nothing to do between steps.
+uint32_t await_epoch(hs_team* team, int self, uint32_t epoch) {
+    constexpr double LATE = 2e-6, SPIN = 30e-6, YIELD = 300e-6;
+    uint32_t found;
+    // Who was late in the phase before probably still is: no wait for that.
+    bool helped = team->late.load(std::memory_order_relaxed) == epoch - 1;
+    if (helped) help(team, self, epoch);
+    const double start = now();
+    for (;;) {
+        for (int i = 0; i < 32; i++) {
+            if ((found = team->epoch.load(std::memory_order_acquire)) != epoch) return found;
+            pause();
+        }
+        double waited = now() - start;
+        if (waited > YIELD) break;
+        if (waited > LATE && !helped) {
+            helped = true;
+            help(team, self, epoch);
+        }
+        if (waited > SPIN) sched_yield();
+    }
+    team->sleepers.fetch_add(1);
+    while ((found = team->epoch.load()) == epoch)
+        syscall(SYS_futex, &team->epoch, FUTEX_WAIT_PRIVATE, epoch, nullptr, nullptr, 0);
+    team->sleepers.fetch_sub(1);
+    return found;
+}
+
+// ---- threads ----
 
 struct Start {
     hs_team* team;
@@ -64,7 +144,7 @@ bool pass_gate(hs_team* team) {
     pthread_mutex_lock(&team->mutex);
     team->ready++;
     pthread_cond_broadcast(&team->done_changed);
-    while (team->gate == hs_team::SHUT) pthread_cond_wait(&team->submitted_changed, &team->mutex);
+    while (team->gate == hs_team::SHUT) pthread_cond_wait(&team->gate_changed, &team->mutex);
     bool open = team->gate == hs_team::OPEN;
     pthread_mutex_unlock(&team->mutex);
     return open;
@@ -72,45 +152,13 @@ bool pass_gate(hs_team* team) {
 
 void* worker(void* arg) {
     Start start = *(Start*)arg;
-    hs_ctx ctx{start.thread, start.team->threads, start.team};
-    if (!pass_gate(start.team)) return nullptr;
-    for (;;) {
-        hs_barrier(&ctx);
-        if (start.team->stop) return nullptr;
-        start.team->job.run(&ctx, start.team->job.arg);
-    }
-}
-
-void* driver(void* arg) {
-    Start start = *(Start*)arg;
     hs_team* team = start.team;
-    hs_ctx ctx{0, team->threads, team};
     if (!pass_gate(team)) return nullptr;
-    pthread_mutex_lock(&team->mutex);
-    for (;;) {
-        while (team->done == team->submitted && !team->closing) pthread_cond_wait(&team->submitted_changed, &team->mutex);
-        if (team->done == team->submitted) break;
-        int64_t ticket = team->done + 1;
-        team->job = team->queue[ticket % hs_team::QUEUE];
-        pthread_mutex_unlock(&team->mutex);
-
-        const hs_job& job = team->job;
-        double begin = hs_now();
-        if (job.upload_bytes) memcpy(job.io, job.staging, job.upload_bytes);
-        hs_barrier(&ctx);
-        job.run(&ctx, job.arg);
-        if (job.out_bytes) memcpy(job.out, job.out_from, job.out_bytes);
-        double took = hs_now() - begin;
-
-        pthread_mutex_lock(&team->mutex);
-        team->seconds[ticket % hs_team::HISTORY] = took;
-        team->done = ticket;
-        pthread_cond_broadcast(&team->done_changed);
+    for (uint32_t epoch = 0;;) {
+        epoch = await_epoch(team, start.thread, epoch);
+        if (team->stop) return nullptr;
+        run_share(team, start.thread, epoch);
     }
-    pthread_mutex_unlock(&team->mutex);
-    team->stop = true;
-    hs_barrier(&ctx);
-    return nullptr;
 }
 
 int64_t enqueue(hs_team* team, const hs_job& job) {
@@ -118,8 +166,13 @@ int64_t enqueue(hs_team* team, const hs_job& job) {
     while (team->submitted - team->done >= hs_team::QUEUE) pthread_cond_wait(&team->done_changed, &team->mutex);
     int64_t ticket = ++team->submitted;
     team->queue[ticket % hs_team::QUEUE] = job;
-    pthread_cond_signal(&team->submitted_changed);
+    bool idle = !team->running;
+    if (idle) {
+        team->running = true;
+        team->job = job;
+    }
     pthread_mutex_unlock(&team->mutex);
+    if (idle) begin(team);
     return ticket;
 }
 
@@ -138,7 +191,7 @@ double await_ticket(hs_team* team, int64_t ticket) {
 
 HS_EXPORT int hs_abi(void) { return HS_ABI_VERSION; }
 
-// A team of `threads` threads (the driver is one of them); NULL when threads or tile registers are refused.
+// A team of `threads` threads; NULL when threads or tile registers are refused.
 HS_EXPORT void* hs_open(int threads) {
     if (threads < 1 || threads > hs_team::MAX_THREADS || !hs_amx()) return nullptr;
     hs_team* team = new (std::nothrow) hs_team;
@@ -152,15 +205,15 @@ HS_EXPORT void* hs_open(int threads) {
     int created = 0;
     for (; created < threads; created++) {
         starts[created] = Start{team, created};
-        if (pthread_create(&team->handles[created], nullptr, created ? worker : driver, &starts[created])) break;
-        pthread_setname_np(team->handles[created], created ? "hs-worker" : "hs-driver");
+        if (pthread_create(&team->handles[created], nullptr, worker, &starts[created])) break;
+        pthread_setname_np(team->handles[created], "hs-worker");
     }
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
     pthread_mutex_lock(&team->mutex);
     while (team->ready < created) pthread_cond_wait(&team->done_changed, &team->mutex);
     bool ok = created == threads;
     team->gate = ok ? hs_team::OPEN : hs_team::CANCELLED;
-    pthread_cond_broadcast(&team->submitted_changed);
+    pthread_cond_broadcast(&team->gate_changed);
     pthread_mutex_unlock(&team->mutex);
     if (ok) return team;
     for (int i = 0; i < created; i++) pthread_join(team->handles[i], nullptr);
@@ -172,44 +225,46 @@ HS_EXPORT void* hs_open(int threads) {
 HS_EXPORT void hs_close(void* handle) {
     hs_team* team = (hs_team*)handle;
     pthread_mutex_lock(&team->mutex);
-    team->closing = true;
-    pthread_cond_signal(&team->submitted_changed);
+    while (team->done < team->submitted) pthread_cond_wait(&team->done_changed, &team->mutex);
     pthread_mutex_unlock(&team->mutex);
+    team->stop = true;
+    publish(team);
     for (int i = 0; i < team->threads; i++) pthread_join(team->handles[i], nullptr);
     delete team;
 }
 
-// A plan of `nodes` calls. The two pointer arrays are copied; the argument slots stay the caller's and must outlive the plan.
+// A plan of `nodes` calls, at least one. The two pointer arrays are copied; the argument slots stay the caller's and must outlive the plan.
 HS_EXPORT void* hs_plan(void*, int nodes, const hs_kernel* fns, const hs_arg* const* args) {
-    Plan* plan = (Plan*)malloc(sizeof(Plan) + nodes * (sizeof *fns + sizeof *args));
+    hs_nodes* plan = nodes > 0 ? (hs_nodes*)malloc(sizeof(hs_nodes) + nodes * (sizeof *fns + sizeof *args)) : nullptr;
     if (!plan) return nullptr;
     hs_kernel* own_fns = (hs_kernel*)(plan + 1);
     const hs_arg** own_args = (const hs_arg**)(own_fns + nodes);
     memcpy(own_fns, fns, nodes * sizeof *fns);
     memcpy(own_args, args, nodes * sizeof *args);
-    *plan = Plan{nodes, own_fns, own_args, nullptr};
+    *plan = hs_nodes{nodes, own_fns, own_args, nullptr};
     return plan;
 }
 
 HS_EXPORT void hs_plan_free(void* plan) { free(plan); }
 
 // From now on add each node's seconds to `seconds[nodes]` (NULL: no longer). Only between steps.
-HS_EXPORT void hs_plan_profile(void* plan, double* seconds) { ((Plan*)plan)->seconds = seconds; }
+HS_EXPORT void hs_plan_profile(void* plan, double* seconds) { ((hs_nodes*)plan)->seconds = seconds; }
 
 // Queues: staging -> io[0:upload_bytes], the plan, io[out_offset:][:out_bytes] -> out. Returns the ticket.
 HS_EXPORT int64_t hs_submit(void* team, void* plan, void* io, const void* staging, int64_t upload_bytes, void* out,
                             int64_t out_offset, int64_t out_bytes) {
     return enqueue((hs_team*)team,
-                   hs_job{run_plan, plan, io, staging, upload_bytes, out, (char*)io + out_offset, out_bytes});
+                   hs_job{(const hs_nodes*)plan, io, staging, upload_bytes, out, (char*)io + out_offset, out_bytes});
 }
 
 // Blocks until the ticket's step is done; the seconds it ran, -1 for a ticket never issued.
 HS_EXPORT double hs_wait(void* team, int64_t ticket) { return await_ticket((hs_team*)team, ticket); }
 
-// Runs `run` on every thread of the team after what is already queued, and waits for it.
-void hs_run(hs_team* team, void (*run)(const hs_ctx*, void*), void* arg) {
+// Runs `fn` with `argument` as the one node of a job after what is already queued, and waits for it.
+void hs_run(hs_team* team, hs_kernel fn, const void* argument) {
+    const hs_arg* args = (const hs_arg*)argument;
+    const hs_nodes nodes{1, &fn, &args, nullptr};
     hs_job job{};
-    job.run = run;
-    job.arg = arg;
+    job.nodes = &nodes;
     await_ticket(team, enqueue(team, job));
 }

@@ -1,7 +1,7 @@
 // Token state and sampling. Slots of each entry: kernels/cpu/sample.py; what is computed: kernels/ops/sample.py.
 //
-// Phase 1 reads each row's logits once, in blocks of the vocabulary shared out over the threads: largest value, sums, finiteness.
-// Phase 2 finishes each row on one thread. A greedy row is done; a draw without filters looks again at the one block it falls in;
+// Phase 0 reads each row's logits once, in blocks of the vocabulary shared out over the threads: largest value, sums, finiteness.
+// Phase 1 finishes each row on one thread. A greedy row is done; a draw without filters looks again at the one block it falls in;
 // top-k, top-p and min-p gather the few candidates near the maximum and select among them, without sorting the vocabulary.
 #include <algorithm>
 
@@ -11,7 +11,7 @@ namespace {
 
 using namespace hs;
 
-constexpr int64_t BLOCK = 4096;   // vocabulary entries of a phase-1 item; fixes the order of summation
+constexpr int64_t BLOCK = 4096;   // vocabulary entries of a phase-0 item; fixes the order of summation
 constexpr int64_t STRIP = 512;    // summed in float32, then in double
 constexpr int TOP = 20;
 constexpr int32_t SEEN = 1 << 30;
@@ -379,12 +379,15 @@ HS_EXPORT void hs_sample(const hs_ctx* ctx, const hs_arg* a) {
     c.state_columns = a[STATE_COLUMNS].i;
 
     int64_t rows = c.live[2], blocks = c.blocks();
+    if (ctx->phase == 1) {
+        for (int64_t r; (r = hs_next(ctx)) < rows;) finish_row(c, r);
+        return;
+    }
     for (int64_t i; (i = hs_next(ctx)) < rows * blocks;) {
         int64_t begin = i % blocks * BLOCK, end = begin + BLOCK < c.vocab ? begin + BLOCK : c.vocab;
         c.partial[i] = scan(c.row(i / blocks), begin, end);
     }
-    hs_barrier(ctx);
-    for (int64_t r; (r = hs_next(ctx)) < rows;) finish_row(c, r);
+    hs_again(ctx);
 }
 
 // Edits in order; a slot belongs to one thread.

@@ -31,13 +31,12 @@ int read_range(int fd, char* dst, int64_t offset, int64_t bytes) {
     return 0;
 }
 
-void run_read(const hs_ctx* ctx, void* arg) {
+void run_read(const hs_ctx* ctx, const hs_arg* arg) {
     Read* r = (Read*)arg;
     for (int64_t at; (at = hs_next(ctx) * PIECE) < r->bytes && !r->error.load(std::memory_order_relaxed);) {
         int64_t n = r->bytes - at < PIECE ? r->bytes - at : PIECE;
         if (int error = read_range(r->fd, r->dst + at, r->file_offset + at, n)) r->error.store(error);
     }
-    hs_barrier(ctx);
 }
 
 // CRC-32C, reflected. The register of a byte string is linear in its start value, so pieces are computed apart and joined:
@@ -115,7 +114,7 @@ struct Crc {
 };
 
 // XOR makes the order in which pieces finish irrelevant.
-void run_crc(const hs_ctx* ctx, void* arg) {
+void run_crc(const hs_ctx* ctx, const hs_arg* arg) {
     Crc* job = (Crc*)arg;
     int64_t piece = hs_next(ctx), first = 0;
     for (int t = 0; t < job->n; t++) {
@@ -127,7 +126,6 @@ void run_crc(const hs_ctx* ctx, void* arg) {
         }
         first += pieces;
     }
-    hs_barrier(ctx);
 }
 
 }  // namespace

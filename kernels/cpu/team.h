@@ -1,5 +1,9 @@
-// The thread team: one driver and threads - 1 workers that meet at a barrier. Jobs run one after the other in the order
-// of submission; every thread of the team executes every job. Included by plan.cpp and storage.cpp alone.
+// The thread team: threads that run the shares of one phase after the other. Jobs run one after the other in the order of
+// submission. Included by plan.cpp and storage.cpp alone.
+//
+// A phase is published with a new epoch. A share is taken for an epoch by its own thread, or by another that waits and finds
+// it late; who finishes the last share alone publishes the next phase, or ends the job and starts the next one. So nobody
+// waits for a thread that holds no share: what another process does to a core costs this core's share of the speed only.
 #pragma once
 #include <errno.h>
 #include <linux/futex.h>
@@ -15,11 +19,16 @@
 
 #include "abi.h"
 
-// A job in the queue: copy in, run on all threads, copy out. `run` ends with a barrier and touches nothing of `arg` after it:
-// the submitter goes on as soon as the driver has passed.
+struct hs_nodes {
+    int count;
+    const hs_kernel* fns;
+    const hs_arg* const* args;
+    double* seconds;  // per node, accumulated when asked for
+};
+
+// A job in the queue: copy in, run the nodes, copy out.
 struct hs_job {
-    void (*run)(const hs_ctx*, void*);
-    void* arg;
+    const hs_nodes* nodes;
     void* io;
     const void* staging;
     int64_t upload_bytes;
@@ -38,62 +47,37 @@ struct hs_team {
     int threads = 0;
     pthread_t handles[MAX_THREADS];
 
-    // Barrier. `epoch` grows when the last thread arrives; `sleepers` tells it whether a system call is needed.
-    alignas(64) std::atomic<uint32_t> arrived{0};
+    // `sleepers` tells who publishes whether a system call is needed.
     alignas(64) std::atomic<uint32_t> epoch{0};
     std::atomic<uint32_t> sleepers{0};
+
+    struct alignas(64) Share {
+        std::atomic<uint32_t> taken{0};  // epoch it was last taken for
+    };
+    Share shares[MAX_THREADS];
+    alignas(64) std::atomic<uint32_t> late{0};  // epoch in which a thread last took another's share
+    alignas(64) std::atomic<int> finished{0};  // shares of this phase
     alignas(64) std::atomic<int64_t> next{0};
+    std::atomic<bool> again{false};
+
+    // The position: written by who finished a phase, before the epoch; read by who took a share of it.
+    alignas(64) hs_job job;
+    int node = 0, phase = 0;
+    double begun = 0, node_begun = 0;
+    bool stop = false;
 
     // Queue: tickets are 1, 2, 3, …; `done` is the last finished one. Guarded by `mutex`.
     alignas(64) pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
-    pthread_cond_t submitted_changed = PTHREAD_COND_INITIALIZER;
+    pthread_cond_t gate_changed = PTHREAD_COND_INITIALIZER;
     pthread_cond_t done_changed = PTHREAD_COND_INITIALIZER;
     hs_job queue[QUEUE];
     double seconds[HISTORY];
     int64_t submitted = 0;
     int64_t done = 0;
-    bool closing = false;
-    int ready = 0;  // threads that reached the gate while hs_open starts the team
+    bool running = false;  // a job is at work
+    int ready = 0;         // threads that reached the gate while hs_open starts the team
     Gate gate = SHUT;
-
-    // Written by the driver before a barrier, read by the workers after it.
-    hs_job job;
-    bool stop = false;
 };
 
-static inline double hs_now() {
-    timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec + 1e-9 * t.tv_nsec;
-}
-
-static inline void hs_pause() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
-}
-
-// Spinning is worth it when the others are microseconds away, giving the core up when it is shared with another process,
-// sleeping when there is nothing to do between steps.
-static inline void hs_await(hs_team* team, uint32_t epoch) {
-    constexpr double SPIN = 30e-6, YIELD = 300e-6;
-    double start = hs_now();
-    for (;;) {
-        for (int i = 0; i < 32; i++) {
-            if (team->epoch.load(std::memory_order_acquire) != epoch) return;
-            hs_pause();
-        }
-        double waited = hs_now() - start;
-        if (waited > YIELD) break;
-        if (waited > SPIN) sched_yield();
-    }
-    team->sleepers.fetch_add(1);
-    while (team->epoch.load() == epoch)
-        syscall(SYS_futex, &team->epoch, FUTEX_WAIT_PRIVATE, epoch, nullptr, nullptr, 0);
-    team->sleepers.fetch_sub(1);
-}
-
-// Runs `run` on every thread of the team after what is already queued, and waits for it (plan.cpp).
-void hs_run(hs_team* team, void (*run)(const hs_ctx*, void*), void* arg);
+// Runs `fn` with `argument` as the one node of a job after what is already queued, and waits for it (plan.cpp).
+void hs_run(hs_team* team, hs_kernel fn, const void* argument);

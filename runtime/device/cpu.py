@@ -2,8 +2,8 @@
 
 Comes in: an artifact. Goes out: `CpuSession`. Opening streams the weights into their arena, checks
 them while they are warm in the cache, and turns every stored plan into a native one. A step is
-copied into one of two staging buffers and queued; the native driver thread uploads, runs and
-downloads without the GIL. Opened by `open_session`.
+copied into one of two staging buffers and queued; the native threads upload, run and download
+without the GIL. Opened by `open_session`.
 """
 
 from __future__ import annotations
