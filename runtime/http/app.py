@@ -208,7 +208,9 @@ class Gate:
     def _check_head(self, request: web.Request) -> None:
         if sum(len(name) + len(value) for name, value in request.raw_headers) > HEADER_BYTES:
             raise InvalidRequest("The request headers are too long.", status=431)
-        if self._hosts and _host_name(request.headers.get("Host", "")) not in self._hosts:
+        # A probe in HTTP/1.0 need not name a host; no browser leaves it out.
+        host = request.headers.get("Host")
+        if self._hosts and host is not None and _host_name(host) not in self._hosts:
             raise InvalidRequest("This server does not answer to that host name.", status=421)
 
     def _admit(self, request: web.Request, route: Route) -> bytes:

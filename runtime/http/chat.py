@@ -230,8 +230,11 @@ def _logprobs(server: Server, seq: Sequence, start: int) -> dict[str, Any]:
 
 
 def _token(server: Server, token: int, logprob: float) -> dict[str, Any]:
-    text = server.model.tokenizer.token_text(token) if server.model.tokenizer else ""
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+    tokenizer, detokenizers = server.model.tokenizer, server.model.detokenizers
+    if tokenizer is None or detokenizers is None:
+        return {"token": "", "logprob": logprob, "bytes": None}
+    text, data = tokenizer.token_text(token), detokenizers.token_bytes(token)
+    return {"token": text, "logprob": logprob, "bytes": list(data)}
 
 
 class _ChatEncoder:

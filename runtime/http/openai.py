@@ -214,7 +214,7 @@ def _logprobs(server: Server, seq: Sequence, start: int, before: str, echo: bool
 
 
 class _CompletionEncoder:
-    __slots__ = ("_body", "_close", "_echo", "_open", "_server", "_tokens", "_told")
+    __slots__ = ("_before", "_body", "_close", "_echo", "_open", "_server", "_tokens", "_told")
 
     def __init__(
         self, server: Server, body: CompletionBody, head: Head, seq: Sequence, echo: str
@@ -222,6 +222,7 @@ class _CompletionEncoder:
         self._server = server
         self._body = body
         self._echo = echo
+        self._before = echo
         self._told = 0  # characters
         self._tokens = 0
         self._open = head.open + b',"choices":[{"index":%d,"text":' % seq.index
@@ -240,7 +241,8 @@ class _CompletionEncoder:
     def _ending(self, seq: Sequence, final: bool) -> bytes:
         logprobs = None
         if seq.request.logprobs:
-            told = seq.text[: self._told]
+            # The first chunk begins with the tokens of the prompt.
+            told = self._before + seq.text[: self._told] if self._tokens else ""
             logprobs = _logprobs(self._server, seq, self._tokens, told, bool(self._body.echo))
             self._tokens = len(seq.ids)
         reason, matched = finish(seq) if final else (None, None)

@@ -41,6 +41,12 @@ class Detokenizers:
         errors = "replace" if self._tokenizer.decoder == "byte_level" else "headstart.each_byte"
         return _PieceDetokenizer(pieces, errors)
 
+    def token_bytes(self, token: int) -> bytes:
+        """What one token adds to a text; of half a character, its bytes."""
+        if self._tokenizer.decoder == "other":
+            return self._tokenizer.token_text(token).encode()
+        return self._shown[token]
+
 
 class _Pieces(dict[int, bytes]):
     """Token id -> the bytes it stands for in running text; filled on first use."""

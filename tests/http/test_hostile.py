@@ -68,6 +68,13 @@ def test_malformed_heads(server: ServerProcess, head: bytes, status: int):
     check_error(raw(server, head.replace(b"%s", MARK.encode())), status)
 
 
+def test_a_probe_without_a_host_is_answered(server: ServerProcess):
+    """HTTP/1.0, as load balancers probe; HTTP/1.1 needs the header."""
+    assert b"200 OK" in raw(server, b"GET /health HTTP/1.0\r\n\r\n")
+    check_error(raw(server, b"GET /health HTTP/1.0\r\nHost: evil.example\r\n\r\n"), 421)
+    check_error(raw(server, b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n"), 400)
+
+
 def test_headers_too_large_in_sum(server: ServerProcess):
     many = b"".join(b"X-%d: %b\r\n" % (i, b"v" * 4000) for i in range(12))
     answer = raw(
