@@ -105,16 +105,17 @@ def fit_report(made: Design, figures: Mapping[str, int], config: CompileConfig) 
     assert config.shape.context is not None
     target = config.target
     if made.target == "cuda":
-        assert target.memory_gib and target.bandwidth_gb_s and target.tflops
+        assert target.memory_gib and target.bandwidth_gb_s and target.tflops and target.tflops_fp8
         memory = int(target.memory_gib * report.GIB)
-        bandwidth, flops = target.bandwidth_gb_s * 1e9, target.tflops * 1e12
+        bandwidth = target.bandwidth_gb_s * 1e9
+        flops, flops_fp8 = target.tflops * 1e12, target.tflops_fp8 * 1e12
     else:
-        memory, flops = report.memory_bytes(), math.inf
+        memory, flops, flops_fp8 = report.memory_bytes(), math.inf, math.inf
         bandwidth = report.read_bandwidth(len(os.sched_getaffinity(0)))
     return "\n".join(
         (
             report.check_fit(figures, config.shape.context, memory),
-            report.render(made.buckets, made.costs, bandwidth, flops),
+            report.render(made.buckets, made.costs, bandwidth, flops, flops_fp8),
         )
     )
 

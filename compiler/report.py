@@ -41,14 +41,17 @@ def fit(weights: int, state: StateLayout, work: int, io: int) -> dict[str, int]:
 
 
 def step_cost(nodes: Sequence[Node], weights: Mapping[str, StoredWeight]) -> dict[str, int]:
-    """Launches, bytes and operations of one full step. Op contracts count what flows between calls;
-    weights are added here as they are stored."""
-    total = {"launches": sum(len(n.launches) for n in nodes), "read": 0, "written": 0, "flops": 0}
+    """Launches, bytes and operations of one full step, `flops_fp8` of them on fp8 numbers. Op
+    contracts count what flows between calls; weights are added here as they are stored."""
+    total = dict.fromkeys(("launches", "read", "written", "flops", "flops_fp8"), 0)
     for node in nodes:
         cost = OPS[node.call.op].cost(dict(node.shape.shapes), dict(node.call.attrs))
         total["read"] += cost.read + _weight_bytes(node, weights)
         total["written"] += cost.written
         total["flops"] += cost.flops
+        if node.shape.attrs.get("x_format") == "fp8":
+            total["flops_fp8"] += cost.flops
+        total["launches"] += len(node.launches)
     return total
 
 
@@ -96,10 +99,17 @@ def arenas(figures: Mapping[str, int]) -> str:
     )
 
 
-def predict(cost: Mapping[str, int], bandwidth: float, flops: float = math.inf) -> float:
-    """Seconds of a step at `bandwidth` bytes and `flops` operations per second: the larger of what
-    memory and arithmetic take."""
-    return max((cost["read"] + cost["written"]) / bandwidth, cost["flops"] / flops)
+def predict(
+    cost: Mapping[str, int],
+    bandwidth: float,
+    flops: float = math.inf,
+    flops_fp8: float = math.inf,
+) -> float:
+    """Seconds of a step at `bandwidth` bytes, `flops` and (on fp8 numbers) `flops_fp8` operations
+    per second: the larger of what memory and arithmetic take."""
+    fp8 = cost["flops_fp8"]
+    arithmetic = (cost["flops"] - fp8) / flops + fp8 / flops_fp8
+    return max((cost["read"] + cost["written"]) / bandwidth, arithmetic)
 
 
 def binaries(kernels: Sequence[CudaBinary]) -> str:
@@ -139,14 +149,16 @@ def render(
     costs: Mapping[str, Mapping[str, int]],
     bandwidth: float,
     flops: float = math.inf,
+    flops_fp8: float = math.inf,
 ) -> str:
     lines = []
     for bucket in buckets:
         cost = costs[bucket.name]
+        seconds = predict(cost, bandwidth, flops, flops_fp8)
         lines.append(
             f"step {bucket.name} at full context: {cost['launches']} launches, "
             f"{size(cost['read'])} read, "
-            f"{cost['flops'] / 1e9:.2f} GFLOP, {predict(cost, bandwidth, flops) * 1e3:.2f} ms at "
+            f"{cost['flops'] / 1e9:.2f} GFLOP, {seconds * 1e3:.2f} ms at "
             f"{bandwidth / 1e9:.1f} GB/s"
         )
     return "\n".join(lines)

@@ -39,7 +39,7 @@ def settle_target(
 def check_supported(config: CompileConfig) -> None:
     """Refuse what no stage of this version can do."""
     if config.target.kind == "cuda":
-        for key in ("arch", "memory_gib", "bandwidth_gb_s", "tflops"):
+        for key in ("arch", "memory_gib", "bandwidth_gb_s", "tflops", "tflops_fp8"):
             if getattr(config.target, key) is None:
                 raise ConfigError(
                     f"target.{key}=null: a CUDA target needs it; take target=h200 or target=h100 "

@@ -82,7 +82,7 @@ class KvConfig:
 class TargetConfig:
     """`kind`: auto (this machine's GPU, where there is a target for it, else its CPU) | cpu | cuda.
     Of a GPU also the architecture, its memory, and the rates that predicted step times are made
-    with: memory bandwidth and dense bfloat16 arithmetic.
+    with: memory bandwidth, dense bfloat16 and fp8 arithmetic.
     """
 
     name: str = MISSING
@@ -91,6 +91,7 @@ class TargetConfig:
     memory_gib: float | None = option(None, low=1)
     bandwidth_gb_s: float | None = option(None, low=1)
     tflops: float | None = option(None, low=1)
+    tflops_fp8: float | None = option(None, low=1)
 
 
 @dataclass(slots=True)

@@ -8,9 +8,9 @@ BSD-3 (the DSL's licence is proprietary and forbids standing in for its host lib
 parameters are ours (two tensor maps and pointers, which the runtime writes as it writes Triton's),
 where the DSL computes some of its kernels' parameters on the host.
 
-A norm and a choice of rows run as a first launch, as with large Triton tiles. Never chosen by the
-heuristic: the tuner compares it with the reference on the device before it is timed. Without nvcc
-the kernel refuses every call, with the remedy as the reason.
+A norm, a choice of rows and the codes of fp8 activations are made in a first launch, as with large
+Triton tiles. Never chosen by the heuristic: the tuner compares it with the reference on the device
+before it is timed. Without nvcc the kernel refuses every call, with the remedy as the reason.
 """
 
 from __future__ import annotations
@@ -25,15 +25,24 @@ from kernels.cuda.kernel import (
     launch,
     pointer,
     register,
+    stored,
     workspace,
 )
-from kernels.cuda.linear import SHARED, sizes
+from kernels.cuda.linear import SHARED, Sizes, sizes
+from kernels.cuda.linear_fp8 import (
+    codes_bytes,
+    refuse_formats,
+    rows_launch,
+    scales_bytes,
+    scales_pointer,
+)
 from kernels.cuda.rows import PROCESSORS, power, refuse_types
 from kernels.kernel import CallShape
 from kernels.launch import WORKSPACE, Descriptor, Launch
 
 LEAST_ROWS = 65  # fewer fill half a tile at most
-BLOCK_K = 64  # 128 bytes, the swizzle's span
+WIDTHS = (64, 96, 128, 192, 256)  # as CuTe selects instructions
+SPAN = 128  # bytes of a row in a tile: the swizzle's span
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,25 +64,44 @@ def _ceil(a: int, b: int) -> int:
 
 def _shared(config: CutlassConfig) -> int:
     """Bytes: the ring of tiles, its barriers, and 2 KiB to align both."""
-    return config.stages * ((config.block_m + config.block_n) * BLOCK_K * 2 + 16) + 2048
+    return config.stages * ((config.block_m + config.block_n) * SPAN + 16) + 2048
+
+
+def _fp8(call: CallShape) -> bool:
+    return call.attrs.get("x_format", "") == "fp8"
+
+
+def _size(call: CallShape) -> int:
+    """Bytes of a multiplied number."""
+    return 1 if _fp8(call) else SIZES["bf16"]
 
 
 def _accepts(call: CallShape) -> str | None:
     s = sizes(call)
     if reason := nvcc.missing():
         return reason
-    if call.dtypes["x"] != "bfloat16" or call.formats["w"] != "bfloat16":
+    if _fp8(call):
+        if reason := refuse_formats(call):
+            return reason
+    elif call.dtypes["x"] != "bfloat16" or call.formats["w"] != "bfloat16":
         return f"x is {call.dtypes['x']}, w {call.formats['w']}: both must be bfloat16"
     if s.rows < LEAST_ROWS:
         return f"{s.rows} rows, {LEAST_ROWS} at least"
-    if s.k % 8 or s.outputs % 8:
-        return f"K {s.k} and outputs {s.outputs} must be multiples of 8"
+    if s.k * _size(call) % 16 or s.outputs % 8:
+        return f"K {s.k} and outputs {s.outputs} must be multiples of {16 // _size(call)} and 8"
     return refuse_types(call, "out", "residual")
 
 
 def _valid(call: CallShape, config: CutlassConfig) -> str | None:
-    if config.block_m * config.block_n > 128 * 256:
-        return f"tiles of {config.block_m} x {config.block_n}, 128 x 256 at most (registers)"
+    # Sums of fp8 products stand in registers twice.
+    most = 192 if _fp8(call) else 256
+    if config.block_m * config.block_n > 128 * most:
+        return f"tiles of {config.block_m} x {config.block_n}, 128 x {most} at most (registers)"
+    if config.block_n not in WIDTHS:
+        return f"block_n {config.block_n}: one instruction of the tensor cores has {WIDTHS}"
+    columns = config.block_n // 2 if sizes(call).gated else config.block_n
+    if columns % 32:
+        return f"tiles of {columns} columns, multiples of 32 are written"
     if _shared(config) > SHARED:
         return f"{_shared(config)} bytes of shared memory, {SHARED} at most"
     if config.cluster > _ceil(sizes(call).rows, config.block_m):
@@ -81,60 +109,70 @@ def _valid(call: CallShape, config: CutlassConfig) -> str | None:
     return None
 
 
+# Rows, weight rows, stages.
+TILES = (
+    *((128, 128, 4), (128, 128, 6), (128, 256, 3)),
+    *((128, 256, 4), (256, 128, 3), (256, 128, 4)),
+)
+FP8_TILES = (
+    *((128, 128, 4), (128, 128, 6), (128, 192, 4)),
+    *((128, 192, 5), (256, 96, 4)),
+)
+
+
 def _space(call: CallShape) -> list[CutlassConfig]:
+    """Single programs before clusters: what needs least of driver and device is tried first."""
     return [
         CutlassConfig(block_m=m, block_n=n, stages=stages, cluster=cluster, super=width)
-        for m, n, stages in (
-            (128, 128, 4),
-            (128, 128, 6),
-            (128, 256, 3),
-            (128, 256, 4),
-            (256, 128, 3),
-            (256, 128, 4),
-        )
         for cluster in (1, 2)
+        for m, n, stages in (FP8_TILES if _fp8(call) else TILES)
         for width in (4, 8)
     ]
 
 
 def _default(call: CallShape) -> CutlassConfig:
-    rows = sizes(call).rows
-    if rows <= 128:
+    if sizes(call).rows <= 128:
         return CutlassConfig(block_m=128, block_n=128, stages=6)
-    return CutlassConfig(block_m=128, block_n=256, stages=4, cluster=2)
+    if _fp8(call):
+        return CutlassConfig(block_m=128, block_n=192, stages=5)
+    return CutlassConfig(block_m=128, block_n=256, stages=4)
 
 
 def _rows_first(call: CallShape) -> bool:
-    return "norm" in call.shapes or "rows" in call.shapes
+    return _fp8(call) or "norm" in call.shapes or "rows" in call.shapes
 
 
 def _workspace(call: CallShape, config: CutlassConfig) -> int:
     s = sizes(call)
+    if _fp8(call):
+        return codes_bytes(s) + scales_bytes(s)
     return _ceil(s.rows * s.k * SIZES["bf16"], 256) * 256 if _rows_first(call) else 0
+
+
+def _first(call: CallShape, s: Sizes) -> Launch:
+    """The launch that makes the rows that are multiplied."""
+    if _fp8(call):
+        return rows_launch(call, s)
+    return launch(
+        "linear.rows_kernel",
+        (s.rows, 1, 1),
+        live_ptr=pointer(call, "live"),
+        x_ptr=pointer(call, "x"),
+        norm_ptr=pointer(call, "norm"),
+        rows_ptr=pointer(call, "rows"),
+        out_ptr=workspace("bf16"),
+        LIVE=call.attrs.get("live_index", 0),
+        K=s.k,
+        EPS=float(call.attrs.get("eps", 0.0)) if "norm" in call.shapes else 0.0,
+        BLOCK=min(power(s.k), 4096),
+    )
 
 
 def _launches(call: CallShape, config: CutlassConfig) -> tuple[Launch, ...]:
     s, attrs = sizes(call), call.attrs
-    live, row = pointer(call, "live"), attrs.get("live_index", 0)
-    launches: tuple[Launch, ...] = ()
-    x_arg, x_rows = "x", call.shapes["x"][0]
-    if _rows_first(call):
-        launches = (
-            launch(
-                "linear.rows_kernel",
-                (s.rows, 1, 1),
-                live_ptr=live,
-                x_ptr=pointer(call, "x"),
-                norm_ptr=pointer(call, "norm"),
-                rows_ptr=pointer(call, "rows"),
-                out_ptr=workspace("bf16"),
-                LIVE=row,
-                K=s.k,
-                EPS=float(attrs.get("eps", 0.0)) if "norm" in call.shapes else 0.0,
-                BLOCK=min(power(s.k), 4096),
-            ),
-        )
-        x_arg, x_rows = WORKSPACE, s.rows
+    fp8, first = _fp8(call), _rows_first(call)
+    x_arg, x_rows = (WORKSPACE, s.rows) if first else ("x", call.shapes["x"][0])
+    type, block_k = ("fp8e4nv" if fp8 else "bf16"), SPAN // _size(call)
     halves = s.gated or config.cluster > 1
     box_n = config.block_n // 2 if halves else config.block_n
     columns = config.block_n // 2 if s.gated else config.block_n
@@ -147,25 +185,27 @@ def _launches(call: CallShape, config: CutlassConfig) -> tuple[Launch, ...]:
         ctas=config.cluster,
         x=Descriptor(
             arg=x_arg,
-            type="bf16",
+            type=type,
             shape=(x_rows, s.k),
             strides=(s.k, 1),
-            block=(config.block_m, BLOCK_K),
+            block=(config.block_m, block_k),
         ),
         w=Descriptor(
             arg="w",
             field="data",
-            type="bf16",
+            type=type,
             shape=(call.shapes["w"][0], s.k),
             strides=(s.k, 1),
-            block=(box_n, BLOCK_K),
+            block=(box_n, block_k),
         ),
-        live_ptr=live,
+        live_ptr=pointer(call, "live"),
+        x_scale_ptr=scales_pointer(s) if fp8 else None,
+        w_scale_ptr=stored("w", "scale", "fp32") if fp8 else None,
         bias_ptr=pointer(call, "bias"),
         residual_ptr=pointer(call, "residual"),
         residual_rows_ptr=pointer(call, "residual_rows"),
         out_ptr=pointer(call, "out"),
-        LIVE=row,
+        LIVE=attrs.get("live_index", 0),
         ROWS=s.rows,
         OUTPUTS=s.outputs,
         K=s.k,
@@ -178,9 +218,11 @@ def _launches(call: CallShape, config: CutlassConfig) -> tuple[Launch, ...]:
         BOX_N=box_n,
         SUPER=config.super,
         SHARED=_shared(config),
+        FP8=fp8,
     )
     assert product.source is not None
-    return (*launches, replace(product, source=replace(product.source, language="cuda")))
+    made = (_first(call, s),) if first else ()
+    return (*made, replace(product, source=replace(product.source, language="cuda")))
 
 
 register(

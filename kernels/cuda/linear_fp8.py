@@ -68,6 +68,10 @@ def scales_bytes(s: Sizes) -> int:
     return _up(s.rows * 4)
 
 
+def scales_pointer(s: Sizes) -> Pointer:
+    return workspace("fp32", codes_bytes(s))
+
+
 def rows_launch(call: CallShape, s: Sizes) -> Launch:
     """Codes [R, K] and scales [R] of the call's rows, at the start of the workspace."""
     block = power(s.k) if s.k <= ROW_BLOCK else ROW_BLOCK // 2
@@ -80,7 +84,7 @@ def rows_launch(call: CallShape, s: Sizes) -> Launch:
         norm_ptr=pointer(call, "norm"),
         rows_ptr=pointer(call, "rows"),
         codes_ptr=workspace("fp8e4nv"),
-        scales_ptr=workspace("fp32", codes_bytes(s)),
+        scales_ptr=scales_pointer(s),
         LIVE=call.attrs.get("live_index", 0),
         K=s.k,
         EPS=_eps(call),
@@ -239,7 +243,7 @@ def _launches(call: CallShape, config: TileConfig) -> tuple[Launch, ...]:
             stages=config.stages,
             live_ptr=pointer(call, "live"),
             x=x,
-            x_scale_ptr=workspace("fp32", codes_bytes(s)) if config.rows_first else None,
+            x_scale_ptr=scales_pointer(s) if config.rows_first else None,
             w=weights,
             w_ptr=data if one_tile and fetches_ahead(s.k, w, config.block_k) else None,
             scale_ptr=stored("w", "scale", "fp32"),

@@ -169,6 +169,8 @@ def test_fp8_pages_hold_what_the_cpu_holds(tmp_path: Path) -> None:
         pytest.param("minicpm3", "none", "fp8_e4m3", marks=pytest.mark.slow),
         *(pytest.param("llama", s, "auto", marks=pytest.mark.slow) for s in QUANTIZED),
         pytest.param("llama", "int4", "fp8_e5m2", marks=pytest.mark.slow),
+        pytest.param("mixtral", "fp8dq", "auto", marks=pytest.mark.slow),
+        pytest.param("deepseek_v3", "fp8dq", "fp8_e4m3", marks=pytest.mark.slow),
         pytest.param("minicpm3", "none", "fp8_e5m2", marks=pytest.mark.slow),
         pytest.param("gemma2", "none", "fp8_e4m3", marks=pytest.mark.slow),
     ],

@@ -8,6 +8,7 @@ import pytest
 from msgspec import structs
 from toy_specs import FAMILIES, SHAPES, toy, toy_config
 
+from compiler import report
 from compiler.design import draft, nodes_of
 from compiler.families.spec import ModelSpec
 from compiler.families.table import read_shape
@@ -75,3 +76,36 @@ def test_launches_of_a_decode_layer(name: str, scheme: str) -> None:
         assert counts[1] - counts[0] <= 6 + 4 * first, seqs
         # Beside them edits, embedding, angles, head and sampling.
         assert counts[0] <= 2 * (6 + 4 * first) + 7 + first, seqs
+
+
+@pytest.mark.parametrize(("scheme", "part"), [("none", 0.0), ("fp8", 0.0), ("fp8dq", 0.5)])
+def test_operations_on_fp8_numbers_are_predicted_at_their_own_rate(
+    scheme: str, part: float
+) -> None:
+    _, spec = read_shape("llama3.2-1b")
+    cut = structs.replace(spec, layers=spec.layers[:2])
+    base = draft(cut, cuda_config(cut, scheme))
+    nodes = nodes_of(base.program, base.weights, MIXED, "cuda")
+    cost = report.step_cost(nodes, {weight.name: weight for weight in base.weights})
+    assert (cost["flops_fp8"] > part * cost["flops"]) == (part > 0)
+    seconds = report.predict(cost, 1e18, 1e12, 2e12)
+    assert seconds == pytest.approx((cost["flops"] - cost["flops_fp8"] / 2) / 1e12)
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "fp8dq"])
+def test_which_calls_quantize_their_inputs(scheme: str) -> None:
+    """Linears of quantized weights, under fp8dq alone; never stacks, nor the router."""
+    spec = toy("moe")
+    for head in (True, False):
+        config = cuda_config(spec, scheme)
+        config.quant.head = head
+        calls = draft(spec, config).program.calls
+        quantized = {c.ins["w"] for c in calls if c.attrs.get("x_format") == "fp8"}
+        linears = {c.ins["w"] for c in calls if c.op == "linear"}
+        assert any(c.op == "moe_gate_up" for c in calls)
+        if scheme == "fp8":
+            assert not quantized
+            continue
+        kept = {name for name in linears if "router" in name}
+        kept |= set() if head else {"embed" if spec.tied else "head"}
+        assert kept and quantized == linears - kept

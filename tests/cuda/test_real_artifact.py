@@ -19,12 +19,13 @@ SMALL = ("shape.max_seqs=4", "shape.max_tokens=64", "shape.context=64")
 
 
 @pytest.mark.slow
-def test_a_compiled_artifact_opens(tmp_path: Path) -> None:
+@pytest.mark.parametrize("quant", ["none", "fp8dq"])
+def test_a_compiled_artifact_opens(quant: str, tmp_path: Path) -> None:
     stub = load()
     stub.set("cubins", 1)
     command = [sys.executable, "-m", "compiler", "model=all-minilm-l6", "weights=random"]
     done = subprocess.run(
-        [*command, "target=h200", f"out={tmp_path}", *SMALL],
+        [*command, f"quant={quant}", "target=h200", f"out={tmp_path}", *SMALL],
         capture_output=True,
         text=True,
         check=True,

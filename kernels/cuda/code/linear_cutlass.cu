@@ -1,4 +1,5 @@
-// A bfloat16 product for many rows on Hopper's tensor cores (sm_90a), on CUTLASS' and CuTe's headers.
+// A product for many rows on Hopper's tensor cores (sm_90a), on CUTLASS' and CuTe's headers: of bfloat16
+// numbers or, with FP8, of e4m3 codes times a scale per row of x and a scale per row of W.
 //
 //     out = softcap(act(x W^T + bias) * scale) + residual[residual_rows]
 //
@@ -9,9 +10,13 @@
 // under the epilogue. With CLUSTER 2 two programs with neighbouring row tiles share W's tile: each
 // loads a half of it into both (multicast).
 //
+// Hopper's tensor cores keep about 14 bits of a sum of fp8 products (DeepSeek-V3 report, 3.3.2). So with
+// FP8 each tile of 128 inputs has a sum of its own, which the ordinary cores add to the others in float32
+// while the other warp group multiplies (as DeepGEMM does).
+//
 // launch.cuh is made by the build: PARAMETERS (from the launch's slots), every constant, and `nullptr`
-// for slots that are absent. x and w are tensor maps: x [rows, K] in boxes BLOCK_M x 64, w [N, K] in boxes of
-// BOX_N x 64. A gated product's tile has BOX_N gate rows, then the up rows of the same columns.
+// for slots that are absent. x and w are tensor maps: x [rows, K] in boxes of BLOCK_M rows, w [N, K] in boxes of
+// BOX_N rows, 128 bytes wide. A gated product's tile has BOX_N gate rows, then the up rows of the same columns.
 
 #include <cuda.h>
 #include <cuda_bf16.h>
@@ -28,8 +33,8 @@ using namespace cute;
 
 namespace {
 
-using Element = cutlass::bfloat16_t;
-constexpr int BLOCK_K = 64;  // 128 bytes: the swizzle's span
+using Element = conditional_t<FP8, cutlass::float_e4m3_t, cutlass::bfloat16_t>;
+constexpr int BLOCK_K = 128 / int(sizeof(Element));  // 128 bytes: the swizzle's span
 constexpr int THREADS = 128;  // of a warp group
 constexpr int CONSUMERS = 2 * THREADS;
 constexpr int PARTS = BLOCK_N / BOX_N;  // boxes of a w tile
@@ -154,6 +159,15 @@ CUTE_DEVICE float activate(float x) {
 template <class P>
 constexpr bool present = !is_same_v<remove_cv_t<P>, decltype(nullptr)>;
 
+// Codes times what they stand for: a scale of the row and one of each column.
+template <class P, class I>
+CUTE_DEVICE void scale8(float (&v)[8], float row, P p, I offset) {
+  float column[8];
+  load8(column, p + offset);
+  CUTE_UNROLL
+  for (int i = 0; i < 8; ++i) v[i] *= row * column[i];
+}
+
 template <class P, class I>
 CUTE_DEVICE void add8(float (&v)[8], P p, I offset) {
   float more[8];
@@ -188,11 +202,25 @@ CUTE_DEVICE void transpose_quad(float (&v)[8], float (&pair)[4][2], int t) {
   }
 }
 
+// What follows a product; absent arrays are nullptr.
+template <class XScale, class WScale, class Bias, class Residual, class Rows, class Out>
+struct Epilogue {
+  XScale x_scale;
+  WScale w_scale;
+  Bias bias;
+  Residual residual;
+  Rows residual_rows;
+  Out out;
+
+  CUTE_DEVICE Epilogue(XScale xs, WScale ws, Bias b, Residual r, Rows rr, Out o)
+      : x_scale(xs), w_scale(ws), bias(b), residual(r), residual_rows(rr), out(o) {}
+};
+
 // Writes a tile. `sums` is ((2 columns, 2 rows, groups of 8 columns), row blocks of both warp groups,
 // 1), `where` the coordinates of its elements in the tile.
-template <class Sums, class Where, class Bias, class Residual, class Rows, class Out>
+template <class Sums, class Where, class E>
 CUTE_DEVICE void write(Sums const& sums, Where const& where, int row0, int column0, int rows,
-                       Bias bias, Residual residual, Rows residual_rows, Out out) {
+                       E const& e) {
   static_assert(size<0, 0>(Sums{}) == 2 && size<0, 1>(Sums{}) == 2 && size<2>(Sums{}) == 1);
   static_assert(size<0, 2>(Sums{}) == BLOCK_N / 8);
   const int t = threadIdx.x % 4;
@@ -203,7 +231,9 @@ CUTE_DEVICE void write(Sums const& sums, Where const& where, int row0, int colum
       const int row = row0 + int(get<0>(where(make_coord(0, h, 0), m, 0)));
       const bool live = row < rows;
       long long from = row;
-      if constexpr (present<Rows>) from = live ? residual_rows[row] : 0;
+      if constexpr (present<decltype(e.residual_rows)>) from = live ? e.residual_rows[row] : 0;
+      [[maybe_unused]] float x_scale = 0;
+      if constexpr (FP8) x_scale = live ? e.x_scale[row] : 0;
       CUTE_UNROLL
       for (int g = 0; g < COLUMNS / 8; g += 4) {
         float first[4][2], second[4][2], v[8], up[8];
@@ -219,9 +249,13 @@ CUTE_DEVICE void write(Sums const& sums, Where const& where, int row0, int colum
         if constexpr (GATED) transpose_quad(up, second, t);
         const int column = column0 + (g + t) * 8;
         if (live && column < OUTPUTS) {
-          if constexpr (present<Bias>) {
-            add8(v, bias, column);
-            if constexpr (GATED) add8(up, bias, OUTPUTS + column);
+          if constexpr (FP8) {
+            scale8(v, x_scale, e.w_scale, column);
+            if constexpr (GATED) scale8(up, x_scale, e.w_scale, OUTPUTS + column);
+          }
+          if constexpr (present<decltype(e.bias)>) {
+            add8(v, e.bias, column);
+            if constexpr (GATED) add8(up, e.bias, OUTPUTS + column);
           }
           CUTE_UNROLL
           for (int i = 0; i < 8; ++i) {
@@ -234,8 +268,8 @@ CUTE_DEVICE void write(Sums const& sums, Where const& where, int row0, int colum
             if constexpr (SOFTCAP != 0)
               v[i] = SOFTCAP * (2.0f * sigmoid(v[i] * (2.0f / SOFTCAP)) - 1.0f);
           }
-          if constexpr (present<Residual>) add8(v, residual, from * OUTPUTS + column);
-          store8(out + static_cast<long long>(row) * OUTPUTS + column, v);
+          if constexpr (present<decltype(e.residual)>) add8(v, e.residual, from * OUTPUTS + column);
+          store8(e.out + static_cast<long long>(row) * OUTPUTS + column, v);
         }
       }
     }
@@ -275,10 +309,9 @@ CUTE_DEVICE void produce(CUtensorMap const* x, CUtensorMap const* w, Shared& sha
   pipeline.producer_tail(state);
 }
 
-template <class Bias, class Residual, class Rows, class Out>
+template <class E>
 CUTE_DEVICE void consume(Shared& shared, Pipeline& pipeline, Walk const& walk, int rank, int first,
-                         int step, int rows, Bias bias, Residual residual, Rows residual_rows,
-                         Out out) {
+                         int step, int rows, E const& epilogue) {
   const int thread = threadIdx.x - THREADS;
   const int group = __shfl_sync(0xffffffffu, thread / THREADS, 0);
   Tensor a = make_tensor(make_smem_ptr(shared.a), LayoutA{});
@@ -289,38 +322,59 @@ CUTE_DEVICE void consume(Shared& shared, Pipeline& pipeline, Walk const& walk, i
   Tensor left = slice.make_fragment_A(slice.partition_A(a));   // (MMA, M, K, STAGES)
   Tensor right = slice.make_fragment_B(slice.partition_B(b));  // (MMA, N, K, STAGES)
   Tensor sums = partition_fragment_C(mma, Shape<Int<BLOCK_M>, Int<BLOCK_N>>{});
+  Tensor tile_sums = make_fragment_like(sums);  // of FP8
   Tensor where = mma.get_slice(thread).partition_C(
       make_identity_tensor(Shape<Int<BLOCK_M>, Int<BLOCK_N>>{}));
+
+  auto multiply = [&](auto& into, int stage) {
+    warpgroup_fence_operand(into);
+    warpgroup_arrive();
+    CUTE_UNROLL
+    for (int i = 0; i < size<2>(left); ++i) {
+      gemm(mma, left(_, _, i, stage), right(_, _, i, stage), into);
+      mma.accumulate_ = GMMA::ScaleOut::One;
+    }
+    warpgroup_commit_batch();
+  };
 
   State read, release;  // one tile apart: a tile is given back when the product after it runs
   for (int unit = first; unit < walk.units; unit += step) {
     int row, column_tile;
     walk.at(unit, rank, row, column_tile);
-    mma.accumulate_ = GMMA::ScaleOut::Zero;
-    CUTE_NO_UNROLL
-    for (int k = 0; k < K_TILES; ++k) {
-      pipeline.consumer_wait(read, pipeline.consumer_try_wait(read));
-      warpgroup_fence_operand(sums);
-      warpgroup_arrive();
-      CUTE_UNROLL
-      for (int i = 0; i < size<2>(left); ++i) {
-        gemm(mma, left(_, _, i, read.index()), right(_, _, i, read.index()), sums);
-        mma.accumulate_ = GMMA::ScaleOut::One;
+    if constexpr (FP8) {
+      clear(sums);
+      CUTE_NO_UNROLL
+      for (int k = 0; k < K_TILES; ++k) {
+        pipeline.consumer_wait(read, pipeline.consumer_try_wait(read));
+        mma.accumulate_ = GMMA::ScaleOut::Zero;
+        multiply(tile_sums, read.index());
+        warpgroup_wait<0>();
+        warpgroup_fence_operand(tile_sums);
+        pipeline.consumer_release(read);
+        ++read;
+        CUTE_UNROLL
+        for (int i = 0; i < size(sums); ++i) sums(i) += tile_sums(i);
       }
-      warpgroup_commit_batch();
-      warpgroup_wait<1>();
-      warpgroup_fence_operand(sums);
-      if (k > 0) {
-        pipeline.consumer_release(release);
-        ++release;
+    } else {
+      mma.accumulate_ = GMMA::ScaleOut::Zero;
+      CUTE_NO_UNROLL
+      for (int k = 0; k < K_TILES; ++k) {
+        pipeline.consumer_wait(read, pipeline.consumer_try_wait(read));
+        multiply(sums, read.index());
+        warpgroup_wait<1>();
+        warpgroup_fence_operand(sums);
+        if (k > 0) {
+          pipeline.consumer_release(release);
+          ++release;
+        }
+        ++read;
       }
-      ++read;
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(sums);
+      pipeline.consumer_release(release);
+      ++release;
     }
-    warpgroup_wait<0>();
-    warpgroup_fence_operand(sums);
-    pipeline.consumer_release(release);
-    ++release;
-    write(sums, where, row, column_tile * COLUMNS, rows, bias, residual, residual_rows, out);
+    write(sums, where, row, column_tile * COLUMNS, rows, epilogue);
   }
 }
 
@@ -366,7 +420,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
     if (leader) produce(&x, &w, shared, pipeline, walk, rank, first, step);
   } else {
     cutlass::arch::warpgroup_reg_alloc<232>();
-    consume(shared, pipeline, walk, rank, first, step, rows, bias_ptr, residual_ptr,
-            residual_rows_ptr, out_ptr);
+    const Epilogue epilogue(x_scale_ptr, w_scale_ptr, bias_ptr, residual_ptr, residual_rows_ptr,
+                            out_ptr);
+    consume(shared, pipeline, walk, rank, first, step, rows, epilogue);
   }
 }
