@@ -34,7 +34,7 @@ pytest.importorskip("transformers")
 PROMPTS = [[(7 * i * i + 3 * i + s) % 128 for i in range(n)] for s, n in enumerate((21, 5, 1))]
 NEW = 4
 FAST = ("qwen3",)
-QUANTIZED = ("none", "fp8", "int8", "int4")
+QUANTIZED = ("none", "fp8dq", "int8", "int4")
 # Each brings parts that no other has: windows and soft-caps, alibi, parallel layers with LayerNorm,
 # plain products with biases, rope by length, experts, sinks, latent attention (in both forms).
 SLOW = (
@@ -87,19 +87,19 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Pair(cpu, cuda, design(*inputs(cuda.manifest)), tuple(request.param.options))
 
 
-def heard(session: Session, artifact: Artifact) -> list[Event]:
+def heard(session: Session, artifact: Artifact, prompts: list[list[int]] = PROMPTS) -> list[Event]:
     """Tokens and logprobs of all prompts at once, with the prompts scored."""
     loop = EngineLoop(
         session, EngineOptions(artifact=str(artifact.path), prefix_cache=False), eos=()
     )
-    for number, tokens in enumerate(PROMPTS):
+    for number, tokens in enumerate(prompts):
         sampling = SamplingParams(max_new_tokens=NEW, temperature=0.0)
         loop.add(
             Request(
                 id=number, tokens=tokens, sampling=sampling, logprobs=True, prompt_logprobs_from=0
             )
         )
-    events = {number: Event(id=number) for number in range(len(PROMPTS))}
+    events = {number: Event(id=number) for number in range(len(prompts))}
     while loop.has_work:
         for event in loop.step():
             assert event.finish is None or event.finish.reason == "length", event.finish
@@ -161,10 +161,27 @@ def test_fp8_pages_hold_what_the_cpu_holds(tmp_path: Path) -> None:
         assert one.logprobs == pytest.approx(other.logprobs, abs=5e-3)
 
 
+def test_quantized_activations_are_the_references_in_every_batch(tmp_path: Path) -> None:
+    """In float32 a step is the reference's to its last digits, codes included; and a prompt beside
+    others (chunks and mixed steps) has the tokens it has alone (a step of its own, decode rows
+    whose products make the codes themselves)."""
+    toy_models.save(toy_models.RECIPES["llama"][0], tmp_path / "source")
+    artifact = compiled(tmp_path / "source", tmp_path, "h200", "float32", "quant=fp8dq")
+    made = design(*inputs(artifact.manifest))
+    source = load(CompileConfig, "compile", ["model=hf", f"model.source={tmp_path / 'source'}"])
+    measured = measure(made, import_model(source.config).weights)
+    session = InterpretedSession(artifact, made, pages=8)
+    assert check_device(made, measured, session, "fp8dq") < 1e-4
+    beside = heard(InterpretedSession(artifact, made, pages=24), artifact)[1]
+    (alone,) = heard(InterpretedSession(artifact, made, pages=24), artifact, PROMPTS[1:2])
+    assert beside.tokens == alone.tokens
+    assert beside.logprobs == pytest.approx(alone.logprobs, abs=5e-3)
+
+
 @pytest.mark.parametrize(
     ("family", "scheme", "kv"),
     [
-        ("llama", "fp8dq", "auto"),
+        ("llama", "fp8", "auto"),
         ("llama", "none", "fp8_e4m3"),
         pytest.param("minicpm3", "none", "fp8_e4m3", marks=pytest.mark.slow),
         *(pytest.param("llama", s, "auto", marks=pytest.mark.slow) for s in QUANTIZED),
