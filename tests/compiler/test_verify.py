@@ -51,6 +51,15 @@ def test_error_grows_as_numbers_shrink(scheme: str, dtype: str, low: float, high
     assert low <= accuracy["logit_error"] <= high
 
 
+def test_what_pages_lose_is_part_of_the_error() -> None:
+    errors = []
+    for kv in ("float32", "bfloat16", "fp8_e4m3", "fp8_e5m2"):
+        config = toy_config(SPEC)
+        config.kv.dtype = kv
+        errors.append(measure(design(SPEC, config), WEIGHTS).accuracy["logit_error"])
+    assert errors[0] == 0 and errors == sorted(set(errors)) and errors[-1] < 0.2
+
+
 def test_the_gate_names_both_numbers() -> None:
     config = toy_config(SPEC, "int4")
     config.accuracy.max_delta = 0.5

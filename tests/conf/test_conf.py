@@ -16,7 +16,8 @@ from conf.errors import ConfigError
 from conf.load import load, run
 from conf.options import CONF, group_choices, help_text
 from conf.resolve import FP8_SCHEMES, GPU_TARGETS, check_supported, resolve, settle_target
-from conf.schema import CompileConfig, ServeConfig
+from conf.schema import CompileConfig, KvConfig, ServeConfig
+from kernels.ops.kv import KV_DTYPES
 
 GROUPS = ("model", "quant", "parallel", "kv", "target", "shape")
 CHOICES = [(group, choice) for group in GROUPS for choice in group_choices(group)]
@@ -95,6 +96,14 @@ def test_resolution_of_auto_and_its_sources() -> None:
     assert origin["kv.dtype"] == "dtype"
     assert "float16" in origin["dtype"] and "40960" in origin["shape.context"]
     assert loaded.config.dtype == "auto", "the composed config is left as it was"
+
+
+def test_every_kind_of_page_is_a_choice() -> None:
+    """What the op contracts store, the schema takes and a file of the group names."""
+    (field,) = (f for f in fields(KvConfig) if f.name == "dtype")
+    assert set(field.metadata["choices"]) == {"auto", *KV_DTYPES}
+    named = {compose("model=tiny", f"kv={name}").kv.dtype for name in group_choices("kv")}
+    assert named == {"auto", *KV_DTYPES}
 
 
 def test_context_beyond_the_model_is_refused() -> None:

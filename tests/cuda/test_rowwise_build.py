@@ -3,6 +3,8 @@ nothing and fits a multiprocessor."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,16 +12,25 @@ from rowwise_calls import BUCKETS, MODELS, calls
 
 import kernels.cuda.register  # noqa: F401
 from kernels.cuda.build import build_cuda
-from kernels.kernel import KERNELS
+from kernels.kernel import KERNELS, CallShape
 from kernels.launch import Source
 
 SHARED = 227 * 1024
 
 
+def with_fp8_pages(wanted: Iterator[CallShape]) -> Iterator[CallShape]:
+    """The calls, and those that write pages again for pages of half the size."""
+    for call in wanted:
+        yield call
+        if "kv_dtype" in call.attrs:
+            half = {name: call.attrs[name] // 2 for name in ("layer_offset", "page_bytes")}
+            yield replace(call, attrs={**call.attrs, **half, "kv_dtype": "fp8_e4m3"})
+
+
 def sources(model: str, buckets: tuple[tuple[str, int, int], ...]) -> list[Source]:
     found: dict[Source, None] = {}
     for kind, tokens, seqs in buckets:
-        for call in calls(MODELS[model], kind, tokens, seqs):
+        for call in with_fp8_pages(calls(MODELS[model], kind, tokens, seqs)):
             kernels = [k for k in KERNELS["cuda"] if k.op == call.op and not k.tuned_only]
             accepting = [k for k in kernels if k.accepts(call) is None]
             assert accepting, f"{call.op}: {[k.accepts(call) for k in kernels]}"
