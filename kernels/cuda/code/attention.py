@@ -60,8 +60,8 @@ def load_queries(q_ptr, kv_ptr, row, head, valid, columns, BEGIN: tl.constexpr, 
     """Columns BEGIN .. BEGIN + WIDTH of the tile's query heads, zero where there is none; in the
     type of the product: float32 where either side is, float16 over fp8 pages. float16 holds every
     value of both kinds of fp8, and one instruction makes two of them; bfloat16 takes that one and
-    two conversions at a sixteenth of the rate. Queries keep all their bits (weights gain three) up
-    to 65504, where they saturate."""
+    two conversions in the unit of transcendental functions (F2F, 16 lanes of 128). Queries keep all
+    their bits (weights gain three) up to 65504, where they saturate."""
     at = row.to(tl.int64) * Q_ROW + head * Q_HEAD + BEGIN
     mask = valid[:, None] & (columns < WIDTH)[None, :]
     q = tl.load(q_ptr + at[:, None] + columns[None, :], mask, 0.0)

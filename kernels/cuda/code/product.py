@@ -148,8 +148,8 @@ def _weights(
 @triton.jit
 def _widened(tile, TYPE: tl.constexpr):
     """Stored weights in the product's type. fp8 goes by way of float32: straight to bfloat16 takes
-    a conversion per value that runs at 16 a clock and multiprocessor (F2F.BF16.F16), fewer than
-    the memory delivers."""
+    a conversion per value in the unit of transcendental functions (F2F.BF16.F16), 16 a clock and
+    multiprocessor, fewer than the memory delivers."""
     if tile.dtype == tl.float8e4nv:
         tile = tile.to(tl.float32)
     return tile.to(TYPE)
