@@ -95,7 +95,7 @@ def draft(spec: ModelSpec, config: CompileConfig) -> Draft:
         kv_dtype=config.kv.dtype,
         context=config.shape.context,
     )
-    program = verify(fuse(build(spec, shape)))
+    program = verify(fuse(build(spec, shape), config.target.kind))
     if config.target.kind == "cuda":
         program = verify(activations(program, config.dtype))
     formats = storage_formats(

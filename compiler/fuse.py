@@ -277,6 +277,22 @@ def _needing_only(program: Program, rows: str) -> set[int]:
     return found
 
 
+def linear_into_rope_kv(program: Program) -> Program:
+    """linear, then rope_kv -> one call from the layer's input to the cache."""
+    edit = _Edit(program)
+    for write in program.calls:
+        linear = (
+            _only(program, write.ins["qkv"], write, "linear") if write.op == "rope_kv" else None
+        )
+        if linear is None or not _plain(linear) or "rows" in linear.ins:
+            continue
+        ins = {**linear.ins, **{arg: v for arg, v in write.ins.items() if arg != "qkv"}}
+        attrs = {**write.attrs, **linear.attrs, "head_eps": write.attrs["eps"]}
+        edit.insert(write, Call(op="linear_rope_kv", ins=ins, outs=write.outs, attrs=attrs))
+        edit.drop(write, linear)
+    return edit.result()
+
+
 RULES = (
     merge_qkv,
     merge_gated,
@@ -290,8 +306,12 @@ RULES = (
 )
 
 
-def fuse(program: Program) -> Program:
-    for rule in RULES:
+# What a target adds where a launch costs more than the work it does.
+TARGET_RULES = {"cpu": (), "cuda": (linear_into_rope_kv,)}
+
+
+def fuse(program: Program, target: str = "cpu") -> Program:
+    for rule in (*RULES, *TARGET_RULES[target]):
         program = verify(rule(program))
     return program
 

@@ -42,7 +42,7 @@ def linear_inputs(program: Program, formats: Mapping[str, str], x_format: str) -
 
     calls = tuple(
         replace(call, attrs={**call.attrs, "x_format": x_format})
-        if call.op == "linear" and quantized(call.ins["w"])
+        if "x_format" in call.attrs and quantized(call.ins["w"])
         else call
         for call in program.calls
     )

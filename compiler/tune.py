@@ -45,7 +45,7 @@ from runtime.device.driver import version
 NO_USE = ("out", "name", "accuracy.max_delta", "accuracy.measure")  # options of a compile alone
 # Buckets whose calls are searched, the most valuable first; the others try what was best in these.
 ANCHORS = ("d1", "t8192", "d256", "d32", "d8", "d128", "t1024", "t4096", "t256")
-FIRST_OPS = ("linear", "attention")  # most of a step's time
+FIRST_OPS = ("linear", "linear_rope_kv", "attention")  # most of a step's time
 WINDOW = 6  # calls whose candidates are being built while another's are measured
 CLOSE = 1.05  # contenders: at most so much slower than the best
 STEADY = 1.01  # a whole step must gain so much to change a choice

@@ -21,7 +21,7 @@ from kernels.kernel import CallShape
 FOLDER = Path(__file__).parent.parent / "kernels" / "tuned"
 # Where a layer's data lies does not change how fast a kernel is; nor does how much state there is
 # beside what a step touches.
-PLACES = ("layer_offset", "page_bytes", "live_index", "eps", "scale")
+PLACES = ("layer_offset", "page_bytes", "live_index", "eps", "head_eps", "scale")
 STATE = ("kv", "pages", "counts", "last_token", "edits")
 SCHEMA = 2
 

@@ -44,7 +44,8 @@ class Cost:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Op:
     """`reference(args: dict[str, Tensor | None], attrs) -> dict[str, Tensor]` returns every
-    output by name; `inout` and `state` arguments are updated in place and not returned."""
+    output by name; `inout` and `state` arguments are updated in place and not returned.
+    `targets`: whose programs it may stand in, and so who has kernels of it."""
 
     name: str
     args: tuple[Arg, ...]
@@ -55,6 +56,7 @@ class Op:
     tolerance: Mapping[str, float] = field(
         default_factory=lambda: {"float32": 2e-5, "bfloat16": 2e-2}
     )
+    targets: tuple[str, ...] = ("cpu", "cuda")
 
     def arg(self, name: str) -> Arg:
         for a in self.args:

@@ -38,6 +38,7 @@ LAYERS = 2  # of the model: a call is the same in all, and the KV pages of two l
 LONG, SHORT, SKEWED = 131072, 4096, 32  # keys of one sequence and of the others; sequences
 FEW = (8, 16, 32, 64)  # rows of products that stream weights
 MANY = (1024, 4096, 8192)  # rows of products that fill the tensor cores
+PRODUCTS = ("linear", "linear_rope_kv")
 KEYS, HELD = 32, 4096  # sequences and their keys where attention streams its pages
 PEAK = 8192  # side of the product that shows the tensor cores' peak
 READ = 4 << 30  # bytes read to measure the bandwidth
@@ -150,7 +151,7 @@ def products(meter: Meter, sizes: Sizes, records: Any, device: str) -> dict[str,
     """Ours with what is fused into them, and torch's product alone."""
     out: dict[str, Any] = {}
     for bucket in sizes.products:
-        for task, one in chosen(meter, bucket, records, "linear"):
+        for task, one in (c for op in PRODUCTS for c in chosen(meter, bucket, records, op)):
             weight = task.node.call.ins["w"]
             outputs, inputs = meter.base.program.values[weight].dims
             rows = task.node.shape.shapes["x"][0]
@@ -303,6 +304,6 @@ def sources(config: GpuConfig, model: str) -> list[Source]:
                 if bucket == few:
                     fixed = replace(one, config=replace(one.config, balanced=False))
                     found += fixed.sources(node.shape)
-            elif node.shape.op == "linear" and bucket in sizes.products:
+            elif node.shape.op in PRODUCTS and bucket in sizes.products:
                 found += one.sources(node.shape)
     return list(dict.fromkeys(found))

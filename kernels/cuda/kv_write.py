@@ -92,11 +92,42 @@ def _kv_write(call: CallShape, config: TileConfig) -> tuple[Launch, ...]:
     )
 
 
+def rotary_dims(call: CallShape) -> int:
+    return call.shapes["table"][1] if "table" in call.shapes else 0
+
+
+def heads_arguments(call: CallShape) -> dict[str, Any]:
+    """Arguments of every kernel that norms, turns and stores projected heads, but the norms' eps
+    (which has two names)."""
+    attrs, dim = call.attrs, call.attrs["head_dim"]
+    return {
+        "table_ptr": pointer(call, "table"),
+        "q_norm_ptr": pointer(call, "q_norm"),
+        "k_norm_ptr": pointer(call, "k_norm"),
+        "slots_ptr": pointer(call, "kv_slots"),
+        "kv_ptr": kv_pointer(attrs),
+        "q_ptr": pointer(call, "q"),
+        "CENTRE": bool(attrs["centre"]),
+        "OWN": any(call.shapes.get(name, (0,))[0] > dim for name in ("q_norm", "k_norm")),
+        "CLIP": float(attrs["clip"]),
+        "INTERLEAVED": bool(attrs["interleaved"]),
+        "HEADS": attrs["heads"],
+        "KV_HEADS": attrs["kv_heads"],
+        "DIM": dim,
+        "ROTARY": rotary_dims(call),
+        "PAGE": attrs["page_size"],
+        "STRIDE": kv_stride(attrs),
+    }
+
+
+def head_blocks(call: CallShape) -> dict[str, int]:
+    """Sizes of the tiles a head is loaded as: pairs, and what is not turned."""
+    rotary = rotary_dims(call)
+    return {"PAIRS": power(rotary // 2), "REST": power(call.attrs["head_dim"] - rotary)}
+
+
 def _rope_kv(call: CallShape, config: TileConfig) -> tuple[Launch, ...]:
-    units, dim = _all_heads(call)
-    attrs, shapes = call.attrs, call.shapes
-    rotary = shapes["table"][1] if "table" in shapes else 0
-    own = any(shapes.get(name, (0,))[0] > dim for name in ("q_norm", "k_norm"))
+    units, _ = _all_heads(call)
     return (
         launch(
             "kv_write.rope_kv_kernel",
@@ -104,26 +135,10 @@ def _rope_kv(call: CallShape, config: TileConfig) -> tuple[Launch, ...]:
             warps=config.warps,
             live_ptr=pointer(call, "live"),
             qkv_ptr=pointer(call, "qkv"),
-            table_ptr=pointer(call, "table"),
-            q_norm_ptr=pointer(call, "q_norm"),
-            k_norm_ptr=pointer(call, "k_norm"),
-            slots_ptr=pointer(call, "kv_slots"),
-            kv_ptr=kv_pointer(attrs),
-            q_ptr=pointer(call, "q"),
-            EPS=float(attrs["eps"]),
-            CENTRE=bool(attrs["centre"]),
-            OWN=own,
-            CLIP=float(attrs["clip"]),
-            INTERLEAVED=bool(attrs["interleaved"]),
-            HEADS=attrs["heads"],
-            KV_HEADS=attrs["kv_heads"],
-            DIM=dim,
-            ROTARY=rotary,
-            PAGE=attrs["page_size"],
-            STRIDE=kv_stride(attrs),
+            EPS=float(call.attrs["eps"]),
             ROWS=config.rows,
-            PAIRS=power(rotary // 2),
-            REST=power(dim - rotary),
+            **head_blocks(call),
+            **heads_arguments(call),
         ),
     )
 
@@ -163,9 +178,9 @@ def _register(
     names: tuple[str, ...],
     units: Units,
     launches: Callable[[CallShape, TileConfig], tuple[Launch, ...]],
-) -> None:
+) -> CudaKernel:
     """`names`: arguments of the activations' type; `units`: how many tiles' rows, how wide."""
-    register(
+    return register(
         CudaKernel(
             name=op,
             op=op,
@@ -181,5 +196,5 @@ def _register(
 
 
 _register("kv_write", ("k", "v", "k_shared"), _kv_heads, _kv_write)
-_register("rope_kv", ("qkv", "q_norm", "k_norm", "q"), _all_heads, _rope_kv)
+ROPE_KV = _register("rope_kv", ("qkv", "q_norm", "k_norm", "q"), _all_heads, _rope_kv)
 _register("mla_kv_write", ("x", "norm"), _latents, _mla_kv_write)

@@ -136,16 +136,14 @@ def split_for(tiles: int, steps: int, wanted: int, least_steps: int) -> int:
     return best
 
 
-def _common(call: CallShape, config: Any, s: Sizes, w: Weight) -> dict[str, Any]:
+def _product(call: CallShape, config: Any, s: Sizes, w: Weight) -> dict[str, Any]:
+    """Arguments of every kernel that multiplies rows by the call's weight."""
     attrs = call.attrs
     split = config.split > 1
     scaled = w.bits or w.row_scale
     return {
         "scale_ptr": stored("w", "scale", "fp16" if w.bits else "fp32") if scaled else None,
         "bias_ptr": pointer(call, "bias"),
-        "residual_ptr": pointer(call, "residual"),
-        "residual_rows_ptr": pointer(call, "residual_rows"),
-        "out_ptr": pointer(call, "out"),
         "part_ptr": workspace("fp32") if split else None,
         "counter_ptr": counters() if split else None,
         "LIVE": attrs.get("live_index", 0),
@@ -153,16 +151,27 @@ def _common(call: CallShape, config: Any, s: Sizes, w: Weight) -> dict[str, Any]
         "K": s.k,
         "ROW_BYTES": int(s.k * w.row_bytes),
         "EPS": float(attrs.get("eps", 0.0)) if "norm" in call.shapes else 0.0,
-        "ACT": attrs.get("act", ""),
-        "GATED": s.gated,
-        "SCALE": float(attrs["scale"]),
-        "SOFTCAP": float(attrs["softcap"]),
         "BITS": w.bits,
         "GROUP": w.group,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "SPLIT": config.split,
         "STAGES": config.stages,
+    }
+
+
+def _ends(call: CallShape) -> dict[str, Any]:
+    """Arguments of linear's own epilogue."""
+    attrs = call.attrs
+    return {
+        "rows_ptr": pointer(call, "rows"),
+        "residual_ptr": pointer(call, "residual"),
+        "residual_rows_ptr": pointer(call, "residual_rows"),
+        "out_ptr": pointer(call, "out"),
+        "ACT": attrs.get("act", ""),
+        "GATED": sizes(call).gated,
+        "SCALE": float(attrs["scale"]),
+        "SOFTCAP": float(attrs["softcap"]),
     }
 
 
@@ -235,22 +244,23 @@ def _vector_default(call: CallShape) -> VectorConfig:
     )
 
 
-def _vector_launches(call: CallShape, config: VectorConfig) -> tuple[Launch, ...]:
+def vector_launch(
+    call: CallShape, config: VectorConfig, function: str, ends: dict[str, Any]
+) -> Launch:
+    """`function` with the arguments of a product of one row, and `ends` for what it makes of it."""
     s, w = sizes(call), weight_of(call)
-    return (
-        launch(
-            "linear.vector_kernel",
-            (_ceil(s.outputs, config.block_n) * config.split, 1, 1),
-            warps=config.warps,
-            stages=config.stages,
-            live_ptr=pointer(call, "live"),
-            x_ptr=pointer(call, "x"),
-            w_ptr=stored("w", "data", w.type),
-            norm_ptr=pointer(call, "norm"),
-            rows_ptr=pointer(call, "rows"),
-            AHEAD=fetches_ahead(s.k, w, config.block_k),
-            **_common(call, config, s, w),
-        ),
+    arguments = _product(call, config, s, w) | ends
+    return launch(
+        function,
+        (_ceil(s.outputs, config.block_n) * config.split, 1, 1),
+        warps=config.warps,
+        stages=config.stages,
+        live_ptr=pointer(call, "live"),
+        x_ptr=pointer(call, "x"),
+        w_ptr=stored("w", "data", w.type),
+        norm_ptr=pointer(call, "norm"),
+        AHEAD=fetches_ahead(s.k, w, config.block_k),
+        **arguments,
     )
 
 
@@ -261,7 +271,12 @@ def fetches_ahead(k: int, w: Weight, block_k: int) -> bool:
     return k % block_k == 0 and step >= 32 and int(k * w.row_bytes) % 32 == 0
 
 
-register(
+def _vector_workspace(call: CallShape, config: VectorConfig) -> int:
+    s = sizes(call)
+    return _part_bytes(_ceil(s.outputs, config.block_n) * config.split, config, 1, s.gated)
+
+
+VECTOR = register(
     CudaKernel(
         name="linear_vector",
         op="linear",
@@ -269,10 +284,10 @@ register(
         space=_vector_space,
         default=_vector_default,
         valid=_vector_valid,
-        launches=_vector_launches,
-        workspace=lambda call, config: _part_bytes(
-            _ceil(sizes(call).outputs, config.block_n) * config.split, config, 1, sizes(call).gated
+        launches=lambda call, config: (
+            vector_launch(call, config, "linear.vector_kernel", _ends(call)),
         ),
+        workspace=_vector_workspace,
     )
 )
 
@@ -353,7 +368,7 @@ def _tile_default(call: CallShape) -> TileConfig:
                 block_n=64, block_m=32, block_k=block_k, warps=4, stages=2, tma=False
             )
         tiles = _ceil(s.outputs, config.block_n) * _ceil(s.rows, config.block_m)
-        return _split(config, tiles, _ceil(s.k, block_k), 2 * PROCESSORS, 8)
+        return resplit(config, tiles, _ceil(s.k, block_k), 2 * PROCESSORS, 8)
     if s.rows <= 64:
         block_m = max(power(s.rows), 16)
         # 16 KiB of weights per step (8 KiB of int4): with four steps on their way and two programs
@@ -398,7 +413,7 @@ def _tile_default(call: CallShape) -> TileConfig:
         rows_first=rows_first,
         x_left=x_left,
     )
-    config = _split(config, tiles, _ceil(s.k, block_k), wanted, 4)
+    config = resplit(config, tiles, _ceil(s.k, block_k), wanted, 4)
     while _tile_valid(call, config) is not None and config.stages > 2:
         config = replace(config, stages=config.stages - 1)
     return config
@@ -409,7 +424,7 @@ def _logits(call: CallShape) -> bool:
     return call.dtypes["out"] == "float32" and half(call)
 
 
-def _split(config: TileConfig, tiles: int, steps: int, wanted: int, least: int) -> TileConfig:
+def resplit(config: TileConfig, tiles: int, steps: int, wanted: int, least: int) -> TileConfig:
     return replace(config, split=split_for(tiles, steps, wanted, least))
 
 
@@ -459,14 +474,18 @@ def _tile_space(call: CallShape) -> list[TileConfig]:
     ]
 
 
-def _tile_launches(call: CallShape, config: TileConfig) -> tuple[Launch, ...]:
+def tile_launches(
+    call: CallShape, config: TileConfig, function: str, ends: dict[str, Any]
+) -> tuple[Launch, ...]:
+    """`function` with the arguments of a product of tiles, and `ends` for what it makes of them;
+    before it what `rows_first` asks for."""
     s, w = sizes(call), weight_of(call)
     live = pointer(call, "live")
     type = TYPES[call.dtypes["x"]]
+    arguments = _product(call, config, s, w) | ends
+    arguments["norm_ptr"] = pointer(call, "norm")
     launches: tuple[Launch, ...] = ()
-    norm, rows = pointer(call, "norm"), pointer(call, "rows")
     x_arg, x_rows = "x", call.shapes["x"][0]
-    common = _common(call, config, s, w)
     if config.rows_first:
         launches = (
             launch(
@@ -475,19 +494,19 @@ def _tile_launches(call: CallShape, config: TileConfig) -> tuple[Launch, ...]:
                 warps=4,
                 live_ptr=live,
                 x_ptr=pointer(call, "x"),
-                norm_ptr=norm,
-                rows_ptr=rows,
+                norm_ptr=arguments["norm_ptr"],
+                rows_ptr=arguments["rows_ptr"],
                 out_ptr=workspace(type),
-                LIVE=common["LIVE"],
+                LIVE=arguments["LIVE"],
                 K=s.k,
-                EPS=common["EPS"],
+                EPS=arguments["EPS"],
                 BLOCK=min(power(s.k), 4096),
             ),
         )
-        norm = rows = None
+        arguments["norm_ptr"] = arguments["rows_ptr"] = None
         x_arg, x_rows = WORKSPACE, s.rows
-        if common["part_ptr"] is not None:
-            common["part_ptr"] = workspace("fp32", _rows_bytes(call, config))
+        if arguments["part_ptr"] is not None:
+            arguments["part_ptr"] = workspace("fp32", _rows_bytes(call, config))
     by_map = x_tma(call, config, w, s.k)
     x: Slot = Pointer(arg=x_arg, type=type)
     if by_map:
@@ -505,7 +524,7 @@ def _tile_launches(call: CallShape, config: TileConfig) -> tuple[Launch, ...]:
     return (
         *launches,
         launch(
-            "linear.tiles_kernel",
+            function,
             (min(units, config.programs) if config.programs else units, 1, 1),
             warps=config.warps,
             stages=config.stages,
@@ -513,8 +532,6 @@ def _tile_launches(call: CallShape, config: TileConfig) -> tuple[Launch, ...]:
             x=x,
             w=weight_slot("w", w, weight_rows, s.k, config),
             w_ptr=data if row_tiles == 1 and fetches_ahead(s.k, w, config.block_k) else None,
-            norm_ptr=norm,
-            rows_ptr=rows,
             X_TMA=by_map,
             W_TMA=config.tma,
             HALF=half(call),
@@ -522,7 +539,7 @@ def _tile_launches(call: CallShape, config: TileConfig) -> tuple[Launch, ...]:
             X_LEFT=config.x_left,
             SUPER=min(8, row_tiles),
             PROGRAMS=config.programs,
-            **common,
+            **arguments,
         ),
     )
 
@@ -548,7 +565,7 @@ def _tile_workspace(call: CallShape, config: TileConfig) -> int:
     return _rows_bytes(call, config) + parts
 
 
-register(
+TILES = register(
     CudaKernel(
         name="linear_tiles",
         op="linear",
@@ -556,7 +573,9 @@ register(
         space=_tile_space,
         default=_tile_default,
         valid=_tile_valid,
-        launches=_tile_launches,
+        launches=lambda call, config: tile_launches(
+            call, config, "linear.tiles_kernel", _ends(call)
+        ),
         workspace=_tile_workspace,
     )
 )

@@ -8,6 +8,7 @@ from kernels.cuda import (  # noqa: F401
     linear,
     linear_cutlass,
     linear_fp8,
+    linear_rope_kv,
     mla,
     moe,
     norm,
@@ -16,3 +17,5 @@ from kernels.cuda import (  # noqa: F401
     sample,
     state,
 )
+
+linear_rope_kv.register_pairs()

@@ -186,7 +186,7 @@ def _rope_kv_cost(shapes: dict[str, tuple[int, ...]], attrs: dict[str, Any]) -> 
     return Cost(read=tokens * width * 4, written=written, flops=tokens * width * 6)
 
 
-def _rope_kv_sample(
+def rope_kv_sample(
     seed: int,
     label: str,
     ragged: Ragged,
@@ -202,6 +202,7 @@ def _rope_kv_sample(
     interleaved: bool = False,
     dtype: str = "float32",
 ) -> Sample:
+    """`dtype` of the pages; the layer is the middle one of three."""
     g = generator(seed)
     steps = ragged.arrays(ragged.page_tables(g, 16), 16)
     n = int(steps["live"][0])
@@ -218,7 +219,7 @@ def _rope_kv_sample(
         "kv_dtype": dtype,
     }
     layer = layer_bytes(attrs)
-    attrs |= {"layer_offset": layer, "page_bytes": 3 * layer}  # the middle one of three layers
+    attrs |= {"layer_offset": layer, "page_bytes": 3 * layer}
     args: dict[str, Any] = {
         "live": steps["live"],
         "qkv": floats(g, ragged.tokens, (heads + 2 * kv_heads) * dim, used=n),
@@ -235,16 +236,14 @@ def _rope_kv_sample(
 
 def _rope_kv_samples() -> list[Sample]:
     return [
-        _rope_kv_sample(30, "gqa", MIXED, heads=6, kv_heads=2, dim=32, rotary=32),
-        _rope_kv_sample(31, "norms", MIXED, heads=2, kv_heads=2, dim=48, rotary=48, norms=True),
-        _rope_kv_sample(
-            32, "bf16", MIXED, heads=4, kv_heads=1, dim=64, rotary=64, dtype="bfloat16"
-        ),
-        _rope_kv_sample(
+        rope_kv_sample(30, "gqa", MIXED, heads=6, kv_heads=2, dim=32, rotary=32),
+        rope_kv_sample(31, "norms", MIXED, heads=2, kv_heads=2, dim=48, rotary=48, norms=True),
+        rope_kv_sample(32, "bf16", MIXED, heads=4, kv_heads=1, dim=64, rotary=64, dtype="bfloat16"),
+        rope_kv_sample(
             33, "interleaved", ONE_TOKEN, heads=2, kv_heads=1, dim=16, rotary=12, interleaved=True
         ),
-        _rope_kv_sample(34, "no rope", ONE_TOKEN, heads=3, kv_heads=3, dim=16, rotary=0),
-        _rope_kv_sample(
+        rope_kv_sample(34, "no rope", ONE_TOKEN, heads=3, kv_heads=3, dim=16, rotary=0),
+        rope_kv_sample(
             35,
             "layer norms",
             MIXED,
@@ -256,7 +255,7 @@ def _rope_kv_samples() -> list[Sample]:
             own=True,
             centre=True,
         ),
-        _rope_kv_sample(
+        rope_kv_sample(
             36,
             "clip",
             MIXED,
@@ -268,7 +267,7 @@ def _rope_kv_samples() -> list[Sample]:
             own=True,
             clip=0.8,
         ),
-        _rope_kv_sample(
+        rope_kv_sample(
             38,
             "e4m3",
             MIXED,
@@ -280,10 +279,8 @@ def _rope_kv_samples() -> list[Sample]:
             interleaved=True,
             dtype="fp8_e4m3",
         ),
-        _rope_kv_sample(
-            39, "e5m2", MIXED, heads=2, kv_heads=1, dim=32, rotary=32, dtype="fp8_e5m2"
-        ),
-        _rope_kv_sample(37, "clip alone", MIXED, heads=2, kv_heads=1, dim=16, rotary=8, clip=0.5),
+        rope_kv_sample(39, "e5m2", MIXED, heads=2, kv_heads=1, dim=32, rotary=32, dtype="fp8_e5m2"),
+        rope_kv_sample(37, "clip alone", MIXED, heads=2, kv_heads=1, dim=16, rotary=8, clip=0.5),
     ]
 
 

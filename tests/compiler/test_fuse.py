@@ -13,6 +13,7 @@ from toy_specs import FAMILIES, PLAIN, SHAPE, ragged_run, toy
 from compiler.fuse import RULES, fuse, norm_into_linear, residual_into_linear
 from compiler.model import build
 from compiler.program import Program, verify
+from kernels.op import OPS
 
 EXPECTED: dict[str, list[dict[str, torch.Tensor]]] = {}
 
@@ -83,6 +84,19 @@ def test_a_fused_layer_is_six_calls(family: str) -> None:
     tables = {"mistral": 1}.get(family, 0)  # the second layer brings its own rope
     assert len(two.calls) - len(one.calls) == 6 + tables
     assert fuse(two).calls == two.calls
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gpu_projects_into_the_cache(family: str) -> None:
+    """One call less in every layer whose q, k and v have one projection; other targets have none of
+    them."""
+    program = build(toy(family), SHAPE)
+    plain, fused = fuse(program), fuse(program, "cuda")
+    merged = sum(call.op == "rope_kv" for call in plain.calls)
+    assert merged == sum(call.op == "linear_rope_kv" for call in fused.calls)
+    assert len(plain.calls) - len(fused.calls) == merged
+    assert all("cpu" in OPS[call.op].targets for call in plain.calls)
+    same_results(fused, family)
 
 
 def test_a_value_with_two_readers_is_not_swallowed() -> None:

@@ -76,23 +76,149 @@ def head_weights(
     k_norm_ptr,
     h,
     column,
-    mask,
+    inside,
     OWN: tl.constexpr,
     HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    """Norm weights at `column` of heads h (first query heads, then key heads); 1 where a head has
-    no norm."""
-    is_q = h < HEADS
-    w = tl.full(mask.shape, 1.0, tl.float32)
+    """Norm weights at `column` [1, columns], where it is `inside`, of heads h [units, 1]; 1 where a
+    head has no norm."""
+    w = tl.full((h.shape[0], column.shape[1]), 1.0, tl.float32)
     if q_norm_ptr is not None:
-        first = h * DIM if OWN else h * 0
-        w = tl.load(q_norm_ptr + first + column, mask & is_q, 1.0).to(tl.float32)
+        is_q = h < HEADS
+        if OWN:
+            own = tl.load(q_norm_ptr + h * DIM + column, inside & is_q, 1.0)
+        else:
+            own = tl.load(q_norm_ptr + column, inside, 1.0)
+        w = tl.where(is_q, own.to(tl.float32), w)
     if k_norm_ptr is not None:
-        first = (h - HEADS) * DIM if OWN else h * 0
-        own = tl.load(k_norm_ptr + first + column, mask & (h >= HEADS), 1.0).to(tl.float32)
-        w = tl.where(is_q, w, own)
+        is_k = (h >= HEADS) & (h < HEADS + KV_HEADS)
+        if OWN:
+            own = tl.load(k_norm_ptr + (h - HEADS) * DIM + column, inside & is_k, 1.0)
+        else:
+            own = tl.load(k_norm_ptr + column, inside, 1.0)
+        w = tl.where(is_k, own.to(tl.float32), w)
     return w
+
+
+@triton.jit
+def load_head(
+    ptr,
+    at,
+    exists,
+    DIM: tl.constexpr,
+    ROTARY: tl.constexpr,
+    PAIRS: tl.constexpr,
+    REST: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    CACHE: tl.constexpr,
+):
+    """Heads that start at `at` [units, 1]: the pairs of their first ROTARY dims and the rest, as
+    `write_heads` takes them."""
+    a, b, x = at, at, at
+    if ROTARY > 0:
+        pair = tl.arange(0, PAIRS)[None, :]
+        mask = exists & (pair < ROTARY // 2)
+        a, b = load_pairs(ptr, at, pair, mask, ROTARY // 2, INTERLEAVED, CACHE)
+    if ROTARY < DIM:
+        column = ROTARY + tl.arange(0, REST)[None, :]
+        mask = exists & (column < DIM)
+        x = tl.load(ptr + at + column, mask, 0.0, cache_modifier=CACHE).to(tl.float32)
+    return a, b, x
+
+
+@triton.jit
+def write_heads(
+    a,
+    b,
+    x,
+    t,
+    h,
+    exists,
+    table_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    slots_ptr,
+    kv_ptr,
+    q_ptr,
+    EPS: tl.constexpr,
+    CENTRE: tl.constexpr,
+    OWN: tl.constexpr,
+    CLIP: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    ROTARY: tl.constexpr,
+    PAIRED: tl.constexpr,
+    PAGE: tl.constexpr,
+    STRIDE: tl.constexpr,
+):
+    """Norm, clip, rotation and the write of projected heads, each to its place: a unit is one head
+    of one token, `h` [units, 1] counts query heads, key heads, value heads of token `t` [units, 1].
+
+    The first PAIRED dims of the heads come as pairs a and b [units, >= PAIRED / 2], the others as x
+    [units, >= DIM - PAIRED]; what there is none of may be anything. Pairs beyond ROTARY are not
+    turned. All units take the same instructions, what does not apply to one is masked.
+    """
+    HALF: tl.constexpr = PAIRED // 2
+    NORM: tl.constexpr = (q_norm_ptr is not None) or (k_norm_ptr is not None)
+    is_q = h < HEADS
+    normed = is_q if q_norm_ptr is not None else is_q & False
+    if k_norm_ptr is not None:
+        normed = normed | ((h >= HEADS) & (h < HEADS + KV_HEADS))
+    slot = tl.load(slots_ptr + t, exists & (h >= HEADS), 0)
+    if PAIRED > 0:
+        pair = tl.arange(0, a.shape[1])[None, :]
+        in_pairs = exists & (pair < HALF)
+    if PAIRED < DIM:
+        column = PAIRED + tl.arange(0, x.shape[1])[None, :]
+        in_rest = exists & (column < DIM)
+    if NORM:
+        mean = tl.zeros(t.shape, tl.float32)
+        square = tl.zeros(t.shape, tl.float32)
+        if CENTRE:
+            if PAIRED > 0:
+                mean += tl.sum(tl.where(in_pairs, a + b, 0.0), axis=1, keep_dims=True)
+            if PAIRED < DIM:
+                mean += tl.sum(tl.where(in_rest, x, 0.0), axis=1, keep_dims=True)
+            mean = tl.where(normed, mean / DIM, 0.0)
+        if PAIRED > 0:
+            both = (a - mean) * (a - mean) + (b - mean) * (b - mean)
+            square += tl.sum(tl.where(in_pairs, both, 0.0), axis=1, keep_dims=True)
+        if PAIRED < DIM:
+            one = (x - mean) * (x - mean)
+            square += tl.sum(tl.where(in_rest, one, 0.0), axis=1, keep_dims=True)
+        scale = tl.where(normed, tl.rsqrt(square / DIM + EPS), 1.0)
+        if PAIRED > 0:
+            first = 2 * pair if INTERLEAVED else pair
+            second = 2 * pair + 1 if INTERLEAVED else pair + HALF
+            inside = pair < HALF
+            wa = head_weights(q_norm_ptr, k_norm_ptr, h, first, inside, OWN, HEADS, KV_HEADS, DIM)
+            a = (a - mean) * scale * wa
+            wb = head_weights(q_norm_ptr, k_norm_ptr, h, second, inside, OWN, HEADS, KV_HEADS, DIM)
+            b = (b - mean) * scale * wb
+        if PAIRED < DIM:
+            inside = column < DIM
+            w = head_weights(q_norm_ptr, k_norm_ptr, h, column, inside, OWN, HEADS, KV_HEADS, DIM)
+            x = (x - mean) * scale * w
+    to_q = (t * HEADS + h).to(tl.int64) * DIM
+    to_kv = (slot // PAGE).to(tl.int64) * STRIDE + ((h - HEADS) * PAGE + slot % PAGE) * DIM
+    if PAIRED > 0:
+        if CLIP > 0.0:
+            a, b = clipped(a, CLIP), clipped(b, CLIP)
+        turned = in_pairs & (h < HEADS + KV_HEADS)
+        if ROTARY < PAIRED:
+            turned = turned & (pair < ROTARY // 2)
+        a, b = rotate(table_ptr, t, pair, turned, a, b, ROTARY // 2)
+        store_pairs(q_ptr, to_q, pair, in_pairs & is_q, a, b, HALF, INTERLEAVED)
+        store_pairs(kv_ptr, to_kv, pair, in_pairs & (h >= HEADS), a, b, HALF, INTERLEAVED)
+    if PAIRED < DIM:
+        if CLIP > 0.0:
+            x = clipped(x, CLIP)
+        tl.store(q_ptr + to_q + column, x.to(q_ptr.dtype.element_ty), in_rest & is_q)
+        tl.store(kv_ptr + to_kv + column, narrowed(x, kv_ptr), in_rest & (h >= HEADS))
 
 
 @triton.jit
@@ -120,71 +246,42 @@ def rope_kv_kernel(
     PAIRS: tl.constexpr,
     REST: tl.constexpr,
 ):
-    """A unit is one head of one token: query heads, key heads, value heads. All units of a program
-    take the same instructions, what does not apply to a unit is masked: heads of every kind are
-    in flight together and no program waits for another."""
+    """Heads of every kind are in flight together and no program waits for another."""
     ALL: tl.constexpr = HEADS + 2 * KV_HEADS
-    HALF: tl.constexpr = ROTARY // 2
-    NORM: tl.constexpr = (q_norm_ptr is not None) or (k_norm_ptr is not None)
     unit = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    t, h = unit // ALL, unit % ALL
-    is_q, is_v = h < HEADS, h >= HEADS + KV_HEADS
-    pair = tl.arange(0, PAIRS)[None, :]
-    column = ROTARY + tl.arange(0, REST)[None, :]
-    normed = is_q if q_norm_ptr is not None else is_q & False
-    if k_norm_ptr is not None:
-        normed = normed | ((h >= HEADS) & (h < HEADS + KV_HEADS))
     pdl.wait()
     units = tl.load(live_ptr) * ALL
     if tl.program_id(0) * ROWS < units:
         exists = unit < units
-        at = unit.to(tl.int64) * DIM
-        slot = tl.load(slots_ptr + t, exists & (h >= HEADS), 0)
-        in_pairs = exists & (pair < HALF)
-        in_rest = exists & (column < DIM)
-        square = tl.zeros((ROWS, 1), tl.float32)
-        mean = tl.zeros((ROWS, 1), tl.float32)
-        if ROTARY > 0:
-            a, b = load_pairs(qkv_ptr, at, pair, in_pairs, HALF, INTERLEAVED)
-            mean += tl.sum(a + b, axis=1, keep_dims=True)
-        if ROTARY < DIM:
-            x = tl.load(qkv_ptr + at + column, in_rest, 0.0).to(tl.float32)
-            mean += tl.sum(x, axis=1, keep_dims=True)
-        mean = mean / DIM if CENTRE else mean * 0.0
-        if NORM:
-            if ROTARY > 0:
-                ca, cb = tl.where(in_pairs, a - mean, 0.0), tl.where(in_pairs, b - mean, 0.0)
-                square += tl.sum(ca * ca + cb * cb, axis=1, keep_dims=True)
-            if ROTARY < DIM:
-                cx = tl.where(in_rest, x - mean, 0.0)
-                square += tl.sum(cx * cx, axis=1, keep_dims=True)
-            scale = tl.rsqrt(square / DIM + EPS)
-            if ROTARY > 0:
-                first = 2 * pair if INTERLEAVED else pair
-                second = 2 * pair + 1 if INTERLEAVED else pair + HALF
-                mask = in_pairs & normed
-                wa = head_weights(q_norm_ptr, k_norm_ptr, h, first, mask, OWN, HEADS, DIM)
-                wb = head_weights(q_norm_ptr, k_norm_ptr, h, second, mask, OWN, HEADS, DIM)
-                a = tl.where(normed, ca * scale * wa, a)
-                b = tl.where(normed, cb * scale * wb, b)
-            if ROTARY < DIM:
-                mask = in_rest & normed
-                w = head_weights(q_norm_ptr, k_norm_ptr, h, column, mask, OWN, HEADS, DIM)
-                x = tl.where(normed, cx * scale * w, x)
-        to_q = (t * HEADS + h).to(tl.int64) * DIM
-        to_kv = (slot // PAGE).to(tl.int64) * STRIDE + ((h - HEADS) * PAGE + slot % PAGE) * DIM
-        if ROTARY > 0:
-            if CLIP > 0.0:
-                a, b = clipped(a, CLIP), clipped(b, CLIP)
-            ra, rb = rotate(table_ptr, t, pair, in_pairs, a, b, HALF)
-            a, b = tl.where(is_v, a, ra), tl.where(is_v, b, rb)
-            store_pairs(q_ptr, to_q, pair, in_pairs & is_q, a, b, HALF, INTERLEAVED)
-            store_pairs(kv_ptr, to_kv, pair, in_pairs & (h >= HEADS), a, b, HALF, INTERLEAVED)
-        if ROTARY < DIM:
-            if CLIP > 0.0:
-                x = clipped(x, CLIP)
-            tl.store(q_ptr + to_q + column, x.to(q_ptr.dtype.element_ty), in_rest & is_q)
-            tl.store(kv_ptr + to_kv + column, narrowed(x, kv_ptr), in_rest & (h >= HEADS))
+        a, b, x = load_head(
+            qkv_ptr, unit.to(tl.int64) * DIM, exists, DIM, ROTARY, PAIRS, REST, INTERLEAVED, ""
+        )
+        write_heads(
+            a,
+            b,
+            x,
+            unit // ALL,
+            unit % ALL,
+            exists,
+            table_ptr,
+            q_norm_ptr,
+            k_norm_ptr,
+            slots_ptr,
+            kv_ptr,
+            q_ptr,
+            EPS,
+            CENTRE,
+            OWN,
+            CLIP,
+            INTERLEAVED,
+            HEADS,
+            KV_HEADS,
+            DIM,
+            ROTARY,
+            ROTARY,
+            PAGE,
+            STRIDE,
+        )
     pdl.release()
 
 
@@ -225,7 +322,7 @@ def mla_kv_write_kernel(
         tl.store(kv_ptr + to + column, narrowed(x * scale * w, kv_ptr), mask)
         pair = tl.arange(0, PAIRS)[None, :]
         mask = exists & (pair < HALF)
-        a, b = load_pairs(x_ptr, at + LATENT, pair, mask, HALF, INTERLEAVED)
+        a, b = load_pairs(x_ptr, at + LATENT, pair, mask, HALF, INTERLEAVED, "")
         a, b = rotate(table_ptr, t, pair, mask, a, b, HALF)
         store_pairs(kv_ptr, to + LATENT, pair, mask, a, b, HALF, INTERLEAVED)
     pdl.release()

@@ -104,7 +104,8 @@ def head_linear_kernel(
                 HALF_ROTARY: tl.constexpr = ROTARY // 2
                 pair = tl.arange(0, PAIRS)[None, :]
                 mask = here[:, None] & (pair < HALF_ROTARY)
-                a, b = load_pairs(x_ptr, (x_at + K)[:, None], pair, mask, HALF_ROTARY, INTERLEAVED)
+                at = (x_at + K)[:, None]
+                a, b = load_pairs(x_ptr, at, pair, mask, HALF_ROTARY, INTERLEAVED, "")
                 a, b = rotate(table_ptr, m[:, None], pair, mask, a, b, HALF_ROTARY)
                 store_pairs(
                     out_ptr,

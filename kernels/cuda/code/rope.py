@@ -65,16 +65,25 @@ def rope_table_kernel(
 
 
 @triton.jit
-def load_pairs(ptr, at, pair, mask, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Both members of pairs as float32 [rows, pairs]; `at` [rows, 1] is where a head starts."""
+def load_pairs(
+    ptr,
+    at,
+    pair,
+    mask,
+    HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    CACHE: tl.constexpr,
+):
+    """Both members of pairs as float32 [rows, pairs]; `at` [rows, 1] is where a head starts. CACHE:
+    modifier of the loads."""
     if INTERLEAVED:
         both = tl.arange(0, 2)[None, None, :]
         index = (at + 2 * pair)[:, :, None] + both
-        x = tl.load(ptr + index, mask[:, :, None] & (both < 2), 0.0).to(tl.float32)
-        a, b = tl.split(x)
+        mask = mask[:, :, None] & (both < 2)
+        a, b = tl.split(tl.load(ptr + index, mask, 0.0, cache_modifier=CACHE).to(tl.float32))
     else:
-        a = tl.load(ptr + at + pair, mask, 0.0).to(tl.float32)
-        b = tl.load(ptr + at + HALF + pair, mask, 0.0).to(tl.float32)
+        a = tl.load(ptr + at + pair, mask, 0.0, cache_modifier=CACHE).to(tl.float32)
+        b = tl.load(ptr + at + HALF + pair, mask, 0.0, cache_modifier=CACHE).to(tl.float32)
     return a, b
 
 
@@ -123,7 +132,7 @@ def rope_kernel(
         at = unit.to(tl.int64) * DIM
         pair = tl.arange(0, PAIRS)[None, :]
         mask = (unit < units) & (pair < HALF)
-        a, b = load_pairs(x_ptr, at + START, pair, mask, HALF, INTERLEAVED)
+        a, b = load_pairs(x_ptr, at + START, pair, mask, HALF, INTERLEAVED, "")
         a, b = rotate(table_ptr, unit // HEADS, pair, mask, a, b, HALF)
         store_pairs(out_ptr, at + START, pair, mask, a, b, HALF, INTERLEAVED)
         if ROTARY < DIM:
