@@ -50,7 +50,7 @@ WINDOW = 6  # calls whose candidates are being built while another's are measure
 CLOSE = 1.05  # contenders: at most so much slower than the best
 STEADY = 1.01  # a whole step must gain so much to change a choice
 CALLS_SHARE = 0.8  # of the time; the rest is for whole steps
-GIVEN_UP = 3  # candidates of a kernel that hang or fault before the rest of them is left out
+GIVEN_UP = 5  # candidates of a kernel that hang or fault before the rest of them is left out
 PREPARE_S, STEP_S = 40.0, 30.0  # to fill a call's buffers, to run a whole step
 
 
@@ -106,11 +106,12 @@ class Tuner:
         self.cache, self.arch = Path(config.cache).expanduser(), str(config.target.arch)
         hello = process.hello
         self.versions = {**versions(), "gpu": hello["gpu"], "driver": version(hello["driver"])}
-        before = load_records(config.target.name, folder)
-        self.known = before.entries if before.versions == self.versions else {}
-        if not self.known and before.entries:
-            progress.show(f"records in {folder} are of other versions; every call is measured anew")
-        self.records = replace(before, gpu=config.target.name, versions=self.versions)
+        self.records = load_records(config.target.name, folder)
+        if self.records.versions != self.versions:
+            if self.records.entries:
+                progress.show(f"records of other versions in {folder} are given up")
+            self.records = Records(gpu=config.target.name, versions=self.versions)
+        self.known = dict(self.records.entries)
         self.ranked: dict[str, list[tuple[float, Candidate]]] = {}
         self.winners: dict[str, list[tuple[Bucket, Mapping[str, Any]]]] = {}
         self.anchors = anchors(base.buckets)
@@ -123,8 +124,12 @@ class Tuner:
         todo = []
         for task in ordered(self.base, self.config.ops):
             entry = self.known.get(task.key)
-            if entry is not None and not self.config.again:
+            if self.config.again:
+                todo.append(task)
+            elif entry is not None and not entry.get("partial"):
                 self.winners.setdefault(name_of(task), []).append((task.bucket, entry))
+            elif task.candidates[0].name in self.records.failed.get(task.key, {}):
+                self.left_out.append(f"{name_of(task)} in {task.bucket.name}: its default failed")
             else:
                 todo.append(task)
         try:
@@ -170,8 +175,8 @@ class Tuner:
                 window.append(again)
             else:
                 self.note(open.search)
-        for open in window:  # a call that was begun counts with what there is of it
-            self.note(open.search)
+        for open in window:  # what there is of a call that was begun counts until a later run
+            self.note(open.search, partial=True)
         self.missed = len(waiting) + sum(not open.search.seconds for open in window)
 
     def opened(self, search: Search, builders: Builders) -> Open:
@@ -254,12 +259,13 @@ class Tuner:
         self.records = replace(self.records, failed={**known, task.key: mine})
         save_records(self.records, self.folder)
 
-    def note(self, search: Search) -> None:
+    def note(self, search: Search, *, partial: bool = False) -> None:
         if not search.seconds:
             return
         task, ranked = search.task, search.ranked
         self.ranked[task.key] = ranked
-        self.enter(task.key, ranked[0][1].entry(ranked[0][0]))
+        rest = {"partial": True} if partial else {}
+        self.enter(task.key, {**ranked[0][1].entry(ranked[0][0]), **rest})
         entry = self.records.entries[task.key]
         self.winners.setdefault(name_of(task), []).append((task.bucket, entry))
         first = search.seconds.get(task.candidates[0])
@@ -291,7 +297,8 @@ class Tuner:
             for seconds, one in options[1 : 1 + self.config.contenders]:
                 if seconds > options[0][0] * CLOSE or time.monotonic() > self.deadline:
                     break
-                entry = one.entry(seconds)
+                rest = {k: v for k, v in self.records.entries[key].items() if k == "partial"}
+                entry = {**one.entry(seconds), **rest}
                 trial = replace(self.records, entries={**self.records.entries, key: entry})
                 took = self.step(bucket, nodes, trial)
                 if took is not None and took * STEADY < best:

@@ -40,7 +40,8 @@ def call_key(shape: CallShape) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Records:
-    """`entries`: call key -> {kernel, config, us}. `versions`: what they were measured with.
+    """`entries`: call key -> {kernel, config, us}, and `partial` when its search was cut short.
+    `versions`: what they were measured with.
     `failed`: call key -> candidates that hung or brought the device down, with what was seen."""
 
     gpu: str = ""

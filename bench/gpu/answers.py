@@ -1,5 +1,5 @@
 """The open questions about the driver, answered in words from what a run found:
-`python -m bench.gpu.answers <result file>` prints the table of docs/cuda.md with its states.
+`python -m bench.gpu.answers <result file> …` prints the table of docs/cuda.md with its states.
 
 Comes in: the document that `bench.gpu` writes. Goes out: an answer for each question, None where
 the run did not find one.
@@ -7,12 +7,13 @@ the run did not find one.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from bench.errors import BenchUsage
+from bench.gpu.documents import merged
 
 Found = Mapping[str, Any]  # figures of the probes, and under `contracts` those of that section
 
@@ -165,10 +166,15 @@ def table(states: list[str | None]) -> str:
 
 
 def main() -> int:
-    if len(sys.argv) != 2:
-        print("usage: python -m bench.gpu.answers <result file of bench.gpu>", file=sys.stderr)
+    if len(sys.argv) < 2:
+        print("usage: python -m bench.gpu.answers <result file of bench.gpu> …", file=sys.stderr)
         return 2
-    print(table(answers(json.loads(Path(sys.argv[1]).read_text("utf-8")))))
+    try:
+        document = merged(sys.argv[1:])
+    except BenchUsage as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BenchUsage.exit_code
+    print(table(answers(document)))
     return 0
 
 

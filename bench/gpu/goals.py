@@ -8,13 +8,13 @@ Llama-3.1-8B in bf16 on one H200.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from bench.errors import BenchUsage
+from bench.gpu.documents import merged
 from bench.peers.shape import Shape
 
 MAIN, SMALL = "llama3-8b", "llama3.2-1b"
@@ -26,7 +26,7 @@ class Results:
 
     def __init__(self, document: Mapping[str, Any]) -> None:
         self._figures = {
-            (r["section"], r["model"]): r.get("figures", {}) for r in document["sections"]
+            (r["section"], r["model"]): r["figures"] for r in document["sections"] if "figures" in r
         }
 
     def at(self, section: str, model: str, *keys: str | int) -> Any:
@@ -214,10 +214,15 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    if len(sys.argv) != 2:
-        print("usage: python -m bench.gpu.goals <result file of bench.gpu>", file=sys.stderr)
+    if len(sys.argv) < 2:
+        print("usage: python -m bench.gpu.goals <result file of bench.gpu> …", file=sys.stderr)
         return 2
-    print(table(reached(json.loads(Path(sys.argv[1]).read_text("utf-8")))))
+    try:
+        document = merged(sys.argv[1:])
+    except BenchUsage as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BenchUsage.exit_code
+    print(table(reached(document)))
     return 0
 
 

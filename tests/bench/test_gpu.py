@@ -24,6 +24,7 @@ from bench.errors import BenchUsage
 from bench.gpu import answers, goals, peers, wheels
 from bench.gpu.__main__ import line, main, run_section, summary, target_name
 from bench.gpu.dlpack import DlPack
+from bench.gpu.documents import merged
 from bench.gpu.nodes import kind
 from bench.gpu.sections import SECTIONS, Section, jobs
 from bench.gpu.wheels import WheelError
@@ -173,6 +174,28 @@ def test_goals_say_what_holds_and_what_is_unmeasured() -> None:
     assert 85 < share < 100  # 14.6 TFLOP at 800 are 18.3 ms
     text = goals.table(list(rows.values()))
     assert len(text.splitlines()) == len(goals.GOALS) + 1 and "unmeasured" in text
+
+
+def test_runs_of_one_day_are_read_as_one(tmp_path: Path) -> None:
+    """The last that found something counts; another GPU's are refused."""
+    runs = [
+        [{"section": "a", "model": "", "figures": {"x": 1}}, {"section": "b", "model": ""}],
+        [{"section": "a", "model": ""}, {"section": "b", "model": "", "figures": {"x": 2}}],
+    ]
+    for number, sections in enumerate(runs):
+        text = json.dumps({"hardware": "h200", "sections": sections})
+        (tmp_path / f"{number}.json").write_text(text)
+    paths = [str(tmp_path / f"{number}.json") for number in range(2)]
+    assert [r["figures"] for r in merged(paths)["sections"]] == [{"x": 1}, {"x": 2}]
+    (tmp_path / "2.json").write_text('{"hardware": "h100", "sections": []}')
+    with pytest.raises(BenchUsage, match="results of different GPUs"):
+        merged([*paths, str(tmp_path / "2.json")])
+    with pytest.raises(BenchUsage, match=r"3\.json is no result of bench\.gpu"):
+        merged([str(tmp_path / "3.json")])
+    for program in ("goals", "answers"):
+        command = [sys.executable, "-m", f"bench.gpu.{program}", *paths]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert "unmeasured" in done.stdout or "open" in done.stdout
 
 
 def test_every_open_question_is_answered_in_words() -> None:

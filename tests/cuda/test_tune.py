@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,16 @@ def test_the_program_on_the_stub(tmp_path: Path) -> None:
     again = tune(tmp_path, "ops=[embed,rope_table]")
     assert again.returncode == 0 and "default" not in again.stderr
     assert load_records("h200", tmp_path) == records
+    # What was cut short goes on; what other tools measured does not count.
+    key = next(iter(records.entries))
+    cut = {**records.entries, key: {**records.entries[key], "partial": True}}
+    save_records(replace(records, entries=cut), tmp_path)
+    assert tune(tmp_path, "ops=[embed,rope_kv]").stderr.count("default") == 1
+    assert not any("partial" in e for e in load_records("h200", tmp_path).entries.values())
+    save_records(replace(records, versions={"triton": "0"}), tmp_path)
+    done = tune(tmp_path, "ops=[embed]")
+    assert "records of other versions" in done.stderr
+    assert {k.split()[0] for k in load_records("h200", tmp_path).entries} == {"embed"}
 
 
 @pytest.mark.slow
