@@ -176,7 +176,7 @@ def choose(wheels: Iterable[Path], version: Callable[[str], str] = metadata.vers
     does not satisfy them. WheelError names what neither has."""
     _, utils = packaging()
     have = {utils.canonicalize_name(path.name.split("-")[0]): path for path in wheels}
-    missing: list[str] = []
+    missing: dict[str, str] = {}
 
     def requires(requirement: Any) -> list[str]:
         name = utils.canonicalize_name(requirement.name)
@@ -189,18 +189,17 @@ def choose(wheels: Iterable[Path], version: Callable[[str], str] = metadata.vers
         if found and requirement.specifier.contains(found, prereleases=True):
             raise StopIteration
         if name not in have:
-            missing.append(f"{requirement} ({f'here {found}' if found else 'not here'})")
+            missing[name] = f"{requirement} ({f'here {found}' if found else 'not here'})"
             raise StopIteration
         return [] if name in HEADERS else _requires(have[name])
 
     names = closure(wanted(), requires, {})
     # What a machine usually has is told but stops nothing: not everything needs all of it.
-    for text in [text for text in missing if text.split()[0].startswith(MACHINE)]:
-        print(f"# this machine does not satisfy {text}", file=sys.stderr)
-        missing.remove(text)
+    for name in [name for name in missing if name in MACHINE]:
+        print(f"# this machine does not satisfy {missing.pop(name)}", file=sys.stderr)
     if missing:
         raise WheelError(
-            f"neither this machine nor the bundle has {', '.join(sorted(set(missing)))}; "
+            f"neither this machine nor the bundle has {', '.join(sorted(missing.values()))}; "
             "make gpu-bundle for this machine's Python"
         )
     return [have[name] for name in names]
