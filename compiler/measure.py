@@ -143,10 +143,13 @@ class Meter:
     def built(self, sources: Sequence[Source]) -> Built:
         return build_cuda(sources, self.cache, self.arch)
 
-    def call(self, task: Task, held: Lengths | None = None) -> TimedCall:
+    def call(
+        self, task: Task, held: Lengths | None = None, inputs: Mapping[str, float] | None = None
+    ) -> TimedCall:
         """Buffers for one call; those of an earlier one are given up. `held`: lengths of the
-        sequences, else those of a full bucket at `context`."""
-        return TimedCall(self, task, held)
+        sequences, else those of a full bucket at `context`; `inputs`: what io inputs are filled
+        with instead of a greedy step's."""
+        return TimedCall(self, task, held, inputs or {})
 
     def step(self, bucket: Bucket, records: Records) -> float | None:
         """Median seconds of the bucket's whole step with these choices; None where it does not fit
@@ -210,11 +213,15 @@ class TimedCall:
     """One call on rotating copies of everything it touches. The first copy has real numbers, for
     the comparison of results; all share the state."""
 
-    def __init__(self, meter: Meter, task: Task, held: Lengths | None) -> None:
+    def __init__(
+        self, meter: Meter, task: Task, held: Lengths | None, inputs: Mapping[str, float]
+    ) -> None:
         self.meter, self.task = meter, task
         program, sizes = meter.base.program, bucket_sizes(task.bucket)
         held = held or lengths(task.bucket, meter.context)
         self.inputs = step_inputs(program, task.bucket, held, meter.page, meter.pool, seed=1)
+        for name, number in inputs.items():
+            self.inputs[name].fill(number)
         self.names = {**task.node.call.ins, **task.node.call.outs}
         self.sizes: dict[str, int] = {}  # "<argument>" or "<argument>.<field>"
         for arg, name in self.names.items():

@@ -1,6 +1,6 @@
 """Single calls of a model at chosen sizes: matrix products beside cuBLAS (through torch), attention
-beside the peaks of tensor cores and memory, and a skewed batch with our balanced split of keys
-beside a fixed one.
+beside the peaks of tensor cores and memory, a skewed batch with our balanced split of keys beside a
+fixed one, and sampling beside torch's sort.
 
 Comes in: a model. Goes out: microseconds, rates and ratios. Our kernels are those a compile would
 choose (records, else the default), timed by the tuner's own meter; both sides of a ratio are
@@ -40,6 +40,7 @@ FEW = (8, 16, 32, 64)  # rows of products that stream weights
 MANY = (1024, 4096, 8192)  # rows of products that fill the tensor cores
 PRODUCTS = ("linear", "linear_rope_kv")
 KEYS, HELD = 32, 4096  # sequences and their keys where attention streams its pages
+SAMPLED = 128  # rows of the batch that is sampled
 PEAK = 8192  # side of the product that shows the tensor cores' peak
 READ = 4 << 30  # bytes read to measure the bandwidth
 ROUNDS = 10
@@ -74,6 +75,8 @@ def calls(config: GpuConfig, model: str) -> Iterator[dict[str, Any]]:
         finally:
             reads.release()
         out["skewed"] = skewed(meter, sizes, records)
+        yield out
+        out["sampling"] = sampling(meter, sizes, records, device)
         yield out
         out["products"] = products(meter, sizes, records, device)
         for name, least, most in (("few_rows", 0, 64), ("many_rows", 512, math.inf)):
@@ -284,6 +287,30 @@ def skewed(meter: Meter, sizes: Sizes, records: Any) -> dict[str, Any]:
     }
 
 
+def sampling(meter: Meter, sizes: Sizes, records: Any, device: str) -> dict[str, Any]:
+    """Every row by temperature and top-p; torch: softmax, sort and running sum, without the draw.
+    Logits are random: of such flat distributions most of the vocabulary stays."""
+    bucket = sizes.holding(sizes.decode, SAMPLED)
+    ((task, one), *_) = chosen(meter, bucket, records, "sample")
+    timed = meter.call(task, None, {"temperature": 1.0, "top_p": 0.9})
+    ours = timed.seconds(timed.calls(one))
+    rows, vocab = task.node.shape.shapes["logits"]
+    logits = torch.randn(rows, vocab, device=device)
+
+    def sort() -> torch.Tensor:
+        return torch.softmax(logits, -1).sort(-1, descending=True).values.cumsum(-1)
+
+    theirs = torch_seconds([sort], device)
+    return {
+        "rows": rows,
+        "vocab": vocab,
+        "kernel": one.name,
+        "us": ours * 1e6,
+        "torch_us": theirs * 1e6,
+        "ratio": theirs / ours,
+    }
+
+
 def key_bytes(task: Task) -> int:
     """Bytes of a token's keys and values in one layer."""
     attrs = task.node.shape.attrs
@@ -299,9 +326,9 @@ def sources(config: GpuConfig, model: str) -> list[Source]:
     for bucket in base.buckets:
         for node in nodes_of(base.program, base.weights, bucket, "cuda", records):
             one = Candidate.of(node)
-            if node.shape.op == "attention":
+            if node.shape.op in ("attention", "sample"):
                 found += one.sources(node.shape)
-                if bucket == few:
+                if node.shape.op == "attention" and bucket == few:
                     fixed = replace(one, config=replace(one.config, balanced=False))
                     found += fixed.sources(node.shape)
             elif node.shape.op in PRODUCTS and bucket in sizes.products:
