@@ -76,8 +76,6 @@ def calls(config: GpuConfig, model: str) -> Iterator[dict[str, Any]]:
             reads.release()
         out["skewed"] = skewed(meter, sizes, records)
         yield out
-        out["sampling"] = sampling(meter, sizes, records, device)
-        yield out
         out["products"] = products(meter, sizes, records, device)
         for name, least, most in (("few_rows", 0, 64), ("many_rows", 512, math.inf)):
             ratios = [p["ratio"] for p in out["products"].values() if least <= p["rows"] <= most]
@@ -88,6 +86,8 @@ def calls(config: GpuConfig, model: str) -> Iterator[dict[str, Any]]:
         for tokens in sizes.prompts:
             out["prefill"].append(attention_prefill(meter, sizes, records, tokens, device))
             yield out
+        out["sampling"] = sampling(meter, sizes, records, device)
+        yield out
 
 
 def drafted(config: GpuConfig, model: str) -> tuple[Draft, CompileConfig]:
