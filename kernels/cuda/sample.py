@@ -1,5 +1,5 @@
-"""Registration of the CUDA kernel of sampling: two launches, the second for rows with top-k, top-p
-or min-p only. Imported by kernels/cuda/register.py."""
+"""Registration of the CUDA kernel of sampling: five launches, the second and the last two for rows
+with top-k, top-p or min-p only (code/sample_scan.py). Imported by kernels/cuda/register.py."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from kernels.cuda.kernel import SIZES, Config, CudaKernel, counters, launch, pointer, register
+from kernels.cuda.kernel import SIZES, Config, CudaKernel, launch, pointer, register
 from kernels.cuda.kernel import workspace as scratch
 from kernels.cuda.rows import PROCESSORS, power
 from kernels.kernel import CallShape
-from kernels.launch import COUNTERS_BYTES, Launch, Pointer
+from kernels.launch import Launch, Pointer
 
-# Constants of code/sample.py.
+# Constants of code/sampling.py.
 TOP_TILE, WORDS, REALS = 32, 8, 4
 BINS = 2048
 ROOM = 8192  # candidates of a row
@@ -34,6 +34,23 @@ OUTPUTS = {
 }
 
 
+def _names(text: str) -> frozenset[str]:
+    """Parameters: pointers in small letters, without their ending."""
+    return frozenset(name if name.isupper() else f"{name}_ptr" for name in text.split())
+
+
+_ROW = """live logits row_slot row_flags row_mask masks counts bias frequency presence repetition
+    temperature min_p words reals VOCAB COLUMNS STATE MASK CHUNK SPLITS BINS"""
+_PARTS = "row_target row_top top_k top_p best best_id raw_max raw_sum bad weight top bins"
+_TOKEN = "row_token seed positions last token logprob top_k top_p SPLIT_TILE ROOM TILE"
+_OTHERS = frozenset({"words_ptr", "bins_ptr", "reals_ptr", "BINS"})
+SCAN = _names(f"{_ROW} {_PARTS}") - _OTHERS
+COUNT = _names(f"{_ROW} row_target top_k top_p bins") - {"words_ptr"}
+JOIN = _names(f"{_ROW} {_PARTS} {_TOKEN} top_ids top_logprobs status")
+COLLECT = _names(f"{_ROW} masses candidates ROOM")
+DRAW = _names(f"{_ROW} {_TOKEN} masses candidates")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleConfig(Config):
     """`chunk`: vocabulary of a program; `tile`: candidates looked at together; `warps` of both."""
@@ -52,9 +69,7 @@ def _splits(call: CallShape, config: SampleConfig) -> int:
 
 
 def _accepts(call: CallShape) -> str | None:
-    rows, vocab = _rows(call), call.attrs["vocab"]
-    if rows > COUNTERS_BYTES // 4:
-        return f"{rows} logit rows are more than the {COUNTERS_BYTES // 4} counters"
+    vocab = call.attrs["vocab"]
     if vocab > MOST_SPLITS * 8192:
         return f"a vocabulary of {vocab} is more than {MOST_SPLITS * 8192}"
     if call.dtypes["logits"] != "float32":
@@ -71,15 +86,14 @@ def _valid(call: CallShape, config: SampleConfig) -> str | None:
 
 
 def _default(call: CallShape) -> SampleConfig:
-    """16 logits per thread: more would not stay in registers beside what the last program of a row
-    needs."""
+    """8 logits per thread: registers for two programs on a processor."""
     vocab = call.attrs["vocab"]
-    chunk = 4096
+    chunk = 2048
     while chunk > 1024 and chunk // 2 >= vocab:
         chunk //= 2
     while vocab > MOST_SPLITS * chunk:
         chunk *= 2
-    return SampleConfig(chunk=chunk, tile=1024, warps=8)
+    return SampleConfig(chunk=chunk, tile=512, warps=8)
 
 
 def _segments(call: CallShape, config: SampleConfig) -> dict[str, tuple[str, int]]:
@@ -118,7 +132,6 @@ def _launches(call: CallShape, config: SampleConfig) -> tuple[Launch, ...]:
     places, _ = _place(call, config)
     named = {name: name for name in ("live", "logits", *ROW_INPUTS, "positions")}
     slots = {f"{n}_ptr": pointer(call, arg) for n, arg in {**named, **STATE, **OUTPUTS}.items()}
-    everything: dict[str, Any] = {**slots, **places, "counter_ptr": counters()}
     sizes: dict[str, Any] = {
         "VOCAB": call.attrs["vocab"],
         "COLUMNS": columns,
@@ -129,29 +142,21 @@ def _launches(call: CallShape, config: SampleConfig) -> tuple[Launch, ...]:
         "SPLIT_TILE": power(splits),
         "BINS": BINS,
         "ROOM": ROOM,
+        "TILE": min(config.tile, config.chunk),
     }
-    second = {"masses_ptr", "candidates_ptr"}
-    first = {"row_target_ptr", "row_top_ptr", "top_ids_ptr", "top_logprobs_ptr", "status_ptr"}
-    first |= {f"{name}_ptr" for name in ("best", "best_id", "raw_max", "raw_sum", "bad")}
-    first |= {"weight_ptr", "top_ptr", "bins_ptr"}
+    everything = {**slots, **places, **sizes}
+
+    def one(function: str, grid: tuple[int, int, int], names: frozenset[str]) -> Launch:
+        given = {name: value for name, value in everything.items() if name in names}
+        return launch(function, grid, warps=config.warps, stages=3, **given)
+
+    fixed = (min(rows * splits, 4 * PROCESSORS), 1, 1)
     return (
-        launch(
-            "sample.scan_kernel",
-            (splits, rows, 1),
-            warps=config.warps,
-            stages=3,
-            **{n: slot for n, slot in everything.items() if n not in second},
-            **sizes,
-        ),
-        launch(
-            "sample.collect_kernel",
-            (min(rows * splits, 4 * PROCESSORS), 1, 1),
-            warps=config.warps,
-            stages=3,
-            **{n: slot for n, slot in everything.items() if n not in first},
-            **sizes,
-            TILE=config.tile,
-        ),
+        one("sample_scan.scan_kernel", (splits, rows, 1), SCAN),
+        one("sample_count.count_kernel", fixed, COUNT),
+        one("sample_join.join_kernel", (rows, 1, 1), JOIN),
+        one("sample_collect.collect_kernel", fixed, COLLECT),
+        one("sample_draw.draw_kernel", (rows, 1, 1), DRAW),
     )
 
 

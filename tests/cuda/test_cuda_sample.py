@@ -4,15 +4,18 @@ whatever the chunks."""
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cuda_harness import check_case, make_case, run_case
+from rowwise_calls import MODELS, calls
 
 import kernels.cuda.register
 import kernels.ops.register  # noqa: F401
 from kernels.cuda import sample as sampling
+from kernels.cuda.build import build_cuda
 from kernels.cuda.state import EditConfig
 from kernels.kernel import KERNELS
 from kernels.op import OPS, Sample
@@ -101,3 +104,12 @@ def test_angles_are_exact_at_every_position() -> None:
     angle = (positions.float()[:, None] * freq).double()
     want = torch.cat((angle.cos(), angle.sin()), dim=1)
     assert (case.memory["out"].double() - want).abs().max() < 2.5e-7  # two units of float32 at 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", sorted(MODELS))
+def test_registers_leave_room_for_two_programs(model: str, tmp_path: Path) -> None:
+    (call,) = (c for c in calls(MODELS[model], "decode", 64, 64) if c.op == "sample")
+    made = [launch.source for launch in SAMPLE.launches(call, SAMPLE.default(call))]
+    for source, (binary, _) in build_cuda([s for s in made if s], tmp_path).items():
+        assert binary.registers <= 128 and binary.stack == 0, source.function
