@@ -13,14 +13,14 @@ from conf.schema import MISSING, option
 @dataclass(slots=True)
 class LatencyConfig:
     """A static batch through the engine loop, without a server. `runs`: measured runs of each
-    (batch, input_len, output_len), of which the medians are reported; two of every ten decode steps
-    do not count, so that `output_len` is 4 at least. `threads`: kernel threads
-    (null: all cores)."""
+    (batch, input_len, output_len), of which the medians are reported; four of every twelve decode
+    steps do not count, so that `output_len` is 6 at least. `threads`: kernel threads (null: all
+    cores)."""
 
     artifact: str = MISSING
     batch: list[int] = field(default_factory=lambda: [1], metadata={"low": 1})
     input_len: int = option(1024, low=1)
-    output_len: int = option(128, low=4)
+    output_len: int = option(128, low=6)
     runs: int = option(3, low=1)
     warmup_decode: int = option(32, low=0)
     threads: int | None = option(None, low=1)

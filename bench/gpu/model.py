@@ -127,7 +127,7 @@ def prefill(config: GpuConfig, artifact: str) -> dict[str, Any]:
         tokens = min(length, longest)
         (line,) = measured(
             "bench.latency",
-            *(f"artifact={artifact}", "batch=[1]", f"input_len={tokens}", "output_len=4"),
+            *(f"artifact={artifact}", "batch=[1]", f"input_len={tokens}", "output_len=6"),
             *("runs=5", "warmup_decode=2"),
         )
         out[f"tokens_{length}"] = {

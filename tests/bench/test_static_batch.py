@@ -9,6 +9,7 @@ from bench.bandwidth import Rate, share_of_bound
 from bench.errors import BenchError
 from bench.static_batch import WARM_STEPS, StaticBatch, TooLarge
 from bench.windows import WINDOW, windows
+from conf.bench_schema import LatencyConfig
 from runtime.core.loop import EngineLoop
 from runtime.core.options import EngineOptions
 from runtime.device.base import Capacity
@@ -47,6 +48,13 @@ def test_runs_do_not_disturb_each_other() -> None:
     batch = static()
     for seed in range(3):
         assert len(batch.run(batch.prompts(4, 16, seed), 5).decode) == 4
+
+
+def test_the_shortest_run_that_is_allowed_has_steps_that_count() -> None:
+    shortest = LatencyConfig.__dataclass_fields__["output_len"].metadata["low"]
+    batch = static()
+    assert batch.run(batch.prompts(2, 16, 0), shortest, pause=lambda: None).decode
+    assert not batch.run(batch.prompts(2, 16, 1), shortest - 1, pause=lambda: None).decode
 
 
 class Memory:

@@ -77,10 +77,12 @@ def build() -> Path:
 
 
 def environment(**settings: int) -> dict[str, str]:
-    """For a process whose driver is the stub: real cubins, no log, and `settings`."""
+    """For a process whose driver is the stub: real cubins, no log, and `settings`; its Triton
+    compiles, whatever this one's does."""
     given = {"cubins": 1, "log": 0, "free": 2 << 30, **settings}
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return {
-        **os.environ,
+        **inherited,
         "LD_LIBRARY_PATH": str(build().parent),
         **{f"CUDA_STUB_{name}": str(value) for name, value in given.items()},
     }
