@@ -174,7 +174,7 @@ class Tuner:
             if again is not None and again.round:
                 window.append(again)
             else:
-                self.note(open.search)
+                self.note(open.search, partial=time.monotonic() > self.calls_end)
         for open in window:  # what there is of a call that was begun counts until a later run
             self.note(open.search, partial=True)
         self.missed = len(waiting) + sum(not open.search.seconds for open in window)
@@ -192,14 +192,17 @@ class Tuner:
         return Open(search, chosen, [builders.submit(source) for source in sources])
 
     def near(self, task: Task) -> list[Candidate]:
-        """What was best for the same call in the buckets of the nearest sizes."""
+        """What a search that was cut short found best, and what was best for the same call in the
+        buckets of the nearest sizes."""
 
         def far(pair: tuple[Bucket, Mapping[str, Any]]) -> tuple[bool, float]:
             other, size = pair[0], task.bucket.tokens
             return other.kind != task.bucket.kind, max(other.tokens / size, size / other.tokens)
 
-        known = sorted(self.winners.get(name_of(task), []), key=far)[:3]
-        found = (candidate(task, entry) for _, entry in known)
+        own = self.known.get(task.key)
+        others = sorted(self.winners.get(name_of(task), []), key=far)[:3]
+        entries = [*([own] if own else []), *(entry for _, entry in others)]
+        found = (candidate(task, entry) for entry in entries)
         return [one for one in found if one is not None]
 
     def measure(self, open: Open) -> bool:

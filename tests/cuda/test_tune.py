@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ from compiler.design import draft, nodes_of
 from compiler.errors import CompileError
 from compiler.lower import Node
 from compiler.measure import Candidate, Task
-from compiler.tune import FIRST_OPS, anchors, main, ordered
+from compiler.progress import Progress
+from compiler.tune import FIRST_OPS, Tuner, anchors, main, ordered
 from compiler.tune_inputs import lengths, step_inputs
 from compiler.tune_process import Lost, Process
 from compiler.tune_search import Search
@@ -159,6 +162,48 @@ def test_a_candidate_that_takes_the_device_down_stops_no_other(
     again = tune(tmp_path, *words, **{setting: 64})
     assert again.returncode == 0 and "hung" not in again.stderr
     assert load_records("h200", tmp_path) == records
+
+
+class Clock:
+    """A process that measures and a pool that builds, of which the time is up after two answers."""
+
+    def __init__(self) -> None:
+        self.hello = {"gpu": "fake", "driver": 13000}
+        self.answers = [3e-6, 1e-6]
+        self.tuner: Any = None
+
+    def ask(self, question: dict[str, Any], seconds: float) -> dict[str, Any]:
+        if len(self.answers) == 1:
+            self.tuner.calls_end = 0.0
+        return {"seconds": self.answers.pop(0)}
+
+    def submit(self, source: Any) -> Future[None]:
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+
+def test_a_search_cut_short_within_a_round_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counts as partial, and a later run begins with what it found best."""
+    config = load_config(TuneConfig, "tune", ["model=tiny", "target=h200"]).config
+    base = draft(toy("llama"), cuda_config())
+    monkeypatch.setattr(Tuner, "usable", lambda *args, **options: True)
+
+    def tuner() -> Any:
+        clock: Any = Clock()
+        deadline = time.monotonic() + 600
+        clock.tuner = Tuner(base, config, clock, Progress(), tmp_path, deadline)
+        return clock.tuner
+
+    task = next(t for t in ordered(base, ["linear"]) if len(t.candidates) > 4)
+    first = tuner()
+    first.search([task], first.process)
+    entry = first.records.entries[task.key]
+    assert entry["partial"] and entry["us"] == 1.0
+    later = tuner().near(task)
+    assert [asdict(one.config) for one in later] == [entry["config"]]
 
 
 def fake_task(kernel: CudaKernel, configs: list[Any]) -> Task:
