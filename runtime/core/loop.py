@@ -94,6 +94,8 @@ class EngineLoop:
 
     def abort(self, request: int) -> None:
         if self._compiling.pop(request, None) is not None:
+            assert self.grammars is not None
+            self.grammars.forget([request])  # others wait behind it
             self._end_early(request, "Aborted", None)
         self.scheduler.abort(request)
 
@@ -194,8 +196,8 @@ class EngineLoop:
         if policy.waiting_requests is not None and len(self._compiling) >= policy.waiting_requests:
             raise InvalidRequest(QUEUE_FULL, status=503)
         deadline = self._clock() + (policy.queue_wait_s or float("inf"))
-        self._compiling[request.id] = request, deadline
         self.grammars.open(request.id, grammar)
+        self._compiling[request.id] = request, deadline
 
     def _admit_compiled(self, wait: float) -> None:
         """Requests whose grammars are compiled, or will not be. `wait`: seconds, when there is

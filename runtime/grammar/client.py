@@ -75,13 +75,10 @@ class Grammars:
         self._advanced: Advanced | None = None
         self.masks: I32 = np.zeros((options.slots, -(-options.vocab // 32)), np.int32)
 
-    @property
-    def waiting(self) -> int:
-        """Requests whose grammars are not compiled yet."""
-        return len(self._queue) + (self._sent is not None) + len(self._outcomes)
-
     def open(self, id_: int, grammar: Grammar) -> None:
         """`poll` says when the sequence `id_` can be followed."""
+        if self._child is not None and self._child.poll() is not None:
+            self._lose()  # it ended while nobody needed it
         if self._unable is None and self._channel is None:
             self._start()
         if self._unable is not None:
@@ -129,7 +126,7 @@ class Grammars:
         """Their sequences have ended."""
         for wanted in [w for w in self._queue if w.id in ids]:
             self._queue.remove(wanted)
-        if self._channel is not None:
+        if self._channel is not None and self._started:  # before, it neither knows them nor reads
             try:
                 self._channel.send(Forget(ids=ids))
             except EOFError:
@@ -161,7 +158,9 @@ class Grammars:
             os.lseek(text, 0, os.SEEK_SET)
             os.ftruncate(table, self.masks.nbytes)
             shared = mmap.mmap(table, self.masks.nbytes)
-            self.masks = np.frombuffer(shared, np.int32).reshape(self.masks.shape)
+            masks = np.frombuffer(shared, np.int32).reshape(self.masks.shape)
+            masks[:] = self.masks  # a step may still need those of a worker that has ended
+            self.masks = masks
             fds = (theirs.fileno(), text, table)
             self._child = subprocess.Popen(
                 [

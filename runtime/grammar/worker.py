@@ -71,8 +71,8 @@ class Job:
         if self._thread.is_alive():
             return None
         self._thread.join()
-        if self._error is not None:
-            raise self._error
+        if self._matcher is None:
+            raise self._error or GrammarError("it cannot be compiled")  # the log says more
         return self._matcher
 
     def _build(self, text: str) -> None:

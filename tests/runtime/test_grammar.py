@@ -163,6 +163,24 @@ def test_a_dead_worker_ends_its_sequences_and_is_replaced(tokenizer: Tokenizer) 
     assert made.advance([(1, -1, 0)]) == [(FAILED, ENDED)]
     assert outcome(made, 2, CODE) is None
     assert made.advance([(1, -1, 0), (2, -1, 1)])[1] == (GOES_ON, "")
+    before = allowed(made, 1)
+    os.kill(made._child.pid, signal.SIGKILL)
+    made._child.wait()
+    assert outcome(made, 3, CODE) is None, "a request that finds it dead starts another"
+    assert before and allowed(made, 1) == before, "what a step was promised still holds"
+    assert made.advance([(2, -1, 1), (3, -1, 0)]) == [
+        (FAILED, "the grammar worker was restarted"),
+        (GOES_ON, ""),
+    ]
+    made.close()
+
+
+def test_nobody_waits_behind_what_is_forgotten(tokenizer: Tokenizer) -> None:
+    made = grammars(tokenizer)
+    for id_ in range(1, 200):
+        made.open(id_, Grammar(kind="ebnf", text=BOMB))
+        made.forget([id_])
+    assert outcome(made, 200, CODE) is None
     made.close()
 
 
@@ -305,6 +323,17 @@ def test_aborts_and_drains_while_a_grammar_compiles(tokenizer: Tokenizer) -> Non
     run.loop.abort(2)
     run(request(3))
     assert [run.ends[i].reason for i in (1, 2, 3)] == ["abort", "abort", "length"]
+    assert run.loop.grammars is not None and not run.loop.grammars._queue
+
+
+def test_a_worker_that_cannot_start_refuses_the_request_and_no_more(tokenizer: Tokenizer) -> None:
+    def damaged() -> bytes:
+        raise OSError("damaged")
+
+    run = Run(tokenizer)
+    run.loop.grammars = Grammars(damaged, WorkerOptions(vocab=VOCAB, eos=EOS, slots=8))
+    run(request(1, CODE), request(2))
+    assert run.ends[1].status == 500 and run.ends[2].reason == "length"
 
 
 def test_without_a_tokenizer_a_grammar_is_refused(tokenizer: Tokenizer) -> None:
