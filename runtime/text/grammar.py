@@ -25,7 +25,13 @@ def read_grammar(given: Mapping[GrammarKind, str | None], limits: LimitsConfig) 
         raise InvalidRequest(EXCLUSIVE, param=grammars[1].kind)
     for grammar in grammars:
         most = limits.regex_bytes if grammar.kind == "regex" else limits.grammar_bytes
-        size = len(grammar.text.encode(errors="surrogatepass"))
+        try:
+            size = len(grammar.text.encode())
+        except UnicodeEncodeError:  # no JSON body can hold one, a caller's string can
+            raise InvalidRequest(
+                f"{grammar.kind} must be Unicode text, got half of a surrogate pair.",
+                param=grammar.kind,
+            ) from None
         if size > most:
             raise InvalidRequest(
                 f"{grammar.kind} is {size} bytes, over the {most}-byte limit", param=grammar.kind

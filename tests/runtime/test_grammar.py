@@ -395,3 +395,5 @@ def test_an_invalid_grammar_is_the_callers_error(engine: Engine) -> None:
         engine.generate("A", {"regex": "a", "ebnf": 'root ::= "a"'})
     with pytest.raises(InvalidRequest, match="regex is 5000 bytes, over the 4096-byte limit"):
         engine.generate("A", {"regex": "a" * 5000})
+    with pytest.raises(InvalidRequest, match="ebnf must be Unicode text, got half of a surrogate"):
+        engine.generate("A", {"ebnf": 'root ::= "\ud800"'})
