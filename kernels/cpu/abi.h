@@ -18,7 +18,7 @@ union hs_arg {
     double f;
 };
 
-struct hs_team;   // threads and their barrier; defined in team.h
+struct hs_team;   // threads and the state of the phase they work on; defined in team.h
 
 struct hs_ctx {
     int32_t thread;    // the share: 0 .. threads-1
