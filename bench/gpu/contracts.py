@@ -1,13 +1,14 @@
 """Every CUDA kernel on every sample of its op, on the device, against the op's reference.
 
 The samples and the comparison are those of the interpreter tests; only what runs the launches
-differs. Out: how many were right, and every failure.
+differs. Out: how many were wrong, and every failure.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,23 @@ import numpy as np
 
 import kernels.cuda.register
 import kernels.ops.register  # noqa: F401
-from compiler.bind import Built, bind, build
+from compiler.bind import Built, bind
 from conf.bench_schema import GpuConfig
+from kernels.cuda.build import build_each
 from kernels.cuda.kernel import CudaKernel
 from kernels.kernel import KERNELS
 from kernels.launch import COUNTERS, COUNTERS_BYTES, WORKSPACE, Descriptor, Pointer, Source
 from kernels.op import OPS
+from kernels.toolchain import ToolchainError
+from runtime.device.driver import DriverError
 from runtime.device.launcher import Launcher
+from runtime.errors import HeadstartError
 
 HARNESS = Path(__file__).resolve().parents[2] / "tests" / "cuda"
 sys.path.insert(0, str(HARNESS))
 POOL = 256 << 20  # bytes of device memory for one case
 ALIGN = 256
+SHOWN = 20  # failures told while it runs
 
 
 def cases() -> list[tuple[CudaKernel, str, Any, Any]]:
@@ -42,31 +48,55 @@ def cases() -> list[tuple[CudaKernel, str, Any, Any]]:
 
 
 def sources() -> list[Source]:
-    launches = (x for k, _, case, c in cases() for x in k.launches(case.call, c))
+    return _sources(cases())
+
+
+def _sources(todo: list[tuple[CudaKernel, str, Any, Any]]) -> list[Source]:
+    launches = (x for k, _, case, c in todo for x in k.launches(case.call, c))
     return [launch.source for launch in launches if launch.source is not None]
 
 
-def contracts(config: GpuConfig) -> dict[str, Any]:
+def contracts(config: GpuConfig) -> Iterator[dict[str, Any]]:
+    """The figures so far before every case, so that one that hangs has a name; `failed`, how many
+    were wrong, at the end. A fault on the device ends it: this process has lost the device."""
     todo = cases()
     harness = importlib.import_module("cuda_harness")
-    launches = [x for kernel, _, case, c in todo for x in kernel.launches(case.call, c)]
-    built = build(launches, config.cache)
+    built, unbuilt = build_each(_sources(todo), Path(config.cache).expanduser())
     failures: list[str] = []
-    with Launcher() as launcher:
-        pool = launcher.allocate(POOL)
-        for kernel, label, case, choice in todo:
-            try:
-                run_on_device(launcher, pool, built, kernel, case, choice)
-                harness.check_case(case)
-            except AssertionError as error:
-                failures.append(f"{kernel.name} on {label}: {str(error).strip()[:300]}")
-    return {
+    figures = {
         "kernels": len({kernel.name for kernel, *_ in todo}),
         "cases": len(todo),
         "cubins": len(built),
-        "failed": len(failures),
-        "failures": failures,
     }
+    ran = 0
+    with Launcher() as launcher:
+        pool = launcher.allocate(POOL)
+        for kernel, label, case, choice in todo:
+            name = f"{kernel.name} on {label}"
+            yield {**figures, "ran": ran, "running": name, "failures": failures[-SHOWN:]}
+            ran += 1
+            try:
+                for x in kernel.launches(case.call, choice):
+                    if x.source in unbuilt:
+                        raise unbuilt[x.source]
+                run_on_device(launcher, pool, built, kernel, case, choice)
+                harness.check_case(case)
+            except (AssertionError, ToolchainError) as error:
+                failures.append(f"{name}: {str(error).strip()[:300]}")
+            except HeadstartError as error:
+                failures.append(f"{name}: {error}"[:300])
+                if not _alive(launcher, pool):
+                    break
+        yield {**figures, "ran": ran, "failed": len(failures), "failures": failures}
+
+
+def _alive(launcher: Launcher, address: int) -> bool:
+    """Whether the device still answers: after a fault no call does, after a refused launch all."""
+    try:
+        launcher.fill(address, 1)
+    except DriverError:
+        return False
+    return True
 
 
 def run_on_device(

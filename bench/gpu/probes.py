@@ -385,9 +385,9 @@ PROBES: dict[str, Probe] = {
     "wished_addresses": wished_addresses,
     "graph_cost": graph_cost,
     "node_updates": node_updates,
-    "clusters": clusters,
     "torch_views": torch_views,
     "bindings": bindings,
     "memory_calls": memory_calls,
     "crc_rate": crc_rate,
+    "clusters": clusters,  # last: tries what may end in a fault
 }
