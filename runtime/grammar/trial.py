@@ -18,7 +18,7 @@ from runtime.request import Grammar
 
 
 class Trial:
-    """To be started while this process has no other thread."""
+    """To be started while no other thread of this process is at work."""
 
     def __init__(self, tokenizer: LLTokenizer, grammar: Grammar, options: WorkerOptions) -> None:
         self._options = options
@@ -69,7 +69,10 @@ def _run(tokenizer: LLTokenizer, grammar: Grammar, options: WorkerOptions, answe
 
 
 def limit_memory(more: int) -> None:
-    """This process may take `more` bytes than now."""
+    """This process may take `more` bytes than now, as far as the limit it has allows."""
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + more, used + more))
+    most, now = used + more, resource.getrlimit(resource.RLIMIT_AS)[0]
+    if now != resource.RLIM_INFINITY:
+        most = min(most, now)
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))

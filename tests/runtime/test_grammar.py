@@ -8,6 +8,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -190,6 +192,19 @@ def test_a_tokenizer_that_cannot_be_constrained_is_said_once_and_for_all() -> No
         assert "cannot be constrained" in str(outcome(made, id_, CODE))
     none = Grammars(lambda: None, WorkerOptions(vocab=9, eos=(), slots=2))
     assert "no tokenizer" in str(outcome(none, 1, CODE))
+
+
+def test_a_memory_limit_never_asks_for_more_than_there_is() -> None:
+    program = """
+from resource import RLIMIT_AS, getrlimit, setrlimit
+from runtime.grammar.trial import limit_memory
+setrlimit(RLIMIT_AS, (1 << 36, 1 << 36))
+limit_memory(1 << 40)
+assert getrlimit(RLIMIT_AS) == (1 << 36, 1 << 36)
+limit_memory(1 << 24)
+assert getrlimit(RLIMIT_AS)[1] < 1 << 36
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_cache_is_bounded_in_bytes_and_forgets_the_oldest() -> None:
