@@ -191,7 +191,7 @@ class EngineLoop:
         assert grammar is not None
         if self.grammars is None:
             raise InvalidRequest("This engine has no tokenizer: it takes no grammars.")
-        if request.id in self._compiling:
+        if request.id in self._compiling or request.id in self.scheduler.live:
             raise InvalidRequest("The request id is in use.")
         if policy.waiting_requests is not None and len(self._compiling) >= policy.waiting_requests:
             raise InvalidRequest(QUEUE_FULL, status=503)

@@ -341,6 +341,19 @@ def test_aborts_and_drains_while_a_grammar_compiles(tokenizer: Tokenizer) -> Non
     assert run.loop.grammars is not None and not run.loop.grammars._queue
 
 
+def test_a_second_request_of_a_running_id_leaves_the_first_alone(tokenizer: Tokenizer) -> None:
+    run = Run(tokenizer)
+    run.loop.add(request(1, CODE))
+    while 1 not in run.loop.scheduler.live:
+        run.loop.step()
+    run.loop.add(request(1, Grammar(kind="regex", text="x")))
+    assert not run.loop._compiling
+    refusals = [event for event in run.loop.step() if event.finish is not None]
+    assert [e.finish.status for e in refusals if e.finish is not None] == [400]
+    run()
+    assert run.ends[1] == Finish(reason="stop")
+
+
 def test_a_worker_that_cannot_start_refuses_the_request_and_no_more(tokenizer: Tokenizer) -> None:
     def damaged() -> bytes:
         raise OSError("damaged")
