@@ -42,7 +42,7 @@ Probe = Callable[[Launcher, GpuConfig], dict[str, Any]]
 
 
 def probes(config: GpuConfig) -> Iterator[dict[str, Any]]:
-    """The figures so far, after each probe."""
+    """The figures so far, after each probe; `failed`, how many, after the last."""
     found: dict[str, Any] = {}
     for name, probe in PROBES.items():
         with Launcher() as launcher:
@@ -50,8 +50,8 @@ def probes(config: GpuConfig) -> Iterator[dict[str, Any]]:
                 found[name] = probe(launcher, config)
             except Exception as error:  # noqa: BLE001 - whatever it was, the next one is tried
                 found[name] = {"error": f"{type(error).__name__}: {error}"[:500]}
-        failed = [name for name, figures in found.items() if "error" in figures]
-        yield {**found, "failed": len(failed)}
+        failed = sum("error" in figures for figures in found.values())
+        yield {**found, **({"failed": failed} if len(found) == len(PROBES) else {})}
 
 
 def counting(ctas: int = 1) -> Launch:
@@ -120,10 +120,11 @@ def assembled_by(source: Source, assembler: Path) -> tuple[Binary, bytes]:
     )
     with tempfile.TemporaryDirectory() as folder:
         chosen = {"TRITON_PTXAS_PATH": str(assembler), "TRITON_CACHE_DIR": folder}
+        outside = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         done = subprocess.run(
             [sys.executable, "-c", code],
             input=json.dumps(asdict(source)),
-            env=os.environ | ENVIRONMENT | chosen,
+            env=outside | ENVIRONMENT | chosen,
             capture_output=True,
             text=True,
             check=False,

@@ -47,8 +47,22 @@ def machine(config: GpuConfig, model: str, artifact: str) -> Figures:
             "multiprocessors": gpu.multiprocessors,
             "l2_bytes": gpu.l2,
             "free_bytes": launcher.free_memory(),
-            "versions": {name: _version(name) for name in names},
+            "versions": {name: _version(name) for name in names} | _tools(),
         }
+
+
+def _tools() -> dict[str, str]:
+    """Versions of what builds kernels: those of a bundle are found where they are the same."""
+    from kernels.cuda.build import versions
+    from kernels.toolchain import ToolchainError
+
+    found: dict[str, str] = {}
+    for language, tool in (("triton", "ptxas"), ("cuda", "nvcc")):
+        try:
+            found[tool] = versions(language)[tool]
+        except ToolchainError as error:
+            found[tool] = str(error)
+    return found
 
 
 def _version(package: str) -> str:

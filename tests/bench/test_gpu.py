@@ -57,6 +57,7 @@ def test_every_section_is_recorded_and_none_stops_another(tmp_path: Path) -> Non
     document = json.loads(path.read_text())
     status = {r["section"]: r for r in document["sections"]}
     assert status["machine"]["figures"]["gpu"] == "Stub"
+    assert {"torch", "triton", "ptxas", "nvcc"} <= set(status["machine"]["figures"]["versions"])
     assert "sees no GPU" in status["calls"]["error"]
     assert "/nowhere: expected a directory" in status["restore"]["error"]
     assert document["unmeasured"] == ["restore tiny", "calls tiny"]
