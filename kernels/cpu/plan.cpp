@@ -156,7 +156,7 @@ void* worker(void* arg) {
     if (!pass_gate(team)) return nullptr;
     for (uint32_t epoch = 0;;) {
         epoch = await_epoch(team, start.thread, epoch);
-        if (team->stop) return nullptr;
+        if (team->stop.load(std::memory_order_relaxed)) return nullptr;
         run_share(team, start.thread, epoch);
     }
 }
@@ -227,7 +227,7 @@ HS_EXPORT void hs_close(void* handle) {
     pthread_mutex_lock(&team->mutex);
     while (team->done < team->submitted) pthread_cond_wait(&team->done_changed, &team->mutex);
     pthread_mutex_unlock(&team->mutex);
-    team->stop = true;
+    team->stop.store(true, std::memory_order_relaxed);
     publish(team);
     for (int i = 0; i < team->threads; i++) pthread_join(team->handles[i], nullptr);
     delete team;

@@ -64,7 +64,7 @@ struct hs_team {
     alignas(64) hs_job job;
     int node = 0, phase = 0;
     double begun = 0, node_begun = 0;
-    bool stop = false;
+    std::atomic<bool> stop{false};  // also read by a thread that others made late for an epoch
 
     // Queue: tickets are 1, 2, 3, …; `done` is the last finished one. Guarded by `mutex`.
     alignas(64) pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
