@@ -35,6 +35,7 @@ from compiler.tune_search import Search
 from compiler.tuned import FOLDER, Records, call_key, load_records, save_records
 from conf.errors import ConfigError
 from conf.load import run
+from conf.options import group_choices
 from conf.schema import TuneConfig
 from kernels.cuda.build import Builders, build_cuda, versions
 from kernels.launch import Source
@@ -71,10 +72,21 @@ def main(config: TuneConfig, sources: Mapping[str, str]) -> None:
     base = draft(model.spec, resolved)
     job = {"config": msgspec.to_builtins(resolved)}
     with Process([sys.executable, "-m", "compiler.tune_worker"], job) as process:
+        check_gpu(config.target.name, process.hello["gpu"])
         tuner = Tuner(base, resolved, process, progress, folder, deadline)
         records = tuner.run()
     path = save_records(records, folder)
     progress.show(f"{len(records.entries)} records in {path}")
+
+
+def check_gpu(target: str, gpu: str) -> None:
+    """Records are kept by target: those of another GPU would pass for its."""
+    for other in group_choices("target"):
+        if other != target and other in gpu.lower():
+            raise ConfigError(
+                f"target={target}: this machine's GPU is {gpu}, its records are those of "
+                f"target={other}"
+            )
 
 
 @dataclass(slots=True)

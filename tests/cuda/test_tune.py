@@ -22,7 +22,7 @@ from compiler.errors import CompileError
 from compiler.lower import Node
 from compiler.measure import Candidate, Task
 from compiler.progress import Progress
-from compiler.tune import FIRST_OPS, Tuner, anchors, main, ordered
+from compiler.tune import FIRST_OPS, Tuner, anchors, check_gpu, main, ordered
 from compiler.tune_inputs import lengths, step_inputs
 from compiler.tune_process import Lost, Process
 from compiler.tune_search import Search
@@ -162,6 +162,13 @@ def test_a_candidate_that_takes_the_device_down_stops_no_other(
     again = tune(tmp_path, *words, **{setting: 64})
     assert again.returncode == 0 and "hung" not in again.stderr
     assert load_records("h200", tmp_path) == records
+
+
+def test_records_of_another_gpu_are_not_written_under_this_name() -> None:
+    check_gpu("h200", "NVIDIA H200")
+    check_gpu("h200", "Stub")
+    with pytest.raises(ConfigError, match=r"target=h200: .* NVIDIA H100 80GB HBM3, .*target=h100"):
+        check_gpu("h200", "NVIDIA H100 80GB HBM3")
 
 
 class Clock:
