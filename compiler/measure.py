@@ -17,6 +17,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import torch
 
 from compiler.bind import Built, bind, bind_plan
 from compiler.design import Draft, nodes_of
@@ -32,6 +33,7 @@ from kernels.cuda.kernel import CudaKernel
 from kernels.kernel import CallShape
 from kernels.launch import COUNTERS, COUNTERS_BYTES, WORKSPACE, Descriptor, Pointer, Source
 from kernels.op import OPS
+from kernels.ops.kv import KV_DTYPES, layer_bytes
 from runtime.artifact import ARENAS, Bucket
 from runtime.device.launcher import Call, Launcher
 from runtime.weights_file import itemsize
@@ -291,8 +293,20 @@ class TimedCall:
 
         return address
 
+    def written_pages(self) -> list[int]:
+        """Where the layer lies in pages that the call writes to: those of the first, a middle and
+        the last token. None where it writes to none."""
+        call, base = self.task.node.call, self.meter.base
+        if "kv_slots" not in call.ins:
+            return []
+        tokens = int(self.inputs["live"][0])
+        slots = self.inputs["kv_slots"][[0, tokens // 2, tokens - 1]]
+        first = self.meter.state + base.state_offsets["kv"] + call.attrs["layer_offset"]
+        pages = sorted({int(slot) // self.meter.page for slot in slots})
+        return [first + page * base.state.page_bytes for page in pages]
+
     def results(self, calls: Sequence[Call]) -> dict[str, np.ndarray]:
-        """What the first copy's outputs hold after one run."""
+        """What the first copy's outputs, and some of the pages written to, hold after one run."""
         launcher, program = self.meter.launcher, self.meter.base.program
         outs = {
             arg: name
@@ -301,6 +315,9 @@ class TimedCall:
         }
         for arg in outs:
             launcher.fill(self.places[0][arg], self.sizes[arg], 0)
+        attrs, pages = dict(self.task.node.call.attrs), self.written_pages()
+        for at in pages:
+            launcher.fill(at, layer_bytes(attrs), PATTERN)
         graph = launcher.graph(calls)
         try:
             launcher.run(graph)
@@ -315,6 +332,9 @@ class TimedCall:
                 parts = [(at, COMPARED) for at in (0, middle, size - COMPARED)]
             raw = np.concatenate([launcher.read(start + at, count) for at, count in parts])
             found[arg] = _widened(raw, program.values[name].dtype)
+        if pages:
+            raw = np.concatenate([launcher.read(at, layer_bytes(attrs)) for at in pages])
+            found["kv"] = torch.from_numpy(raw).view(KV_DTYPES[attrs["kv_dtype"]]).float().numpy()
         return found
 
     def calls(self, candidate: Candidate) -> list[list[Call]]:
@@ -385,7 +405,7 @@ def _differs(
     task: Task, results: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]
 ) -> str | None:
     """Why a candidate is not the same computation as the default's, within twice the op's
-    tolerance: each may be off by one."""
+    tolerance: each may be off by one. Pages may be off by one in what they can tell apart."""
     op = OPS[task.node.call.op]
     low = "bfloat16" if "bfloat16" in task.node.shape.dtypes.values() else "float32"
     for name, want in wanted.items():
@@ -394,9 +414,12 @@ def _differs(
             if (got != want).any():
                 return f"{name} differs in {int((got != want).sum())} of {want.size} places"
             continue
+        limit = 2 * op.tolerance[low]
+        if name == "kv":
+            limit = max(limit, torch.finfo(KV_DTYPES[task.node.call.attrs["kv_dtype"]]).eps)
         finite = np.isfinite(want)
         scale = max(float(np.abs(want[finite]).max(initial=0.0)), 1e-3)
         error = float(np.abs(got[finite] - want[finite]).max(initial=0.0)) / scale
-        if not error <= 2 * op.tolerance[low]:
+        if not error <= limit:
             return f"{name} is off by {error:.3g} of its largest value"
     return None

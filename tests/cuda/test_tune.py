@@ -10,6 +10,7 @@ import time
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from toy_specs import toy, toy_config
 from compiler.design import draft, nodes_of
 from compiler.errors import CompileError
 from compiler.lower import Node
-from compiler.measure import Candidate, Task
+from compiler.measure import Candidate, Meter, Task, tasks
 from compiler.progress import Progress
 from compiler.tune import FIRST_OPS, Tuner, anchors, check_gpu, main, ordered
 from compiler.tune_inputs import lengths, step_inputs
@@ -252,6 +253,60 @@ def test_the_search_climbs_and_ends() -> None:
     near = task.candidates[6 * 9 + 5]
     search = Search(task, [near], wide=False)
     assert search.wanted() == [task.candidates[0], near] and not search.wanted()
+
+
+class HostLauncher:
+    """Memory of a device in which a run does what it is told."""
+
+    gpu = SimpleNamespace(l2=1 << 10)
+
+    def __init__(self) -> None:
+        self.memory, self.used = np.zeros(64 << 20, np.uint8), 0
+        self.work: Any = lambda: None
+
+    def free_memory(self) -> int:
+        return len(self.memory) - self.used
+
+    def allocate(self, size: int) -> int:
+        self.used += size
+        return self.used - size
+
+    def fill(self, at: int, size: int, value: int = 0) -> None:
+        self.memory[at : at + size] = value
+
+    def write(self, at: int, data: Any) -> None:
+        raw = np.ascontiguousarray(data).view(np.uint8).reshape(-1)
+        self.memory[at : at + len(raw)] = raw
+
+    def read(self, at: int, size: int) -> Any:
+        return self.memory[at : at + size].copy()
+
+    def graph(self, calls: Any) -> Any:
+        return SimpleNamespace(close=lambda: None)
+
+    def run(self, graph: Any) -> None:
+        self.work()
+
+
+@pytest.mark.parametrize("kv", ["bfloat16", "fp8_e4m3"])
+def test_pages_that_a_candidate_writes_are_compared(tmp_path: Path, kv: str) -> None:
+    config = cuda_config()
+    config.kv.dtype = kv
+    base = draft(toy("llama"), config)
+    host: Any = HostLauncher()
+    common = {"context": 64, "memory_gib": 0.02, "rounds": 1, "cache": tmp_path, "arch": "sm_90a"}
+    meter = Meter(host, base, **common)  # type: ignore[arg-type]
+    bucket = next(b for b in base.buckets if b.kind == "decode" and b.seqs > 1)
+    writes = [t for t in tasks(base, [bucket]) if "kv_slots" in t.node.call.ins]
+    assert writes and all(t.node.call.op != "attention" for t in writes)
+    call = meter.call(writes[0])
+    last = call.written_pages()[-1]
+    assert len(call.written_pages()) > 1
+    assert call.differs([[]]) is None and call.differs([[]]) is None
+    host.work = lambda: host.memory.__setitem__(last + 2, 0x3D)  # the neighbour of what was there
+    assert call.differs([[]]) is None
+    host.work = lambda: host.memory.__setitem__(slice(last, last + 2), 0x7A)
+    assert "kv is off by" in (call.differs([[]]) or "")
 
 
 def test_a_process_that_hangs_or_ends_is_replaced() -> None:
