@@ -94,7 +94,8 @@ def missing() -> str | None:
 
 @cache
 def version() -> str:
-    """nvcc's version and that of the CUTLASS headers."""
+    """nvcc's version and that of the CUTLASS headers; ToolchainError where one is missing."""
+    cutlass()
     done = _run([str(root() / "bin" / "nvcc"), "--version"])
     found = re.search(r"V(\d+\.\d+\.\d+)", done)
     return f"{found[1] if found else 'unknown'} cutlass {metadata.version('nvidia-cutlass')}"
