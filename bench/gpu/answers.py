@@ -12,8 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bench.errors import BenchUsage
-from bench.gpu.documents import merged
+from bench.gpu.documents import printed
 
 Found = Mapping[str, Any]  # figures of the probes, and under `contracts` those of that section
 
@@ -165,18 +164,5 @@ def table(states: list[str | None]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    if len(sys.argv) < 2:
-        print("usage: python -m bench.gpu.answers <result file of bench.gpu> …", file=sys.stderr)
-        return 2
-    try:
-        document = merged(sys.argv[1:])
-    except BenchUsage as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BenchUsage.exit_code
-    print(table(answers(document)))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(printed("answers", lambda document: table(answers(document))))

@@ -7,7 +7,8 @@ the last that found something counts.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +34,16 @@ def merged(paths: Sequence[str]) -> dict[str, Any]:
             f"results of different GPUs: {', '.join(f'{p}: {h}' for p, h in hardware.items())}"
         )
     return {"sections": list(found.values())}
+
+
+def printed(name: str, table: Callable[[dict[str, Any]], str]) -> int:
+    """The program `bench.gpu.<name>`: prints the table of the result files it is given."""
+    if len(sys.argv) < 2:
+        print(f"usage: python -m bench.gpu.{name} <result file of bench.gpu> …", file=sys.stderr)
+        return 2
+    try:
+        print(table(merged(sys.argv[1:])))
+    except BenchUsage as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BenchUsage.exit_code
+    return 0

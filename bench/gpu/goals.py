@@ -13,8 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bench.errors import BenchUsage
-from bench.gpu.documents import merged
+from bench.gpu.documents import printed
 from bench.peers.shape import Shape
 
 MAIN, SMALL = "llama3-8b", "llama3.2-1b"
@@ -217,18 +216,5 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    if len(sys.argv) < 2:
-        print("usage: python -m bench.gpu.goals <result file of bench.gpu> …", file=sys.stderr)
-        return 2
-    try:
-        document = merged(sys.argv[1:])
-    except BenchUsage as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BenchUsage.exit_code
-    print(table(reached(document)))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(printed("goals", lambda document: table(reached(document))))

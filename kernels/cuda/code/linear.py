@@ -159,6 +159,25 @@ def store(
 
 
 @triton.jit
+def corner(
+    live,
+    tile,
+    OUTPUTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    SUPER: tl.constexpr,
+):
+    """First row and column of a tile. SUPER row tiles beside each other share the weights they
+    read, then the next weights."""
+    TILES_N: tl.constexpr = (OUTPUTS + BLOCK_N - 1) // BLOCK_N
+    tiles_m = (live + BLOCK_M - 1) // BLOCK_M
+    first = tile // (SUPER * TILES_N) * SUPER
+    beside = tl.minimum(tiles_m - first, SUPER)
+    inside = tile % (SUPER * TILES_N)
+    return (first + inside % beside) * BLOCK_M, inside // beside * BLOCK_N
+
+
+@triton.jit
 def tile_sums(
     live,
     tile,
@@ -187,15 +206,7 @@ def tile_sums(
     STAGES: tl.constexpr,
 ):
     """First row and column of a tile, its sums as `reduce` gives them."""
-    TILES_N: tl.constexpr = (OUTPUTS + BLOCK_N - 1) // BLOCK_N
-    # SUPER row tiles beside each other share the weights they read, then the next weights.
-    tiles_m = (live + BLOCK_M - 1) // BLOCK_M
-    first = tile // (SUPER * TILES_N) * SUPER
-    beside = tl.minimum(tiles_m - first, SUPER)
-    inside = tile % (SUPER * TILES_N)
-    m0 = (first + inside % beside) * BLOCK_M
-    n0 = inside // beside * BLOCK_N
-
+    m0, n0 = corner(live, tile, OUTPUTS, BLOCK_N, BLOCK_M, SUPER)
     m = m0 + tl.arange(0, BLOCK_M)
     n = n0 + tl.arange(0, BLOCK_N)
     here = m < live

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from kernels.cuda.code import pdl
-from kernels.cuda.code.linear import ahead, reduce, store
+from kernels.cuda.code.linear import ahead, corner, reduce, store
 from kernels.cuda.code.product import fetch
 
 
@@ -220,15 +220,8 @@ def _tile(
     SUPER: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    TILES_N: tl.constexpr = (OUTPUTS + BLOCK_N - 1) // BLOCK_N
     MADE: tl.constexpr = x_scale_ptr is not None
-    # SUPER row tiles beside each other share the weights they read, then the next weights.
-    tiles_m = (live + BLOCK_M - 1) // BLOCK_M
-    first = tile // (SUPER * TILES_N) * SUPER
-    beside = tl.minimum(tiles_m - first, SUPER)
-    inside = tile % (SUPER * TILES_N)
-    m0 = (first + inside % beside) * BLOCK_M
-    n0 = inside // beside * BLOCK_N
+    m0, n0 = corner(live, tile, OUTPUTS, BLOCK_N, BLOCK_M, SUPER)
     m = m0 + tl.arange(0, BLOCK_M)
     n = n0 + tl.arange(0, BLOCK_N)
     here = m < live
