@@ -31,7 +31,7 @@ from conf.bench_schema import ServingConfig
 from conf.load import run
 
 HEALTH_POLL = 0.25
-REFUSED = ("HTTP 429", "HTTP 503")
+REFUSED = ("HTTP 429", "HTTP 503", "HTTP 504")
 
 
 async def get_json(session: aiohttp.ClientSession, url: str) -> dict[str, Any] | None:

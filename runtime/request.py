@@ -140,8 +140,8 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
-    """First message of an engine: what it can hold. `phases`: seconds since process start by phase
-    name.
+    """First message of an engine: what it can hold. `waiting_requests`: beside the `max_seqs` that
+    run. `phases`: seconds since process start by phase name.
     """
 
     context: int
@@ -150,6 +150,7 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     page_size: int
     max_seqs: int
     max_step_tokens: int
+    waiting_requests: int
     phases: dict[str, float]
 
 

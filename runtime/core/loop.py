@@ -193,8 +193,8 @@ class EngineLoop:
             raise InvalidRequest("This engine has no tokenizer: it takes no grammars.")
         if request.id in self._compiling or request.id in self.scheduler.live:
             raise InvalidRequest("The request id is in use.")
-        if policy.waiting_requests is not None and len(self._compiling) >= policy.waiting_requests:
-            raise InvalidRequest(QUEUE_FULL, status=503)
+        if len(self._compiling) >= policy.waiting_requests:
+            raise InvalidRequest(QUEUE_FULL, status=429)
         deadline = self._clock() + (policy.queue_wait_s or float("inf"))
         self.grammars.open(request.id, grammar)
         self._compiling[request.id] = request, deadline
@@ -218,7 +218,7 @@ class EngineLoop:
         for id_ in [i for i, (_, deadline) in self._compiling.items() if now >= deadline]:
             del self._compiling[id_]
             forget.append(id_)
-            self._end_early(id_, WAITED, 503)
+            self._end_early(id_, WAITED, 504)
         if forget:
             self.grammars.forget(forget)
 

@@ -24,8 +24,8 @@ class Policy:
     order: str = "lpm"
     max_running: int
     max_step_tokens: int
-    waiting_requests: int | None = None
-    waiting_tokens: int | None = None
+    waiting_requests: int
+    waiting_tokens: int
     queue_wait_s: float | None = None
     request_s: float | None = None
     prefix_cache: bool = True

@@ -133,6 +133,7 @@ def ready(loop: EngineLoop, phases: Phases) -> Ready:
         page_size=capacity.page_size,
         max_seqs=policy.max_running,
         max_step_tokens=policy.max_step_tokens,
+        waiting_requests=policy.waiting_requests,
         phases=phases.seconds,
     )
 

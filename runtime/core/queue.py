@@ -44,11 +44,9 @@ class WaitingLine:
 
     def full(self, policy: Policy, tokens: int, free: int) -> bool:
         """No room for a prompt of `tokens`; `free` of those that wait will not for long."""
-        most = policy.waiting_requests
-        if most is not None and len(self._line) >= most + free:
+        if len(self._line) >= policy.waiting_requests + free:
             return True
-        most = policy.waiting_tokens
-        return most is not None and bool(self._line) and self.tokens + tokens > most
+        return bool(self._line) and self.tokens + tokens > policy.waiting_tokens
 
     def candidates(self, matched: Callable[[Sequence], int]) -> list[Sequence]:
         window = self._line[:WINDOW]

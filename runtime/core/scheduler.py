@@ -83,7 +83,7 @@ class Scheduler:
             return
         free = max(policy.max_running - len(self.running), 0)  # admitted with the next step
         if self.waiting.full(policy, len(request.tokens), free):
-            self._refuse(request, QUEUE_FULL, 503)
+            self._refuse(request, QUEUE_FULL, 429)
             return
         stops = frozenset(sampling.stop_token_ids)
         if not sampling.ignore_eos:
@@ -310,4 +310,4 @@ class Scheduler:
             if now >= seq.deadline:
                 self.abort(seq.request.id, RAN, 504)
             elif seq.order < 0 and now >= seq.wait_deadline:
-                self.abort(seq.request.id, WAITED, 503)
+                self.abort(seq.request.id, WAITED, 504)

@@ -224,8 +224,11 @@ class Gate:
             return b""
         kind, _, key = request.headers.get("Authorization", "").partition(" ")
         given = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
-        if kind.lower() != "bearer" or not hmac.compare_digest(given, wanted):
+        known = [hmac.compare_digest(given, k) for k in (self._api, self._admin) if k is not None]
+        if kind.lower() != "bearer" or not any(known):
             raise InvalidRequest("Unauthorized", status=401)
+        if not hmac.compare_digest(given, wanted):  # a key of ours, but not for this route
+            raise InvalidRequest("Forbidden", status=403)
         return given
 
 

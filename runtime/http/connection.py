@@ -12,13 +12,14 @@ import socket
 import struct
 from collections import Counter
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any
 
 from aiohttp import http_exceptions, web
 from aiohttp.web_protocol import RequestHandler
 
 from conf.schema import LimitsConfig
-from runtime.http.replies import error_body, error_reply
+from runtime.http.replies import STATUS_HEADERS, error_body, error_reply
 
 LINE = 8190
 HEADERS = 64
@@ -141,11 +142,15 @@ class Connection(RequestHandler):
         transport = self.transport
         if transport is not None and not transport.is_closing():
             body = error_body(message, status)
-            transport.write(
-                f"HTTP/1.1 {status} -\r\nContent-Type: application/json\r\nConnection: close\r\n"
-                f"Retry-After: 1\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-                + body
-            )
+            headers = {
+                "Content-Type": "application/json",
+                "Content-Length": str(len(body)),
+                "Connection": "close",
+                **STATUS_HEADERS.get(status, {}),
+            }
+            lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"]
+            lines += [f"{name}: {value}" for name, value in headers.items()]
+            transport.write("\r\n".join([*lines, "", ""]).encode() + body)
         self.force_close()
 
     def handle_error(

@@ -152,15 +152,16 @@ async def _live(server: Server, listener: socket.socket) -> None:
     again = asyncio.Event()
     _on_signals(stop, again)
     await link.start()
+    loop = asyncio.get_running_loop()
     http: asyncio.Server | None = None
     try:
+        # Before the engine is up: whoever comes early gets 503 and not silence.
+        http = await loop.create_server(connections, sock=listener, backlog=BACKLOG)
         await _until_up(link, stop)
         if stop.is_set():
             return
         assert link.capacity is not None
         server.model = server.model.fitted(link.capacity.pages * link.capacity.page_size)
-        loop = asyncio.get_running_loop()
-        http = await loop.create_server(connections, sock=listener, backlog=BACKLOG)
         _say_ready(config, listener)
         if server.renderer is not None:
             await server.renderer.start()

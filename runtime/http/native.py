@@ -106,6 +106,7 @@ def _resolved(capacity: Ready | None) -> dict[str, Any]:
         "max_total_num_tokens": tokens,
         "max_running": capacity.max_seqs,
         "max_step_tokens": capacity.max_step_tokens,
+        "max_waiting": capacity.waiting_requests,
         "startup_time": capacity.phases.get("ready"),
     }
 

@@ -11,11 +11,13 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from runtime.errors import EngineDead, InvalidRequest
-
 encode = msgspec.json.Encoder().encode
 
-RETRY_AFTER = {429: "1", 503: "1"}
+STATUS_HEADERS = {
+    401: {"WWW-Authenticate": "Bearer"},
+    429: {"Retry-After": "1"},
+    503: {"Retry-After": "1"},
+}
 
 _TYPES = {
     401: "authentication_error",
@@ -49,16 +51,9 @@ def json_reply(body: Any, status: int = 200) -> web.Response:
 
 
 def error_reply(message: str, status: int, param: str | None = None) -> web.Response:
-    headers = {"Retry-After": RETRY_AFTER[status]} if status in RETRY_AFTER else None
     return web.Response(
         body=error_body(message, status, param),
         status=status,
         content_type="application/json",
-        headers=headers,
+        headers=STATUS_HEADERS.get(status),
     )
-
-
-def refusal(error: InvalidRequest | EngineDead) -> web.Response:
-    if isinstance(error, EngineDead):
-        return error_reply(str(error), 503)
-    return error_reply(str(error), error.status, error.param)

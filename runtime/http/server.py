@@ -20,7 +20,6 @@ from runtime.errors import EngineDead, InvalidRequest
 from runtime.http.body import body_limit, read_json
 from runtime.http.link import EngineLink
 from runtime.http.render import Renderer
-from runtime.http.replies import error_reply
 from runtime.http.stream import DONE, Encoder, EventStream, Job, StreamTrack, Track
 from runtime.metrics import RequestMetrics
 from runtime.text.call import Call, Prompt
@@ -68,29 +67,37 @@ class Server:
         return await read_json(request, most=most, idle_s=limits.body_idle_s)
 
     async def sequences(self, call: Call, encode: Tokenize | None = None) -> list[Sequence]:
+        self._check_size(call)
         encode = encode or (lambda source: tokenize(self.model, source))
         sources = [prompt.source for prompt in call.prompts]
         if sum(map(len, sources)) <= INLINE:
             tokens = [encode(source) for source in sources]
         else:
             tokens = await asyncio.to_thread(lambda: [encode(source) for source in sources])
+        return call.build(self.model, tokens)
+
+    def _check_size(self, call: Call) -> None:
+        """A call that an idle engine would refuse for want of room is not worth trying again."""
         budget = sum(p.sampling.n for p in call.prompts)
         most = self.model.limits.prompts_per_request
         if budget > most:
+            raise InvalidRequest(f"prompts x n must be at most {most}, got {budget}.", param="n")
+        ready = self.link.capacity
+        room = ready.max_seqs + ready.waiting_requests if ready else budget
+        if budget > room:
             raise InvalidRequest(
-                f"prompts x n must be at most {most}, got {budget}.",
+                f"prompts x n are {budget}, this server runs and queues {room} at once; send fewer "
+                "or raise limits.waiting_requests.",
                 param="n",
             )
-        return call.build(self.model, tokens)
 
     async def gather(self, call: Call, sequences: list[Sequence]) -> None:
         """Returns when every sequence has ended; raises what ended one of them early."""
-        with self._job(call, sequences, whole=True) as job:
+        with self._job(call, sequences) as job:
             job.submit(lambda seq: Track(job, seq))
             await job.done
-        for seq in sequences:
-            if seq.error is not None:
-                raise RequestEnded(*seq.error)
+        if job.error is not None:
+            raise RequestEnded(*job.error)
 
     async def stream(
         self,
@@ -101,16 +108,15 @@ class Server:
         epilogue: Callable[[], bytes] | None = None,
     ) -> web.StreamResponse:
         stream = EventStream(request, self.link)
-        with self._job(call, sequences, whole=False) as job:
+        with self._job(call, sequences) as job:
             job.submit(lambda seq: StreamTrack(job, seq, stream, encoder(seq)))
             await stream.news
-            if job.done.done() and all(seq.error is not None for seq in sequences):
-                assert sequences[0].error is not None
-                return error_reply(*sequences[0].error)
+            if job.error is not None:
+                raise RequestEnded(*job.error)
             await stream.open()
             await job.done
-            ended_well = all(seq.error is None for seq in sequences)
-            return await stream.close((epilogue() if epilogue and ended_well else b"") + DONE)
+            last = epilogue() if epilogue and job.error is None else b""
+            return await stream.close(last + DONE)
 
     def abort(self, rid: str | None) -> None:
         """By the client's name, exactly; None: everything."""
@@ -122,7 +128,7 @@ class Server:
             self.link.abort_softly(id_)
 
     @contextmanager
-    def _job(self, call: Call, sequences: list[Sequence], *, whole: bool) -> Iterator[Job]:
+    def _job(self, call: Call, sequences: list[Sequence]) -> Iterator[Job]:
         names: Counter[str] = Counter()
         own = {call.name} if call.name else set()
         for name in own | {seq.rid for seq in sequences} | {p.rid for p in call.prompts}:
@@ -137,7 +143,7 @@ class Server:
         for name in own:
             self._rids.setdefault(name, {seq.request.id for seq in sequences})
         slack = self.config.limits.request_s + DEADLINE_SLACK_S
-        job = Job(self.link, self.metrics, sequences, deadline_s=slack, whole=whole)
+        job = Job(self.link, self.metrics, sequences, deadline_s=slack)
         self.jobs.add(job)
         try:
             yield job

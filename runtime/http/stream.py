@@ -32,8 +32,8 @@ class Encoder(Protocol):
 
 
 class Job:
-    """All sequences of one HTTP request. `done` is set when each has finished or failed; when the
-    answer is all or nothing (`whole`), already by the first failure.
+    """All sequences of one HTTP request. `done` is set when each has finished, or by the first
+    failure: an answer is all or nothing. `error`: that failure, message and status.
     """
 
     def __init__(
@@ -43,13 +43,12 @@ class Job:
         sequences: list[Sequence],
         *,
         deadline_s: float,
-        whole: bool,
     ) -> None:
         loop = asyncio.get_running_loop()
         self.link = link
         self.metrics = metrics
         self.sequences = sequences
-        self._whole = whole
+        self.error: tuple[str, int] | None = None
         self.done: asyncio.Future[None] = loop.create_future()
         self._open = len(sequences)
         self._tracks: list[Track] = []
@@ -62,11 +61,11 @@ class Job:
             self.metrics.received(track.seq)
 
     def finished(self, seq: Sequence) -> None:
-        self.metrics.finished(seq)
         self._open -= 1
-        failed = self._whole and seq.error is not None
-        if (failed or not self._open) and not self.done.done():
+        self.error = self.error or seq.error
+        if (self.error or not self._open) and not self.done.done():
             self.done.set_result(None)
+        self.metrics.finished(seq)
 
     def close(self) -> None:
         """Whatever still runs has lost its client: aborted, and nobody hears of it."""
@@ -79,7 +78,7 @@ class Job:
     def fail(self, message: str, status: int) -> None:
         """End it from our side: its client is told."""
         for track in self._tracks:
-            if track.seq.finish is None:
+            if not track.over:
                 self.link.abort(track.seq.request.id)
                 track.on_failure(message, status)
         self.link.flush()
@@ -89,13 +88,15 @@ class Job:
 
 
 class Track:
-    """The link between one sequence and its job; this one tells nothing before the end."""
+    """The link between one sequence and its job; this one tells nothing before the end. `over`: the
+    job knows of the end."""
 
-    __slots__ = ("job", "seq")
+    __slots__ = ("job", "over", "seq")
 
     def __init__(self, job: Job, seq: Sequence) -> None:
         self.job = job
         self.seq = seq
+        self.over = False
 
     def on_event(self, event: Event) -> None:
         seq = self.seq
@@ -112,7 +113,8 @@ class Track:
             self.end()
 
     def on_failure(self, message: str, status: int) -> None:
-        if self.seq.finish is None:
+        """Also when it had finished, but its end could not be told."""
+        if not self.over:
             self.seq.fail(message, status)
             self.end()
 
@@ -120,6 +122,7 @@ class Track:
         pass
 
     def end(self) -> None:
+        self.over = True
         self.job.finished(self.seq)
 
 
@@ -173,7 +176,6 @@ class EventStream:
         self._failed = False
         self.tracks: list[StreamTrack] = []
         self.news: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        connection.on_resume = self._resume
 
     @property
     def paused(self) -> bool:
@@ -181,15 +183,17 @@ class EventStream:
         return self._connection.paused
 
     def send(self, chunk: bytes) -> None:
-        """Queued until the engine's frame is handed out, then written in one piece."""
+        """Queued until the engine's frame is handed out, then written in one piece. Nothing follows
+        an error."""
+        if self._failed:
+            return
         if not self._parts:
             self._link.dirty.append(self.flush)
         self._parts.append(chunk)
 
     def fail(self, message: str, status: int) -> None:
-        if not self._failed:
-            self._failed = True
-            self.send(stream_error(message, status))
+        self.send(stream_error(message, status))
+        self._failed = True
 
     def flush(self) -> None:
         if self._response is None:
@@ -216,6 +220,7 @@ class EventStream:
         assert writer is not None
         writer.send_headers()
         self._response = response
+        self._connection.on_resume = self._resume
         self.flush()
 
     async def close(self, last: bytes) -> web.StreamResponse:

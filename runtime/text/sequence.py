@@ -139,11 +139,10 @@ class Sequence:
         return text
 
     def fail(self, message: str, status: int) -> None:
-        """The engine cannot answer any more."""
-        if self.finish is None:
-            self.error = (message, status)
-            self.finish = _abort(message, status)
-            self.finished_at = time.perf_counter()
+        """It cannot be answered, whatever was known of it."""
+        self.error = (message, status)
+        self.finish = _abort(message, status)
+        self.finished_at = time.perf_counter()
 
     def response(self) -> dict[str, Any]:
         """SGLang's object, cumulative from the start."""

@@ -109,6 +109,12 @@ class ServerProcess:
                 return pid
         raise AssertionError("no engine process")
 
+    def wait_ready(self) -> None:
+        assert self.process.stdout is not None
+        ready = self.process.stdout.readline()
+        assert ready.startswith("ready http://"), self.lines
+        self.port = int(ready.rsplit(":", 1)[1])
+
     def wait_for(self, what: str, timeout: float = 10) -> str:
         return wait_until(lambda: next((x for x in self.lines if what in x), ""), timeout, what)
 
@@ -142,8 +148,8 @@ def alive(pid: int) -> bool:
 
 
 @contextlib.contextmanager
-def serving(artifact: Path, *overrides: str) -> Iterator[ServerProcess]:
-    """Starts, waits for ready, and kills whatever is left at the end."""
+def starting(artifact: Path, *overrides: str) -> Iterator[ServerProcess]:
+    """Starts, without waiting, and kills whatever is left at the end."""
     process = subprocess.Popen(
         [
             sys.executable,
@@ -170,9 +176,6 @@ def serving(artifact: Path, *overrides: str) -> Iterator[ServerProcess]:
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     try:
-        ready = process.stdout.readline()
-        assert ready.startswith("ready http://"), server.lines
-        server.port = int(ready.rsplit(":", 1)[1])
         yield server
     finally:
         if process.poll() is None:
@@ -181,3 +184,11 @@ def serving(artifact: Path, *overrides: str) -> Iterator[ServerProcess]:
         reader.join(5)
         process.stdout.close()
         process.stderr.close()
+
+
+@contextlib.contextmanager
+def serving(artifact: Path, *overrides: str) -> Iterator[ServerProcess]:
+    """A server that is ready."""
+    with starting(artifact, *overrides) as server:
+        server.wait_ready()
+        yield server

@@ -195,18 +195,6 @@ def raw_refused(server: ServerProcess) -> bytes:
         return sock.recv(65536)
 
 
-def test_queue_overflow_is_429(toy_artifact):
-    limits = ["limits.waiting_requests=2", "max_running=1", "null_step_s=0.05"]
-    with serving(toy_artifact, *limits) as server:
-        params = {"max_new_tokens": 500, "ignore_eos": True}
-        body = {"input_ids": [[5]] * 8, "sampling_params": params}
-        refused = server.post("/generate", body)
-        assert refused.status in (429, 503), refused.body
-        assert refused.message == "The request queue is full."
-        assert refused.headers["Retry-After"]
-        server.wait_idle()  # what was admitted of it went with it
-
-
 NAMES = """
 text input_ids sampling_params rid return_logprob logprob_start_len top_logprobs_num stream prompt
 messages max_tokens n logprobs stop seed temperature logit_bias echo tools role content top_k top_p

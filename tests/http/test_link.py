@@ -17,6 +17,7 @@ READY = Ready(
     page_size=16,
     max_seqs=2,
     max_step_tokens=8,
+    waiting_requests=8,
     phases={"ready": 1.0},
 )
 

@@ -12,6 +12,7 @@ from runtime import weights_file
 from runtime.artifact import Artifact, plan_path, weights_path
 from runtime.manifest import (
     SCHEMA,
+    EmbeddingInfo,
     FileEntry,
     Manifest,
     ModelInfo,
@@ -57,7 +58,13 @@ def text_files() -> dict[str, bytes]:
     }
 
 
-def write_artifact(parent: Path, *, template: str = TEMPLATE, slots: int = 64) -> Path:
+def write_artifact(
+    parent: Path,
+    *,
+    template: str = TEMPLATE,
+    slots: int = 64,
+    embedding: EmbeddingInfo | None = None,
+) -> Path:
     texts = text_files() | {"chat_template.jinja": template.encode()}
     files = {f"text/{name}": data for name, data in texts.items()}
     bucket = Bucket(name="mixed", tokens=512, seqs=slots, pages=CONTEXT // 16)
@@ -80,6 +87,7 @@ def write_artifact(parent: Path, *, template: str = TEMPLATE, slots: int = 64) -
             parameters=1,
             eos_token_ids=(2,),
             bos_token_id=0,
+            embedding=embedding,
         ),
         target=Target(kind="cpu", machine="x86_64", levels=(), abi=1),
         dtype="float32",

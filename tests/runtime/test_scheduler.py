@@ -246,13 +246,13 @@ def test_deadlines_and_full_queue() -> None:
     loop.add(greedy(2, BASES[0][:8]))  # one waits already
     steps(2)
     assert (answers[2].finish.status, answers[2].finish.message) == (
-        503,
+        429,
         "The request queue is full.",
     )
     clock.now = 6.0
     steps(1)
     assert (answers[1].finish.status, answers[1].finish.message) == (
-        503,
+        504,
         "Request waiting timeout reached.",
     )
     clock.now = 21.0
