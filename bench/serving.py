@@ -49,7 +49,7 @@ async def get_json(session: aiohttp.ClientSession, url: str) -> dict[str, Any] |
 
 
 async def wait_ready(session: aiohttp.ClientSession, url: str, seconds: float) -> None:
-    """Until `/health` (or, where there is none, `/v1/models`) answers 200."""
+    """Until `/health` (or, where there is no such route, `/v1/models`) answers 200."""
     deadline = time.monotonic() + seconds
     while True:
         for path in ("/health", "/v1/models"):
@@ -57,6 +57,8 @@ async def wait_ready(session: aiohttp.ClientSession, url: str, seconds: float) -
                 async with session.get(url + path) as response:
                     if response.status == 200:
                         return
+                    if response.status not in (404, 405):
+                        break  # not ready, in its own words
             except (aiohttp.ClientError, OSError, TimeoutError):
                 pass  # not up yet; the deadline below decides
         if time.monotonic() >= deadline:

@@ -152,11 +152,13 @@ class Gate:
         async def handle(request: web.Request) -> web.StreamResponse:
             request["route"] = route.path
             request["tenant"] = self._admit(request, route)
-            if route.works and not self._server.accepting:
-                draining = self._server.draining
+            server = self._server
+            # Whoever waits for a server may ask for any of its routes: none answers too early.
+            starting = server.link.capacity is None and route.scope is not Scope.OPEN
+            if starting or (route.works and not server.accepting):
                 raise EngineDead(
                     "The server is shutting down."
-                    if draining
+                    if server.draining
                     else "The engine is starting; try again."
                 )
             return await route.handler(self._server, request)
