@@ -3,7 +3,8 @@ input_len=1024 output_len=128`.
 
 In: `LatencyConfig` (conf/bench/latency.yaml). Out: the lines of SGLang's single-batch benchmark,
 the share of the bandwidth bound (read bandwidth is measured between the steps, over a buffer of
-the size of the weights, on a GPU over the weights), and one JSON line per shape in `output_file`.
+the size of the weights, on a GPU over the weights), with `profile` where the steps' time goes, and
+one JSON line per shape in `output_file`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from bench import results
 from bench.bandwidth import Bandwidth, Rate, share_of_bound
 from bench.device_bandwidth import DeviceBandwidth
 from bench.static_batch import StaticBatch, TooLarge, step_bytes
+from bench.step_profile import profile, profiled, table
 from bench.windows import windows
 from conf.bench_schema import LatencyConfig
 from conf.load import run
@@ -113,6 +115,8 @@ def main(config: LatencyConfig, sources: Mapping[str, str]) -> int:
     if artifact.manifest.target.kind == "cpu":
         threads = threads or len(os.sched_getaffinity(0))
     static = StaticBatch.open(artifact, threads=threads, policy=config.policy)
+    if config.profile:
+        profiled(static.session, artifact)
     buffer = read_bandwidth(static.session, artifact, threads)
     capacity = static.session.capacity
     shapes = [(batch, config.input_len, config.output_len) for batch in config.batch]
@@ -131,6 +135,11 @@ def main(config: LatencyConfig, sources: Mapping[str, str]) -> int:
                 static.run(static.prompts(shape[0], shape[1], config.seed + 1 + index), steps)
             print("Benchmark ..." if len(shapes) == 1 else f"Benchmark {shape} ...")
             result = measure(static, config, artifact, buffer, shape)
+            if config.profile:
+                assert isinstance(buffer, Bandwidth)
+                prompts = static.prompts(*shape[:2], config.seed)
+                result["profile"] = profile(static, artifact, buffer, prompts, shape[2])
+                print("\n".join(table(result["profile"])))
             result |= {"threads": threads, "kv_dtype": artifact.manifest.kv_dtype}
             results.append(
                 config.output_file, results.stamp("latency", result, artifact=artifact.digest)

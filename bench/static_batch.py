@@ -90,11 +90,15 @@ class StaticBatch:
         return rng.integers(0, self.session.capacity.vocab, (batch, input_len)).tolist()
 
     def run(
-        self, prompts: list[list[int]], output_len: int, pause: Callable[[], None] | None = None
+        self,
+        prompts: list[list[int]],
+        output_len: int,
+        pause: Callable[[], None] | None = None,
+        every: int = WINDOW,
     ) -> Run:
         """Prefill, then `output_len - 1` full decode steps; the cache is left as it is. `pause` is
-        called while no step runs: before the decode, after every `WINDOW` steps that count, and
-        at the end; its time is in no figure.
+        called while no step runs: before the decode, after `every` so many steps that count, and at
+        the end; its time is in no figure.
         """
         batch = len(prompts)
         self.check(batch, len(prompts[0]), output_len)
@@ -121,7 +125,7 @@ class StaticBatch:
                 time.sleep(longest)  # with overlap one step runs on: it ends meanwhile
                 pause()
                 longest, last, cold = 0.0, time.perf_counter(), WARM_STEPS
-                due += WINDOW
+                due += every
             tokens_of = self._step()
             now = time.perf_counter()
             seconds, last = now - last, now

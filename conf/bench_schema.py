@@ -15,7 +15,8 @@ class LatencyConfig:
     """A static batch through the engine loop, without a server. `runs`: measured runs of each
     (batch, input_len, output_len), of which the medians are reported; four of every twelve decode
     steps do not count, so that `output_len` is 6 at least. `threads`: kernel threads (null: all
-    cores)."""
+    cores). `profile`: one more run of each shape, which tells where its decode steps spend their
+    time, by kind of node and by phase of the engine loop (artifacts for a CPU)."""
 
     artifact: str = MISSING
     batch: list[int] = field(default_factory=lambda: [1], metadata={"low": 1})
@@ -26,6 +27,7 @@ class LatencyConfig:
     threads: int | None = option(None, low=1)
     policy: str = option("fcfs", choices=("fcfs", "lpm"))
     seed: int = 0
+    profile: bool = False
     run_name: str = "default"
     output_file: str | None = None
 

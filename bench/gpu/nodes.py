@@ -7,12 +7,12 @@ have left the cache when its turn comes again. Out: microseconds by kind.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from statistics import median
 from typing import Any
 
 from bench.static_batch import StaticBatch
+from bench.step_profile import kind
 from conf.bench_schema import GpuConfig
 from runtime.artifact import Artifact, Bucket, LaunchPlan
 from runtime.device.cuda import CudaSession
@@ -58,8 +58,3 @@ def kinds(launcher: Launcher, session: CudaSession, plan: LaunchPlan) -> dict[st
         count = 1 if name == "all" else len(indices)
         out[name] = {"nodes": len(indices), "us_each": seconds / count * 1e6}
     return out
-
-
-def kind(label: str) -> str:
-    """A label without the number of its layer."""
-    return re.sub(r"\d+", "*", label)

@@ -43,8 +43,9 @@ void publish(hs_team* team) {
 // Starts `team->job`, whose nodes are at least one.
 void begin(hs_team* team) {
     const hs_job& job = team->job;
-    team->begun = team->node_begun = now();
+    team->begun = now();
     if (job.upload_bytes) memcpy(job.io, job.staging, job.upload_bytes);
+    if (job.nodes->seconds) team->node_begun = now();
     team->node = team->phase = 0;
     publish(team);
 }

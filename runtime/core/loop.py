@@ -33,7 +33,15 @@ log = logging.getLogger("headstart.engine")
 COMPILE_POLL_S = 0.002  # how long a message may wait while only grammars are under way
 
 
+def ignore(phase: str) -> None:
+    """Nobody times the phases of a step."""
+
+
 class EngineLoop:
+    """`mark` hears the end of each phase of a step: between (two steps: the caller's work, events
+    handed out), schedule, build, submit, collect (waiting and copying out), commit.
+    """
+
     def __init__(
         self,
         session: Session,
@@ -56,6 +64,7 @@ class EngineLoop:
         )
         self._eos = len(eos)
         self._clock = clock
+        self.mark: Callable[[str], None] = ignore
         self._depth = 1 if options.overlap else 0
         self._in_flight: deque[tuple[Step, Ticket]] = deque()
         self._compiling: dict[int, tuple[Request, float]] = {}  # with its deadline
@@ -119,16 +128,20 @@ class EngineLoop:
         """One step: submit n, collect n - 1. Raises what the device or the books raise: then the
         engine must end.
         """
-        scheduler, flying = self.scheduler, self._in_flight
+        scheduler, flying, mark = self.scheduler, self._in_flight, self.mark
+        mark("between")
         self._checked = False
         if self._compiling:
             self._admit_compiled(0.0 if flying or scheduler.has_work else COMPILE_POLL_S)
         step, depth = scheduler.schedule(self._clock()), self._depth
+        mark("schedule")
         if step is not None:
             given = build(step, scheduler.slots)
             if self.grammars is not None and constrain(self.grammars, step, given):
                 depth = 0  # the next masks depend on this step's tokens
+            mark("build")
             flying.append((step, self.session.submit(given)))
+            mark("submit")
         events = scheduler.outbox
         while flying and (step is None or len(flying) > depth):
             news = self._collect(*flying.popleft())
@@ -147,9 +160,12 @@ class EngineLoop:
     def _collect(self, step: Step, ticket: Ticket) -> list[Event]:
         output = self.session.collect(ticket)
         self._last_step_s = output.seconds
+        self.mark("collect")
         if self.grammars is not None and constrained_rows(step):
             advance(self.grammars, step, output, self.scheduler.slots.life)
-        return commit_step(self.scheduler, step, output)
+        events = commit_step(self.scheduler, step, output)
+        self.mark("commit")
+        return events
 
     def idle(self) -> None:
         """Called when there has been no work for a while: the books are checked once per pause."""

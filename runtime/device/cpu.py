@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -43,8 +44,19 @@ class Plan:
 
     bucket: Bucket
     handle: int
+    nodes: int
     io: PlanIo
     values: npt.NDArray[np.uint64]  # the relocated parameters the native plan points to
+
+
+@dataclass(slots=True, kw_only=True)
+class PlanTimes:
+    """Seconds of the steps of one bucket: `total` of `steps` whole ones, `nodes[i]` of them in node
+    i of the plan."""
+
+    nodes: npt.NDArray[np.float64]
+    steps: int = 0
+    total: float = 0.0
 
 
 class CpuSession:
@@ -77,6 +89,7 @@ class CpuSession:
         mark("plans")
         self._steps = 0
         self._flying: list[tuple[Ticket, Plan, int, int]] = []
+        self._times: dict[str, PlanTimes] | None = None
 
     @property
     def level(self) -> str:
@@ -111,7 +124,44 @@ class CpuSession:
             raise ValueError(f"ticket {ticket} is not the oldest step in flight")
         seconds = self._native.hs_wait(self._team, ticket)
         _, plan, side, rows = self._flying.pop(0)
+        if self._times is not None:
+            self._count(self._times, plan, seconds)
         return plan.io.take(side, rows, seconds)
+
+    @contextmanager
+    def profiling(self) -> Iterator[Callable[[], dict[str, PlanTimes]]]:
+        """Times every node of the steps within, at a clock read per node. Gives a function: the
+        times so far by name of bucket, of all steps submitted so far. No step may be in flight at
+        the beginning.
+        """
+        if self._flying:
+            raise ValueError(f"{len(self._flying)} steps are in flight, a profile begins with none")
+        times = {p.bucket.name: PlanTimes(nodes=np.zeros(p.nodes)) for p in self._plans}
+        self._profile(times)
+        try:
+            yield lambda: self._finished(times)
+        finally:
+            self._finished(times)
+            self._profile(None)
+
+    def _profile(self, times: dict[str, PlanTimes] | None) -> None:
+        self._times = times
+        for plan in self._plans:
+            into = times[plan.bucket.name].nodes.ctypes.data if times else None
+            self._native.hs_plan_profile(plan.handle, into)
+
+    def _finished(self, times: dict[str, PlanTimes]) -> dict[str, PlanTimes]:
+        """A copy that includes the steps in flight, once they have ended."""
+        ran = [(plan, self._native.hs_wait(self._team, t)) for t, plan, *_ in self._flying]
+        now = {name: replace(of, nodes=of.nodes.copy()) for name, of in times.items()}
+        for plan, seconds in ran:
+            self._count(now, plan, seconds)
+        return now
+
+    @staticmethod
+    def _count(times: dict[str, PlanTimes], plan: Plan, seconds: float) -> None:
+        times[plan.bucket.name].steps += 1
+        times[plan.bucket.name].total += seconds
 
     def close(self) -> None:
         if self._team is None:
@@ -186,6 +236,7 @@ class CpuSession:
         return Plan(
             bucket=header.bucket,
             handle=handle,
+            nodes=len(plan.nodes),
             io=PlanIo(header, self._staging, self._received),
             values=values,
         )

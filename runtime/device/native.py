@@ -21,6 +21,7 @@ SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "hs_close": (None, (c_void_p,)),
     "hs_plan": (c_void_p, (c_void_p, c_int, c_void_p, c_void_p)),
     "hs_plan_free": (None, (c_void_p,)),
+    "hs_plan_profile": (None, (c_void_p, c_void_p)),
     "hs_submit": (
         c_int64,
         (c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64),

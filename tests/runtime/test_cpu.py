@@ -213,3 +213,31 @@ def test_an_artifact_of_another_user_needs_its_digest(artifact: Artifact) -> Non
     with pytest.raises(UsageError, match=f"trust_artifact={artifact.digest}"):
         check_trust(foreign, None)
     check_trust(foreign, artifact.digest)
+
+
+def test_a_profile_counts_every_node_of_every_step(artifact: Artifact) -> None:
+    session = open_session(artifact, threads=1, kv_tokens=4096)
+    assert isinstance(session, CpuSession)
+    loop = EngineLoop(session, EngineOptions(artifact=str(artifact.path)), eos=())
+    sampling = SamplingParams(max_new_tokens=110, ignore_eos=True)
+    loop.add(Request(id=0, tokens=[1, 2, 3], sampling=sampling))
+    with session.profiling() as read:
+        assert all(of.steps == of.total == of.nodes.sum() == 0 for of in read().values())
+        for _ in range(100):
+            loop.step()  # with overlap, one step is in flight
+        ran = [of for of in read().values() if of.steps]
+        assert sum(of.steps for of in ran) == 100
+        for of in ran:
+            assert (of.nodes > 0).all()
+            assert of.total / 2 < of.nodes.sum() <= of.total  # the rest is two small copies
+        loop.step()
+        last = read()
+        assert sum(of.steps for of in last.values()) == 101
+        assert sum(of.steps for of in ran) == 100  # a reading is a copy
+    with pytest.raises(ValueError, match="1 steps are in flight"), session.profiling():
+        pass
+    while loop.has_work:
+        loop.step()
+    for name, of in read().items():
+        assert (of.nodes == last[name].nodes).all()  # nobody counts any more
+    loop.close()

@@ -52,6 +52,16 @@ def test_step_n_is_submitted_before_step_n_minus_1_is_read(overlap: bool, expect
     assert " ".join(session.order) == expected
 
 
+def test_phases_of_a_step_are_heard_in_order() -> None:
+    loop, heard = make_loop(overlap=True), []
+    loop.mark = heard.append
+    loop.add(request(0, most=3))
+    loop.step()
+    loop.step()
+    first = ["between", "schedule", "build", "submit"]
+    assert heard == [*first, *first, "collect", "commit"]
+
+
 def test_engine_chosen_seeds_differ_and_repeat_with_the_engine_seed() -> None:
     def tokens(seed: int) -> list[list[int]]:
         options = EngineOptions(artifact="", device="null", seed=seed)
