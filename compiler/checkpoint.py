@@ -191,6 +191,10 @@ class Checkpoint:
         top = max(sorted(sizes), key=lambda d: sizes[d])
         return str(TORCH_DTYPES.get(top, top)).removeprefix("torch.")
 
+    def in_bfloat16(self, name: str) -> bool:
+        """Whether `tensor` is bfloat16."""
+        return name in self._stand_ins or self._entry(name)[1].dtype == "BF16"
+
     def tensor(self, name: str) -> torch.Tensor:
         if name in self._stand_ins:
             return self._stand_ins[name].read(self._stored)

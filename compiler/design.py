@@ -1,13 +1,14 @@
-"""The design of an artifact: everything that is decided before a weight is read.
+"""The design of an artifact: everything that is decided before weights are stored.
 
-Comes in: a model's spec and a resolved config. Goes out: the fused program, stored forms, arena
+Comes in: a model's spec, a resolved config, and which weights hold bfloat16 numbers only (on CPUs
+float32 programs store those in half the bytes). Goes out: the fused program, stored forms, arena
 layouts, one verified launch plan per bucket and their static costs. Pure: `inspect verify` calls
 it again with what the manifest says and compares. Called by the pipeline.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,9 +26,10 @@ from compiler.program import Program, verify
 from compiler.quantize import register  # noqa: F401  (fills SCHEMES)
 from compiler.quantize.scheme import SCHEMES, storage_formats
 from compiler.record import Addresses, record
-from compiler.store import StoredWeight, stored_weights, weight_formats
+from compiler.store import StoredWeight, narrowed, stored_weights, weight_formats
 from compiler.tuned import NO_RECORDS, Records, load_records
 from conf.schema import CompileConfig
+from kernels.cpu.layout import WIDENED
 from kernels.cuda.build import build_cuda
 from kernels.launch import Binary, Source
 from runtime.artifact import Bucket, LaunchPlan, StateLayout, TensorEntry
@@ -63,6 +65,11 @@ class Design:
     def weights_bytes(self) -> int:
         return self.tensors[-1].offset + self.tensors[-1].size
 
+    @property
+    def widened(self) -> tuple[str, ...]:
+        """Logical weights that are stored as bfloat16 and computed with in float32."""
+        return tuple(name for name, format in self.formats.items() if format == WIDENED)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
@@ -86,7 +93,15 @@ class Draft:
         return Addresses(weights={t.name: t.offset for t in self.tensors}, state=self.state_offsets)
 
 
-def draft(spec: ModelSpec, config: CompileConfig) -> Draft:
+InBfloat16 = Callable[[str], bool]  # whether a logical weight holds bfloat16 numbers only
+
+
+def unknown(name: str) -> bool:
+    """Of weights that are not there: they are stored as if none did."""
+    return False
+
+
+def draft(spec: ModelSpec, config: CompileConfig, in_bfloat16: InBfloat16 = unknown) -> Draft:
     assert config.shape.context is not None, "the config is resolved"
     shape = StepShape(
         slots=config.shape.max_seqs,
@@ -105,6 +120,8 @@ def draft(spec: ModelSpec, config: CompileConfig) -> Draft:
         group=config.quant.group_size,
         head=config.quant.head,
     )
+    if config.target.kind == "cpu":
+        formats = narrowed(program, formats, in_bfloat16)
     if config.quant.scheme != "none":
         x_format = SCHEMES[config.quant.scheme].x_format
         program = verify(linear_inputs(program, formats, x_format))
@@ -122,8 +139,8 @@ def draft(spec: ModelSpec, config: CompileConfig) -> Draft:
     )
 
 
-def design(spec: ModelSpec, config: CompileConfig) -> Design:
-    target, base = config.target.kind, draft(spec, config)
+def design(spec: ModelSpec, config: CompileConfig, in_bfloat16: InBfloat16 = unknown) -> Design:
+    target, base = config.target.kind, draft(spec, config, in_bfloat16)
     program, weights, buckets = base.program, base.weights, base.buckets
     by_name = {weight.name: weight for weight in weights}
     records = load_records(config.target.name) if target == "cuda" else NO_RECORDS

@@ -111,7 +111,7 @@ def _random(config: CompileConfig) -> Imported:
         architectures=tuple(values["architectures"]),
         spec=spec,
         dtype=published_dtype(values),
-        weights=random_weights(spec, config.seed),
+        weights=random_weights(spec, config.seed, published_dtype(values)),
         text=text,
         digests={
             "config.json": _digest(shape),

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from compiler import report
-from compiler.design import design
+from compiler.design import InBfloat16, design
 from compiler.families.spec import ModelSpec
 from compiler.program import render
 from compiler.verify import golden_session, golden_tokens, golden_vectors, same_golden
@@ -76,6 +76,8 @@ def show(artifact: Artifact) -> Iterator[str]:
     mixers = (layer["mixer"] for layer in m.spec["layers"])
     forms = "".join(f", {form} MLA" for form in {x["form"] for x in mixers if "form" in x})
     yield f"numbers    dtype {m.dtype}, quant {quant}{grouped}, kv {m.kv_dtype}{forms}"
+    if m.widened:
+        yield f"stored     {report.widened(m.widened)}"
     yield f"target     {m.target.kind} {m.target.machine}: {', '.join(m.target.levels)}"
     yield f"serves     {m.model.context} tokens of context, {m.max_seqs} sequences in a step"
     fit = m.report["fit"]
@@ -169,9 +171,10 @@ def verify(artifact: Artifact) -> Iterator[str]:
     yield f"{what:10} {count} golden ones repeated"
 
 
-def inputs(manifest: Manifest) -> tuple[ModelSpec, CompileConfig]:
+def inputs(manifest: Manifest) -> tuple[ModelSpec, CompileConfig, InBfloat16]:
     spec = msgspec.convert(manifest.spec, ModelSpec)
-    return spec, msgspec.convert(manifest.config, CompileConfig)
+    config = msgspec.convert(manifest.config, CompileConfig)
+    return spec, config, frozenset(manifest.widened).__contains__
 
 
 def _check_plans(artifact: Artifact) -> None:

@@ -66,7 +66,7 @@ def compile_model(config: CompileConfig, sources: Mapping[str, str], progress: P
     if model.dropped:
         progress.show(report.dropped(model.spec.family, model.dropped))
     with progress.stage("design"):
-        made = design(model.spec, config)
+        made = design(model.spec, config, model.weights.in_bfloat16)
         figures = report.fit(made.weights_bytes, made.state, made.work_bytes, made.io_bytes)
     progress.show(fit_report(made, figures, config))
     with Package(Path(config.out), str(config.name)) as package, ThreadPoolExecutor(1) as pool:
@@ -112,12 +112,11 @@ def fit_report(made: Design, figures: Mapping[str, int], config: CompileConfig) 
     else:
         memory, flops, flops_fp8 = report.memory_bytes(), math.inf, math.inf
         bandwidth = report.read_bandwidth(len(os.sched_getaffinity(0)))
-    return "\n".join(
-        (
-            report.check_fit(figures, config.shape.context, memory),
-            report.render(made.buckets, made.costs, bandwidth, flops, flops_fp8),
-        )
-    )
+    lines = [report.check_fit(figures, config.shape.context, memory)]
+    if made.widened:
+        lines.append(f"     {report.widened(made.widened)}")
+    lines.append(report.render(made.buckets, made.costs, bandwidth, flops, flops_fp8))
+    return "\n".join(lines)
 
 
 def code_report(made: Design, manifest: Manifest, measured: bool) -> str:
@@ -239,6 +238,7 @@ def make_manifest(
         dtype=config.dtype,
         quant=msgspec.to_builtins(config.quant),
         kv_dtype=config.kv.dtype,
+        widened=made.widened,
         ranks=1,
         config={key: value for key, value in chosen.items() if key not in NOT_INPUTS},
         provenance={key: value for key, value in origins.items() if key not in NOT_INPUTS},

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from compiler.program import Program
+from compiler.quantize.scheme import parse_format
 from kernels.op import OPS
 
 
@@ -38,7 +39,7 @@ def linear_inputs(program: Program, formats: Mapping[str, str], x_format: str) -
 
     def quantized(weight: str) -> bool:
         parts = program.values[weight].parts or (weight,)
-        return formats.get(parts[0], "float32") not in ("float32", "bfloat16")
+        return parse_format(formats.get(parts[0], "float32")) is not None
 
     calls = tuple(
         replace(call, attrs={**call.attrs, "x_format": x_format})

@@ -23,7 +23,7 @@ from dataclasses import replace
 from msgspec import structs
 
 from compiler import report
-from compiler.design import draft, nodes_of
+from compiler.design import InBfloat16, draft, nodes_of, unknown
 from compiler.errors import CompileError
 from compiler.families.spec import (
     Attention,
@@ -52,12 +52,15 @@ def rank_spec(spec: ModelSpec, tp: int, *, whole_vocab: bool = False) -> ModelSp
     )
 
 
-def rank_fit(spec: ModelSpec, config: CompileConfig, tp: int) -> dict[str, int]:
+def rank_fit(
+    spec: ModelSpec, config: CompileConfig, tp: int, in_bfloat16: InBfloat16 = unknown
+) -> dict[str, int]:
     """Bytes by arena on each rank (`report.fit`), at one rank those of the artifact. Of more, the
     sampler sees the logits of the whole vocabulary on every rank: its own rows, gathered, and the
     counts and biases of all. What ranks exchange otherwise is summed in place."""
-    part, device = draft(rank_spec(spec, tp), config), config.target.kind == "cuda"
-    whole = part if tp == 1 else draft(rank_spec(spec, tp, whole_vocab=True), config)
+    part, device = draft(rank_spec(spec, tp), config, in_bfloat16), config.target.kind == "cuda"
+    all_rows = rank_spec(spec, tp, whole_vocab=True)
+    whole = part if tp == 1 else draft(all_rows, config, in_bfloat16)
     records = load_records(config.target.name) if device else NO_RECORDS
     work = io = 0
     for bucket in part.buckets:

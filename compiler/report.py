@@ -99,6 +99,11 @@ def arenas(figures: Mapping[str, int]) -> str:
     )
 
 
+def widened(names: Sequence[str]) -> str:
+    """What is stored in half the bytes of float32."""
+    return f"{len(names)} matrices hold bfloat16 numbers only: stored as such, exact in float32"
+
+
 def predict(
     cost: Mapping[str, int],
     bandwidth: float,

@@ -26,6 +26,7 @@ from compiler.quantize import register  # noqa: F401  (fills SCHEMES)
 from compiler.quantize.scheme import parse_format
 from compiler.weights import Weights, rows, stored
 from kernels.cpu import layout as cpu_layout
+from kernels.cpu.layout import WIDENED
 from kernels.cuda import layout as cuda_layout
 from kernels.ops.mlp import GATED
 from runtime import weights_file
@@ -58,6 +59,20 @@ def stored_weights(
 ) -> tuple[StoredWeight, ...]:
     """In load order. `formats` knows the logical weights; everything else is a constant."""
     return tuple(_stored_weight(program, value, formats, target) for value in program.weights())
+
+
+def narrowed(
+    program: Program, formats: Mapping[str, str], in_bfloat16: Callable[[str], bool]
+) -> dict[str, str]:
+    """`formats` in which float32 matrices of nothing but bfloat16 numbers take half the bytes: the
+    CPU kernels widen them again, so no result changes. Those of a merged weight only together."""
+    found = dict(formats)
+    for value in program.weights():
+        parts = value.parts or (value.name,)
+        wide = len(value.dims) > 1 and all(formats.get(part) == "float32" for part in parts)
+        if wide and all(map(in_bfloat16, parts)):
+            found |= dict.fromkeys(parts, WIDENED)
+    return found
 
 
 def weight_formats(weights: Sequence[StoredWeight]) -> dict[str, str]:

@@ -26,6 +26,7 @@ from compiler.program import Program
 from compiler.store import exact, rounded
 from compiler.weights import Weights
 from conf.schema import CompileConfig
+from kernels.cpu.layout import WIDENED
 from runtime.artifact import Artifact, Golden
 from runtime.device.base import Session, StepInput, StepOutput, open_session
 
@@ -70,7 +71,8 @@ def measure(made: Design, source: Weights) -> Measured:
     compute = _vectors if pooled else _logits
     b = compute(made, made.program, lambda name: rounded(weights[name], source, fixed))
     a = b
-    if any(format != "float32" for format in (*made.formats.values(), made.shape.kv_dtype)):
+    whole_numbers = ("float32", WIDENED)
+    if any(f not in whole_numbers for f in (*made.formats.values(), made.shape.kv_dtype)):
         whole = linear_inputs(exact_pages(made.program), made.formats, "")
         a = compute(made, whole, lambda name: exact(weights[name], source, fixed))
     if pooled:

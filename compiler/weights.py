@@ -19,14 +19,19 @@ from compiler.errors import DamagedCheckpoint
 from compiler.families.family import Family
 from compiler.families.names import NameMap, bind, logical_weights
 from compiler.families.spec import ModelSpec
+from kernels.cpu.layout import WIDENED
+
+CHUNK = 1 << 20  # numbers looked at in one piece
+RANDOM_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Weights(Protocol):
     """`fetch` gives one weight as the checkpoint stores it (float32, bfloat16 or float16),
-    finite.
+    finite. `in_bfloat16`: whether every number of it is one of bfloat16, however it is stored.
     """
 
     def fetch(self, name: str) -> torch.Tensor: ...
+    def in_bfloat16(self, name: str) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,19 +57,34 @@ class CheckpointWeights:
             )
         return x
 
+    def in_bfloat16(self, name: str) -> bool:
+        """Numbers are looked at unless their file says so, up to the first that is none."""
+        return all(
+            (s.then is None and self.checkpoint.in_bfloat16(s.tensor))
+            or all_bfloat16(s.apply(self.checkpoint.tensor(s.tensor)))
+            for s in self.names[name]
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class RandomWeights:
-    """Uniform numbers with variance 1 / fan-in, so activations and logits stay near 1 at any size.
-    Each weight has its own generator keyed by seed and name: independent of order, the same on
-    every machine.
+    """Uniform numbers with variance 1 / fan-in, so activations and logits stay near 1 at any size,
+    rounded to `dtype` as a published checkpoint's are. Each weight has its own generator keyed by
+    seed and name: independent of order, the same on every machine.
     """
 
     spec: ModelSpec
     shapes: dict[str, tuple[int, ...]]
     seed: int
+    dtype: torch.dtype
 
     def fetch(self, name: str) -> torch.Tensor:
+        return self._drawn(name).to(self.dtype)
+
+    def in_bfloat16(self, name: str) -> bool:
+        return self.dtype == torch.bfloat16
+
+    def _drawn(self, name: str) -> torch.Tensor:
         shape, part = self.shapes[name], name.rsplit(".", 1)[-1]
         if part.endswith("_norm"):
             return torch.ones(shape)
@@ -133,8 +153,19 @@ def _as_spelled(names: NameMap, prefix: str, present: frozenset[str]) -> NameMap
     }
 
 
-def random_weights(spec: ModelSpec, seed: int) -> RandomWeights:
-    return RandomWeights(spec, logical_weights(spec), seed)
+def random_weights(spec: ModelSpec, seed: int, dtype: str = "float32") -> RandomWeights:
+    """`dtype`: what the shape's checkpoints are published as; any other than bfloat16 and float16
+    leaves float32."""
+    rounded = RANDOM_DTYPES.get(dtype, torch.float32)
+    return RandomWeights(spec, logical_weights(spec), seed, rounded)
+
+
+def all_bfloat16(x: torch.Tensor) -> bool:
+    """Whether the lower half of every number, as float32, is zero."""
+    if x.dtype == torch.bfloat16:
+        return True
+    parts = x.split(max(1, CHUNK // max(1, x[:1].numel())))
+    return not any((p.float().contiguous().view(torch.int32) & 0xFFFF).any() for p in parts)
 
 
 def rows(weights: Weights, names: tuple[str, ...]) -> torch.Tensor:
@@ -145,11 +176,11 @@ def rows(weights: Weights, names: tuple[str, ...]) -> torch.Tensor:
 
 
 def stored(x: torch.Tensor, dtype: str) -> np.ndarray:
-    """Numbers as `float32`, or as the bit patterns (uint16) of `bfloat16`, rounded to nearest
-    even.
+    """Numbers as `float32`, or as the bit patterns (uint16) of `bfloat16` (widened again or not),
+    rounded to nearest even.
     """
     if dtype == "float32":
         return x.float().contiguous().numpy()
-    if dtype == "bfloat16":
+    if dtype in ("bfloat16", WIDENED):
         return x.to(torch.bfloat16).contiguous().view(torch.uint16).numpy()
     raise ValueError(f"no stored form for {dtype!r}")

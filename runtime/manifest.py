@@ -169,6 +169,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     dtype: str
     quant: dict[str, Any]
     kv_dtype: str
+    widened: tuple[str, ...] = ()  # weights of bfloat16 numbers, stored so and widened to float32
     ranks: int
     config: dict[str, Any]  # resolved CompileConfig
     provenance: dict[str, str]  # config key -> where its value came from

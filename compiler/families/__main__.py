@@ -68,11 +68,12 @@ def fit(name: str, overrides: Sequence[str]) -> str:
         raise UsageError(f"--fit {name}: not a named shape; choices: {', '.join(named_shapes())}")
     loaded = load(CompileConfig, "compile", [f"model={name}", "weights=random", *overrides])
     _, spec = shape_of(loaded.config.model)
+    published = published_dtype(loaded.config.model.config)
     config, sources = settle_target(loaded.config, loaded.sources, gpu_names())
     config, _ = resolve(
         config,
         sources,
-        checkpoint_dtype=published_dtype(config.model.config),
+        checkpoint_dtype=published,
         context=spec.context,
         whole=spec.whole,
     )
@@ -84,7 +85,8 @@ def fit(name: str, overrides: Sequence[str]) -> str:
     ]
     for tp in DEGREES:
         try:
-            lines.append(f"tp {tp}  {arenas(rank_fit(spec, config, tp))}")
+            figures = rank_fit(spec, config, tp, lambda name: published == "bfloat16")
+            lines.append(f"tp {tp}  {arenas(figures)}")
         except CompileError as error:
             lines.append(f"tp {tp}  {error}")
     return "\n".join(lines) + "\n"

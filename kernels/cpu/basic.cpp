@@ -45,13 +45,13 @@ HS_EXPORT void hs_embed(const hs_ctx* ctx, const hs_arg* a) {
 }
 
 HS_EXPORT void hs_embed_positions(const hs_ctx* ctx, const hs_arg* a) {
-    enum { LIVE, X, POSITIONS, OUT, OFFSET, FORMAT, D, GROUP, TABLE, TYPES, TABLE_SCALE, TYPES_SCALE };
+    enum { LIVE, X, POSITIONS, OUT, OFFSET, FORMAT, TYPES_FORMAT, D, GROUP, TABLE, TYPES, TABLE_SCALE, TYPES_SCALE };
     const int32_t* positions = (const int32_t*)a[POSITIONS].p;
-    auto stored = [&](int data, int scale) {
+    auto stored = [&](int format, int data, int scale) {
         bool grouped = a[GROUP].i != 0;
-        return Weight{(int)a[FORMAT].i, a[D].i, a[GROUP].i, a[data].p, grouped ? (const uint16_t*)a[scale].p : nullptr};
+        return Weight{(int)a[format].i, a[D].i, a[GROUP].i, a[data].p, grouped ? (const uint16_t*)a[scale].p : nullptr};
     };
-    Weight table = stored(TABLE, TABLE_SCALE), types = stored(TYPES, TYPES_SCALE);
+    Weight table = stored(FORMAT, TABLE, TABLE_SCALE), types = stored(TYPES_FORMAT, TYPES, TYPES_SCALE);
     Piece piece = share(ctx, live(a[LIVE], 0));
     std::vector<float> row(table.k);
     for (int64_t t = piece.begin; t < piece.end; t++) {

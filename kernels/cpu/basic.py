@@ -92,6 +92,29 @@ register(
 )
 
 
+def _accepts_tables(kind: str) -> Callable[[CallShape], str | None]:
+    def accepts(call: CallShape) -> str | None:
+        if reason := _accepts_table(kind)(call):
+            return reason
+        table, types = (call.formats.get(name, "float32") for name in ("table", "types"))
+        try:
+            same = parse_format(types)[1] == parse_format(table)[1]
+        except ValueError as error:
+            return str(error)
+        return None if same else f"types are stored as {types}, the table as {table}"
+
+    return accepts
+
+
+def _tables_scalars(call: CallShape) -> dict[str, int | float]:
+    kind, _ = parse_format(call.formats.get("types", "float32"))
+    return {
+        "offset": call.attrs["offset"],
+        "types_format": FORMAT_CODES[kind],
+        **_table_scalars(call),
+    }
+
+
 for _kind in FORMAT_CODES:
     register(
         Kernel(
@@ -101,12 +124,12 @@ for _kind in FORMAT_CODES:
             entry="hs_embed_positions",
             params=(
                 *("ptr:live", "ptr:x", "ptr:positions", "ptr:out"),
-                *("i64:offset", "i64:format", "i64:d", "i64:group"),
+                *("i64:offset", "i64:format", "i64:types_format", "i64:d", "i64:group"),
                 *("ptr:table.data", "ptr:types.data"),
                 *(("ptr:table.scale", "ptr:types.scale") if _kind.startswith("int") else ()),
             ),
-            accepts=_accepts_table(_kind),
-            scalars=lambda call: {"offset": call.attrs["offset"], **_table_scalars(call)},
+            accepts=_accepts_tables(_kind),
+            scalars=_tables_scalars,
         )
     )
 

@@ -1,6 +1,7 @@
 """Final weight layouts of the CPU kernels, packed with numpy.
 
 In: logical weights [N,K] as float32, bf16 bits (uint16) or (int8 values, float32 group scales).
+`bfloat16_widened` is laid out as bfloat16; its products are those of the same numbers in float32.
 Out: named field arrays, byte for byte what kernels/cpu/linear.h describes. Called by the compiler's
 weight stage and by the kernel tests.
 """
@@ -17,19 +18,28 @@ TILE = 32  # outputs per tile; of a gated weight one half each of gate and up
 ROW_BLOCK = 16  # prepared rows come in blocks of so many (an AMX tile)
 BF16_STEP = 32  # K of a bf16 tile row block is padded to this (one AMX step)
 GROUPS = (32, 64, 128)
+WIDENED = "bfloat16_widened"
 # enum Format in linear.h
-FORMAT_CODES: Mapping[str, int] = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
+FORMAT_CODES: Mapping[str, int] = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, WIDENED: 4}
+# Ends of the names of entries that read one kind of weight.
+SUFFIXES: Mapping[str, str] = {
+    "float32": "f32",
+    "bfloat16": "bf16",
+    "int8": "int8",
+    "int4": "int4",
+    WIDENED: "bf16_widened",
+}
 
 Array = NDArray[np.generic]
 
 
 def parse_format(name: str) -> tuple[str, int]:
     """`("int8", 32)` for `int8g32`; group 0 for float formats."""
-    match = re.fullmatch(r"(float32|bfloat16)|(int8|int4)g(\d+)", name)
+    match = re.fullmatch(rf"(float32|bfloat16|{WIDENED})|(int8|int4)g(\d+)", name)
     if match is None:
         raise ValueError(
-            f"storage format {name!r} is unknown: valid are float32, bfloat16, int8g<G>, int4g<G>"
-            f" with G in {GROUPS}"
+            f"storage format {name!r} is unknown: valid are float32, bfloat16, {WIDENED}, "
+            f"int8g<G>, int4g<G> with G in {GROUPS}"
         )
     if match[1]:
         return match[1], 0
@@ -73,7 +83,7 @@ def fields(
         )
     if kind == "float32":
         return {"data": ("float32", (tiles, k, TILE))}
-    if kind == "bfloat16":
+    if kind in ("bfloat16", WIDENED):
         return {"data": ("uint16", (tiles, -(-k // BF16_STEP) * BF16_STEP // 2, TILE, 2))}
     step = 4 if kind == "int8" else 8
     return {
@@ -113,7 +123,7 @@ def pack_linear(
         return _pack_stack(format, weight, gated)
     n, k = values.shape
     fields(format, n, k, gated)  # refuses what cannot be packed
-    wanted = {"float32": "float32", "bfloat16": "uint16"}.get(kind, "int8")
+    wanted = {"float32": "float32", "bfloat16": "uint16", WIDENED: "uint16"}.get(kind, "int8")
     if values.dtype != wanted or isinstance(weight, tuple) != bool(group):
         raise ValueError(
             f"{format} is packed from {wanted}{' with scales' if group else ''}, got {values.dtype}"
@@ -122,7 +132,7 @@ def pack_linear(
     tiles = _arrange(values, gated)
     if kind == "float32":
         return {"data": np.ascontiguousarray(tiles.swapaxes(1, 2))}
-    if kind == "bfloat16":
+    if kind in ("bfloat16", WIDENED):
         padding = (-k) % BF16_STEP
         pairs = np.pad(tiles, ((0, 0), (0, 0), (0, padding))).reshape(len(tiles), TILE, -1, 2)
         return {"data": np.ascontiguousarray(pairs.swapaxes(1, 2))}

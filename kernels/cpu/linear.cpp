@@ -8,6 +8,10 @@
 
 namespace hs {
 
+// Without dots of bfloat16 pairs both formats of them are the same product.
+template <int FMT>
+constexpr int PRODUCT = FMT == WIDENED && !DOT<BF16> ? BF16 : FMT;
+
 template <int FMT>
 void prepare(const hs_ctx* ctx, const Linear& c) {
     if constexpr (FMT == INT8 || FMT == INT4)
@@ -17,7 +21,7 @@ void prepare(const hs_ctx* ctx, const Linear& c) {
         amx_bf16_prepare(ctx, c);
 #endif
     else
-        fill_panels<FMT>(ctx, c);
+        fill_panels<PRODUCT<FMT>>(ctx, c);
 }
 
 template <int FMT>
@@ -29,7 +33,7 @@ void product(const hs_ctx* ctx, const Linear& c) {
         amx_bf16_product(ctx, c);
 #endif
     else
-        float_product<FMT>(ctx, c);
+        float_product<PRODUCT<FMT>>(ctx, c);
 }
 
 #define HS_FORMAT(FMT)                                       \
@@ -39,6 +43,7 @@ HS_FORMAT(F32)
 HS_FORMAT(BF16)
 HS_FORMAT(INT8)
 HS_FORMAT(INT4)
+HS_FORMAT(WIDENED)
 
 }  // namespace hs
 
@@ -96,3 +101,4 @@ HS_EXPORT void hs_linear_f32(const hs_ctx* ctx, const hs_arg* a) { linear<F32>(c
 HS_EXPORT void hs_linear_bf16(const hs_ctx* ctx, const hs_arg* a) { linear<BF16>(ctx, bind(BF16, a)); }
 HS_EXPORT void hs_linear_int8(const hs_ctx* ctx, const hs_arg* a) { linear<INT8>(ctx, bind(INT8, a)); }
 HS_EXPORT void hs_linear_int4(const hs_ctx* ctx, const hs_arg* a) { linear<INT4>(ctx, bind(INT4, a)); }
+HS_EXPORT void hs_linear_bf16_widened(const hs_ctx* ctx, const hs_arg* a) { linear<WIDENED>(ctx, bind(WIDENED, a)); }

@@ -4,6 +4,7 @@
 // stream of memory (two side by side cost a tenth of the bandwidth) and has two sums of 16 lanes to add to in turn.
 //   float32   data f32 [N/32][K][32]
 //   bfloat16  data u16 [N/32][Kp/2][32][2]            Kp = K rounded up to 32 (zeros)
+//   bfloat16_widened   the same; multiplied in float32 at every level, where bfloat16 may round the other operand
 //   int8gG    data u8  [N/32][K/4][32][4] (q + 128)    scale fp16 [N/32][K/G][32]
 //   int4gG    data u8  [N/32][K/8][32][4]              byte j holds k = 8i+j in the low and k = 8i+4+j in the high nibble
 //             (q + 8)                                  scale as int8
@@ -13,7 +14,8 @@
 
 namespace hs {
 
-enum Format { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
+enum Format { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3, WIDENED = 4 };
+constexpr bool in_bf16(int format) { return format == BF16 || format == WIDENED; }
 constexpr int TILE = 32, HALF = 16;
 constexpr int64_t LINE = 64;  // bytes of HALF outputs at one step along K; a tile has two such lines per step
 
@@ -24,11 +26,12 @@ struct Weight {
     const void* data;
     const uint16_t* scale;
 
-    int64_t padded_k() const { return format == BF16 ? (k + 31) / 32 * 32 : k; }
+    int64_t padded_k() const { return in_bf16(format) ? (k + 31) / 32 * 32 : k; }
     int64_t tile_bytes() const {
         switch (format) {
             case F32: return k * 128;
-            case BF16: return padded_k() * 64;
+            case BF16:
+            case WIDENED: return padded_k() * 64;
             case INT8: return k * 32;
             default: return k * 16;
         }
@@ -45,7 +48,7 @@ static inline void unpack_row(const Weight& w, int64_t row, float* out) {
     if (w.format == F32) {
         const float* p = (const float*)data + lane;
         for (int64_t k = 0; k < w.k; k++) out[k] = p[k * TILE];
-    } else if (w.format == BF16) {
+    } else if (in_bf16(w.format)) {
         const uint16_t* p = (const uint16_t*)data + lane * 2;
         for (int64_t k = 0; k < w.k; k++) out[k] = bf16_to_float(p[k / 2 * 2 * TILE + k % 2]);
     } else {

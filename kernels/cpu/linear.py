@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kernels.cpu.activations import ACTIVATION_CODES, GATED
-from kernels.cpu.layout import BF16_STEP, ROW_BLOCK, misfit, parse_format
+from kernels.cpu.layout import BF16_STEP, ROW_BLOCK, SUFFIXES, misfit, parse_format
 from kernels.kernel import CallShape, Kernel, register
 
 _PARAMS = (
@@ -94,12 +94,7 @@ def _workspace(call: CallShape) -> int:
     return rows * prepared_bytes(call.formats.get("w", "float32"), call.shapes["w"][1])
 
 
-for _kind, _suffix in (
-    ("float32", "f32"),
-    ("bfloat16", "bf16"),
-    ("int8", "int8"),
-    ("int4", "int4"),
-):
+for _kind, _suffix in SUFFIXES.items():
     register(
         Kernel(
             name=f"linear_{_suffix}",

@@ -1,5 +1,6 @@
 // float32 and bfloat16 weights: one accumulator per output, k ascending, whatever the number of rows. bfloat16 is widened for FMA,
-// or, where the level has the dot of bfloat16 pairs, activations are rounded to bfloat16 (at every number of rows).
+// or, where the level has the dot of bfloat16 pairs, activations are rounded to bfloat16 (at every number of rows). What is widened
+// gives the bits of the same numbers stored in float32.
 //
 // What one broadcast multiplies is a unit: a float, or two bfloat16 of neighbouring k in the same four bytes.
 // A few rows are read where they are; more are repacked in panels [K][R] so that one pointer serves all R broadcasts.
@@ -30,7 +31,7 @@ template <int FMT>
 constexpr bool DOT = false;
 #endif
 template <int FMT>
-constexpr int STEP = FMT == BF16 && !DOT<FMT> ? 2 : 1;  // units per line
+constexpr int STEP = in_bf16(FMT) && !DOT<FMT> ? 2 : 1;  // units per line
 
 template <int FMT>
 HS_INLINE int64_t units(const Weight& w) {

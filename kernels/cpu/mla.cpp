@@ -323,3 +323,4 @@ HS_EXPORT void hs_head_linear_f32(const hs_ctx* ctx, const hs_arg* a) { head_lin
 HS_EXPORT void hs_head_linear_bf16(const hs_ctx* ctx, const hs_arg* a) { head_linear<BF16>(ctx, a); }
 HS_EXPORT void hs_head_linear_int8(const hs_ctx* ctx, const hs_arg* a) { head_linear<INT8>(ctx, a); }
 HS_EXPORT void hs_head_linear_int4(const hs_ctx* ctx, const hs_arg* a) { head_linear<INT4>(ctx, a); }
+HS_EXPORT void hs_head_linear_bf16_widened(const hs_ctx* ctx, const hs_arg* a) { head_linear<WIDENED>(ctx, a); }

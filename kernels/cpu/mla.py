@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kernels.cpu.basic import not_float32
-from kernels.cpu.layout import misfit, parse_format
+from kernels.cpu.layout import SUFFIXES, misfit, parse_format
 from kernels.cpu.rope import KV_SUFFIXES, PAGE_SIZE
 from kernels.kernel import CallShape, Kernel, register
 
@@ -129,12 +129,7 @@ def _accepts_weight(kind: str) -> Callable[[CallShape], str | None]:
     return accepts
 
 
-for _kind, _suffix in (
-    ("float32", "f32"),
-    ("bfloat16", "bf16"),
-    ("int8", "int8"),
-    ("int4", "int4"),
-):
+for _kind, _suffix in SUFFIXES.items():
     register(
         Kernel(
             name=f"head_linear_{_suffix}",

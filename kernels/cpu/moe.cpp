@@ -196,3 +196,4 @@ HS_EXPORT void hs_experts_f32(const hs_ctx* ctx, const hs_arg* a) { experts<F32>
 HS_EXPORT void hs_experts_bf16(const hs_ctx* ctx, const hs_arg* a) { experts<BF16>(ctx, a); }
 HS_EXPORT void hs_experts_int8(const hs_ctx* ctx, const hs_arg* a) { experts<INT8>(ctx, a); }
 HS_EXPORT void hs_experts_int4(const hs_ctx* ctx, const hs_arg* a) { experts<INT4>(ctx, a); }
+HS_EXPORT void hs_experts_bf16_widened(const hs_ctx* ctx, const hs_arg* a) { experts<WIDENED>(ctx, a); }

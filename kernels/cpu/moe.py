@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from kernels.cpu.activations import ACTIVATION_CODES, GATED, SILU_CLAMPED
 from kernels.cpu.basic import not_float32
-from kernels.cpu.layout import ROW_BLOCK, misfit, parse_format
+from kernels.cpu.layout import ROW_BLOCK, SUFFIXES, misfit, parse_format
 from kernels.cpu.linear import prepared_bytes
 from kernels.kernel import CallShape, Kernel, register
 
@@ -162,12 +162,7 @@ def _workspace(call: CallShape) -> int:
     return rows * prepared_bytes(call.formats["w"], call.shapes["w"][2])
 
 
-for _kind, _suffix in (
-    ("float32", "f32"),
-    ("bfloat16", "bf16"),
-    ("int8", "int8"),
-    ("int4", "int4"),
-):
+for _kind, _suffix in SUFFIXES.items():
     for _op in ("moe_gate_up", "moe_down"):
         register(
             Kernel(

@@ -107,7 +107,8 @@ def test_one_rank_is_the_whole_model(family: str) -> None:
 
 def test_one_rank_is_the_artifact(tiny_artifact: Path) -> None:
     manifest = Artifact.open(tiny_artifact).manifest
-    figures = rank_fit(*inputs(manifest), 1)
+    spec, config, in_bfloat16 = inputs(manifest)
+    figures = rank_fit(spec, config, 1, in_bfloat16)
     assert figures == manifest.report["fit"]
     weights, state, work, io = arena_sizes(manifest, 3)
     assert (figures["weights"], figures["work"]) == (weights, work)

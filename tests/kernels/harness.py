@@ -56,7 +56,7 @@ def _stored(
     kind, group = parse_format(fmt)
     if kind == "float32":
         return pack_linear(fmt, weight.numpy(), gated), weight
-    if kind == "bfloat16":
+    if kind.startswith("bfloat16"):
         rounded = weight.bfloat16()
         return pack_linear(
             fmt, rounded.view(torch.int16).numpy().view(np.uint16), gated

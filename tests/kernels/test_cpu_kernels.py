@@ -14,6 +14,7 @@ from harness import Case, cases, check_case, make_case, with_args
 
 import kernels.cpu.register
 import kernels.ops.register  # noqa: F401
+from kernels.cpu.layout import WIDENED
 from kernels.cpu.run import Team, run_on
 from kernels.kernel import KERNELS, CallShape, Kernel
 from kernels.op import OPS, Sample
@@ -67,6 +68,36 @@ def test_kernel_equals_reference(teams: dict[int, Team], name: str) -> None:
             except AssertionError as error:
                 raise AssertionError(f"{name} on {label}: {error}") from error
     assert served, f"no sample of {kernel.op} is accepted by {name}"
+
+
+READERS = sorted({k.op for k in KERNELS["cpu"] if any(p.endswith(".data") for p in k.params)})
+
+
+@pytest.mark.parametrize("op", READERS)
+def test_widened_weights_give_the_bits_of_float32_ones(teams: dict[int, Team], op: str) -> None:
+    """Of every kernel that reads matrices, on the same bfloat16 numbers stored in both forms."""
+    matrices = [a.name for a in OPS[op].args if a.role == "weight" and len(a.dims) > 1]
+    for sample in OPS[op].samples():
+        if sample.attrs.get("x_format"):
+            continue  # for GPUs
+        given = {n: v.bfloat16().float() for n, v in sample.args.items() if n in matrices}
+        whole = make_case(OPS[op], with_args(sample, **given), "float32")
+        narrow = make_case(OPS[op], with_args(sample, **given), WIDENED)
+        stored = [case.arrays[f"{matrices[0]}.data"].nbytes for case in (whole, narrow)]
+        assert stored[1] < stored[0]
+        forms = [(whole, whole.call), (narrow, narrow.call)]
+        if len(matrices) > 1:  # each in its own form
+            mixed = {matrices[0]: "float32", matrices[1]: WIDENED}
+            data = {f"{matrices[0]}.data": whole.arrays[f"{matrices[0]}.data"]}
+            both = replace(narrow, arrays=narrow.arrays | data)
+            forms.append((both, replace(narrow.call, formats=mixed)))
+        for team in teams.values():
+            found = []
+            for case, call in forms:
+                (kernel,) = [k for k in KERNELS["cpu"] if k.op == op and k.accepts(call) is None]
+                arrays = run_sample(team, kernel, replace(case, call=call))
+                found.append(b"".join(arrays[name].tobytes() for name in case.expected))
+            assert len(set(found)) == 1, f"{op} {sample.label}"
 
 
 def test_every_op_has_a_kernel_for_every_sample() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kernels.cpu import linear  # noqa: F401  registers the kernels
-from kernels.cpu.layout import fields, pack_linear, parse_format
+from kernels.cpu.layout import WIDENED, fields, pack_linear, parse_format
 from kernels.kernel import KERNELS, CallShape
 from kernels.toolchain import build_cpu, supported_levels
 
@@ -18,6 +18,7 @@ CACHE = Path("~/.cache/headstart").expanduser()
 FORMATS = (
     "float32",
     "bfloat16",
+    WIDENED,
     "int8g32",
     "int8g64",
     "int8g128",
@@ -85,7 +86,7 @@ class Weight:
         if self.kind == "float32":
             packed = rng.standard_normal((n, k), np.float32)
             self.value = packed.astype(np.float64)
-        elif self.kind == "bfloat16":
+        elif self.kind in ("bfloat16", WIDENED):
             packed = to_bf16(rng.standard_normal((n, k), np.float32))
             self.value = from_bf16(packed).astype(np.float64)
         else:
@@ -231,7 +232,7 @@ def check(got: np.ndarray, want: np.ndarray, tolerance: float) -> None:
 def test_against_float64(teams: dict[int, Team], level: str, fmt: str, epilogue: str) -> None:
     group = parse_format(fmt)[1]
     for t, n, k, threads in ((1, 70, 128, 1), (3, 16, 256, 2), (7, 94, 384, 3), (33, 130, 512, 2)):
-        if fmt in ("float32", "bfloat16"):
+        if not group:
             k -= 27  # no multiple of anything
         rng = np.random.default_rng([t, n, k, group])
         swiglu = "swiglu" in epilogue
@@ -289,7 +290,7 @@ def test_row_does_not_depend_on_its_batch(teams: dict[int, Team], fmt: str) -> N
             assert np.array_equal(got, alone[:t]), f"{t} rows"
 
 
-@pytest.mark.parametrize("fmt", ["float32", "bfloat16", "int8g32", "int4g128"])
+@pytest.mark.parametrize("fmt", ["float32", "bfloat16", WIDENED, "int8g32", "int4g128"])
 def test_rows_beyond_the_cache_blocks(teams: dict[int, Team], fmt: str) -> None:
     """So long a K that the rows are worked on in several chunks."""
     rng = np.random.default_rng(11)
@@ -301,7 +302,7 @@ def test_rows_beyond_the_cache_blocks(teams: dict[int, Team], fmt: str) -> None:
     check(got, expected(weight, x, rounded=False), 0.02)
 
 
-@pytest.mark.parametrize("fmt", ["float32", "bfloat16", "int8g32", "int4g64"])
+@pytest.mark.parametrize("fmt", ["float32", "bfloat16", WIDENED, "int8g32", "int4g64"])
 def test_levels_agree(teams: dict[int, Team], level: str, fmt: str) -> None:
     """Integer dots are exact: levels differ by float rounding; some round rows of bf16."""
     rng = np.random.default_rng(3)
@@ -344,6 +345,22 @@ def test_residual_in_place(teams: dict[int, Team], fmt: str, t: int) -> None:
     x, residual = rng.standard_normal((t, 64), np.float32), rng.standard_normal((t, 50), np.float32)
     got = call(teams[2], weight, x, residual=residual, in_place=True)
     assert np.array_equal(got, call(teams[1], weight, x, residual=residual))
+
+
+def test_widened_rows_have_the_bits_of_float32(teams: dict[int, Team]) -> None:
+    """Whatever the number of rows, so in every kind of block, and over several pieces of K."""
+    rng = np.random.default_rng(12)
+    for n, k, gated in ((70, 357, False), (64, 1536, True), (40, 4096, False)):
+        weight = Weight(WIDENED, n, k, rng, gated)
+        whole = Weight("float32", n, k, rng, gated)
+        whole.fields = pack_linear("float32", weight.value.astype(np.float32), gated)
+        assert weight.fields["data"].nbytes <= whole.fields["data"].nbytes * 384 / 357 / 2
+        x, norm = rng.standard_normal((70, k), np.float32), rng.uniform(0.5, 2, k)
+        more = {"norm": norm.astype(np.float32), "swiglu": gated}
+        for t in (*range(1, 14), 24, 33, 70):
+            team = teams[1 + t % 3]
+            got, want = call(team, weight, x[:t], **more), call(team, whole, x[:t], **more)
+            assert got.tobytes() == want.tobytes(), f"{t} rows of {k}"
 
 
 @pytest.mark.parametrize("fmt", ["int8g32", "int4g32"])
