@@ -64,8 +64,13 @@ def test_logprobs_and_greedy_tokens_of_transformers(
 
 @pytest.mark.parametrize(
     ("options", "weight_mb"),
-    [(("dtype=float32",), 538.1), (("quant=int8",), 143.0), (("quant=int4",), 75.7)],
-    ids=("fp32", "int8", "int4"),
+    [
+        (("dtype=float32", "model.config.torch_dtype=float32"), 538.1),
+        (("dtype=float32",), 269.1),
+        (("quant=int8",), 143.0),
+        (("quant=int4",), 75.7),
+    ],
+    ids=("fp32", "fp32 of bf16 numbers", "int8", "int4"),
 )
 def test_static_counts_and_benchmarks(
     compile_artifact: Callable[..., Path],
