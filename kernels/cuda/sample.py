@@ -1,5 +1,10 @@
-"""Registration of the CUDA kernel of sampling: five launches, the second and the last two for rows
-with top-k, top-p or min-p only (code/sample_scan.py). Imported by kernels/cuda/register.py."""
+"""Registration of the CUDA kernel of sampling: two launches, the second for rows with top-k, top-p
+or min-p only (code/sample_scan.py). Imported by kernels/cuda/register.py.
+
+Each launch ends with the work of one program per row, which has other registers than the reading of
+the logits: together they would take 170 to 180. With up to 8 logits per thread the limit of 128
+costs no spill, so two programs of 8 warps share a processor. What each has in flight does not
+depend on how many there are: three chunks are on their way through shared memory."""
 
 from __future__ import annotations
 
@@ -7,15 +12,15 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from kernels.cuda.kernel import SIZES, Config, CudaKernel, launch, pointer, register
+from kernels.cuda.kernel import SIZES, Config, CudaKernel, counters, launch, pointer, register
 from kernels.cuda.kernel import workspace as scratch
-from kernels.cuda.rows import PROCESSORS, power
+from kernels.cuda.rows import PROCESSORS
 from kernels.kernel import CallShape
-from kernels.launch import Launch, Pointer
+from kernels.launch import COUNTERS_BYTES, Launch, Pointer
 
 # Constants of code/sampling.py.
 TOP_TILE, WORDS, REALS = 32, 8, 4
-BINS = 2048
+BINS = 256
 ROOM = 8192  # candidates of a row
 MOST_SPLITS = 256
 
@@ -39,23 +44,21 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(name if name.isupper() else f"{name}_ptr" for name in text.split())
 
 
-_ROW = """live logits row_slot row_flags row_mask masks counts bias frequency presence repetition
-    temperature min_p words reals VOCAB COLUMNS STATE MASK CHUNK SPLITS BINS"""
-_PARTS = "row_target row_top top_k top_p best best_id raw_max raw_sum bad weight top bins"
-_TOKEN = "row_token seed positions last token logprob top_k top_p SPLIT_TILE ROOM TILE"
-_OTHERS = frozenset({"words_ptr", "bins_ptr", "reals_ptr", "BINS"})
-SCAN = _names(f"{_ROW} {_PARTS}") - _OTHERS
-COUNT = _names(f"{_ROW} row_target top_k top_p bins") - {"words_ptr"}
-JOIN = _names(f"{_ROW} {_PARTS} {_TOKEN} top_ids top_logprobs status")
-COLLECT = _names(f"{_ROW} masses candidates ROOM")
-DRAW = _names(f"{_ROW} {_TOKEN} masses candidates")
+_BOTH = """live logits row_token row_slot row_flags row_mask masks top_k temperature top_p min_p
+    frequency presence repetition seed positions counts bias last token logprob words reals counter
+    VOCAB COLUMNS STATE MASK CHUNK SPLITS STEPS STAGES PROGRAMS BINS ROOM TILE"""
+_PARTS = "best best_id raw_max raw_sum bad chunk_best weight top bins"
+SCAN = _names(f"{_BOTH} row_target row_top top_ids top_logprobs status {_PARTS}")
+COLLECT = _names(f"{_BOTH} masses sure candidates")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleConfig(Config):
-    """`chunk`: vocabulary of a program; `tile`: candidates looked at together; `warps` of both."""
+    """`chunk`: logits in registers at a time; `steps`: chunks that a program reads one after the
+    other; `tile`: candidates looked at together."""
 
     chunk: int
+    steps: int
     tile: int
     warps: int
 
@@ -68,10 +71,17 @@ def _splits(call: CallShape, config: SampleConfig) -> int:
     return -(-call.attrs["vocab"] // config.chunk)
 
 
+def _programs(call: CallShape, config: SampleConfig) -> int:
+    """Of one row, in either launch."""
+    return -(-_splits(call, config) // config.steps)
+
+
 def _accepts(call: CallShape) -> str | None:
     vocab = call.attrs["vocab"]
     if vocab > MOST_SPLITS * 8192:
         return f"a vocabulary of {vocab} is more than {MOST_SPLITS * 8192}"
+    if _rows(call) > COUNTERS_BYTES // 4:
+        return f"{_rows(call)} rows need more than {COUNTERS_BYTES // 4} counters"
     if call.dtypes["logits"] != "float32":
         return f"logits are {call.dtypes['logits']}: supported is float32"
     return None
@@ -82,36 +92,43 @@ def _valid(call: CallShape, config: SampleConfig) -> str | None:
     if splits > MOST_SPLITS:
         return f"{splits} chunks of {config.chunk} are more than {MOST_SPLITS}"
     each = config.chunk // (32 * config.warps)
-    return f"{each} values per thread" if each > 32 else None
+    return f"{each} logits per thread are more than 16" if each > 16 else None
 
 
 def _default(call: CallShape) -> SampleConfig:
-    """8 logits per thread: registers for two programs on a processor."""
+    """8 logits per thread. Few rows are spread over all processors; many rows take programs of
+    several chunks, whose histogram and last steps are then fewer, while every processor has seven
+    programs."""
     vocab = call.attrs["vocab"]
     chunk = 2048
     while chunk > 1024 and chunk // 2 >= vocab:
         chunk //= 2
     while vocab > MOST_SPLITS * chunk:
         chunk *= 2
-    return SampleConfig(chunk=chunk, tile=512, warps=8)
+    steps = 1
+    while steps < 16 and _rows(call) * -(-vocab // (2 * steps * chunk)) >= 7 * PROCESSORS:
+        steps *= 2
+    return SampleConfig(chunk=chunk, steps=steps, tile=512, warps=max(8, chunk // 512))
 
 
 def _segments(call: CallShape, config: SampleConfig) -> dict[str, tuple[str, int]]:
     """Type and number of elements of every part of the workspace."""
     rows, splits = _rows(call), _splits(call, config)
-    parts = rows * splits
+    parts, chunks = rows * _programs(call, config), rows * splits
     return {
         "best": ("fp32", parts),
         "best_id": ("i32", parts),
         "raw_max": ("fp32", parts),
         "raw_sum": ("fp32", parts),
         "bad": ("i32", parts),
-        "weight": ("i64", parts),
-        "top": ("i64", parts * TOP_TILE),
-        "bins": ("i16", parts * BINS),
+        "chunk_best": ("fp32", chunks),
+        "weight": ("i64", chunks),
+        "top": ("i64", chunks * TOP_TILE),
+        "bins": ("i32", parts * BINS),
         "words": ("i32", rows * WORDS),
         "reals": ("fp32", rows * REALS),
-        "masses": ("i64", parts * 4),
+        "masses": ("i64", parts * 2),
+        "sure": ("i64", chunks),
         "candidates": ("i64", rows * ROOM),
     }
 
@@ -139,24 +156,24 @@ def _launches(call: CallShape, config: SampleConfig) -> tuple[Launch, ...]:
         "MASK": call.shapes["masks"][1],
         "CHUNK": config.chunk,
         "SPLITS": splits,
-        "SPLIT_TILE": power(splits),
+        "STEPS": config.steps,
+        "STAGES": min(config.steps, 3),
+        "PROGRAMS": _programs(call, config),
         "BINS": BINS,
         "ROOM": ROOM,
         "TILE": min(config.tile, config.chunk),
     }
-    everything = {**slots, **places, **sizes}
+    everything = {**slots, **places, **sizes, "counter_ptr": counters()}
 
-    def one(function: str, grid: tuple[int, int, int], names: frozenset[str]) -> Launch:
+    def one(function: str, names: frozenset[str]) -> Launch:
         given = {name: value for name, value in everything.items() if name in names}
-        return launch(function, grid, warps=config.warps, stages=3, **given)
+        grid = (sizes["PROGRAMS"], rows, 1)
+        limit = 128 if config.chunk <= 256 * config.warps else 0
+        return launch(function, grid, warps=config.warps, registers=limit, **given)
 
-    fixed = (min(rows * splits, 4 * PROCESSORS), 1, 1)
     return (
-        one("sample_scan.scan_kernel", (splits, rows, 1), SCAN),
-        one("sample_count.count_kernel", fixed, COUNT),
-        one("sample_join.join_kernel", (rows, 1, 1), JOIN),
-        one("sample_collect.collect_kernel", fixed, COLLECT),
-        one("sample_draw.draw_kernel", (rows, 1, 1), DRAW),
+        one("sample_scan.scan_kernel", SCAN),
+        one("sample_collect.collect_kernel", COLLECT),
     )
 
 
@@ -166,9 +183,10 @@ register(
         op="sample",
         accepts=_accepts,
         space=lambda call: [
-            SampleConfig(chunk=c, tile=t, warps=w)
-            for c in (1024, 2048, 4096, 8192)
-            for t in (512, 1024, 2048)
+            SampleConfig(chunk=c, steps=s, tile=t, warps=w)
+            for c in (1024, 2048, 4096)
+            for s in (1, 2, 4, 8, 16)
+            for t in (512, 1024)
             for w in (4, 8, 16)
         ],
         valid=_valid,

@@ -3,23 +3,27 @@ whatever the chunks."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cuda_harness import check_case, make_case, run_case
 from rowwise_calls import MODELS, calls
+from triton.runtime import interpreter
 
 import kernels.cuda.register
 import kernels.ops.register  # noqa: F401
 from kernels.cuda import sample as sampling
 from kernels.cuda.build import build_cuda
+from kernels.cuda.rows import PROCESSORS
 from kernels.cuda.state import EditConfig
 from kernels.kernel import KERNELS
 from kernels.op import OPS, Sample
-from kernels.ops.sample import PENALTIES, make_sample
+from kernels.ops.sample import LOGPROB, PENALTIES, make_sample
 from kernels.ops.samples import floats, generator, live
 from kernels.ops.state import BIAS, CLEAR, COUNT, MARK
 
@@ -45,6 +49,9 @@ def logits(kind: str, rows: int, vocab: int) -> torch.Tensor:
         return torch.randint(-3, 3, (rows, vocab), generator=g).float()
     if kind == "constant":
         return torch.full((rows, vocab), -0.5)
+    if kind == "apart":  # what decides is a tenth of the vocabulary
+        near = torch.rand(rows, vocab, generator=g) < 0.1
+        return torch.where(near, floats(g, rows, vocab), -40.0 + floats(g, rows, vocab) * 9)
     return floats(g, rows, vocab) + 900.0  # far from zero
 
 
@@ -55,12 +62,71 @@ def sample_of(kind: str, vocab: int) -> Sample:
     return sample
 
 
-@pytest.mark.parametrize("chunk", [256, 2048])
-@pytest.mark.parametrize("kind", ["peaked", "even", "tied", "constant", "far"])
-def test_thresholds(kind: str, chunk: int) -> None:
+@pytest.mark.parametrize(("chunk", "steps"), [(256, 1), (256, 4), (2048, 1)])
+@pytest.mark.parametrize("kind", ["peaked", "even", "tied", "constant", "far", "apart"])
+def test_thresholds(kind: str, chunk: int, steps: int) -> None:
     case = make_case(OPS["sample"], sample_of(kind, 1500), "float32")
-    run_case(SAMPLE, case, sampling.SampleConfig(chunk=chunk, tile=256, warps=8))
+    run_case(SAMPLE, case, sampling.SampleConfig(chunk=chunk, steps=steps, tile=256, warps=8))
     check_case(case)
+
+
+PLAIN: tuple[dict[str, float], ...] = (
+    {"temperature": 0.0},
+    {"temperature": 0.0, "row_flags": LOGPROB, "row_top": 2},
+    {"row_target": 17, "row_flags": LOGPROB},
+    {"temperature": 1.3, "seed": 5},
+    {"temperature": 1.3, "seed": 6, "row_flags": PENALTIES, "frequency": 0.5},
+)
+
+
+def test_rows_are_read_once_and_filtered_ones_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every load of the interpreter, counted at its address. Beyond the passes a row may read the
+    sample that places its bins, once a program, and the chunk in which its token lies."""
+    rows = (*PLAIN, *FILTERS)
+    sample = make_sample("passes", list(rows), vocab=9001, columns=9008)
+    case = make_case(OPS["sample"], sample, "float32")
+    config = sampling.SampleConfig(chunk=1024, steps=2, tile=512, warps=8)
+    logits = case.memory["logits"]
+    loads = np.zeros(logits.numel(), dtype=np.int64)
+    load = interpreter.InterpreterBuilder.create_masked_load
+
+    def counted(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        at = (pointers.data[mask.data].astype(np.int64) - logits.data_ptr()) // 4
+        np.add.at(loads, at[(at >= 0) & (at < len(loads))], 1)
+        return load(self, pointers, mask, *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", counted)
+    run_case(SAMPLE, case, config)
+    check_case(case)
+    programs = SAMPLE.launches(case.call, config)[0].grid[0]
+    for r, row in enumerate(loads.reshape(logits.shape)):
+        passes = 0 if r >= len(rows) else 1 if r < len(PLAIN) else 2
+        beyond = {0: 0, 1: config.chunk + 1, 2: config.chunk + 1 + programs * 1024}[passes]
+        assert np.median(row[:9001]) == passes
+        assert passes * 9001 <= row.sum() <= passes * 9001 + beyond
+
+
+def test_a_bad_row_with_a_filter_is_told() -> None:
+    rows = [{**f, "seed": 1.0} for f in FILTERS]
+    sample = make_sample("bad", rows, vocab=1500, columns=1500)
+    for r, value in enumerate((math.nan, math.inf, -math.inf, math.nan)):
+        sample.args["logits"][r, 3 + 400 * (r % 2)] = value
+    case = make_case(OPS["sample"], sample, "float32")
+    run_case(SAMPLE, case, sampling.SampleConfig(chunk=256, steps=2, tile=256, warps=8))
+    check_case(case)
+
+
+@pytest.mark.parametrize("rows", [1, 64, 256])
+def test_two_launches_fill_the_processors(rows: int) -> None:
+    (call,) = (c for c in calls(MODELS["llama3-8b"], "decode", rows, rows) if c.op == "sample")
+    launches = SAMPLE.launches(call, SAMPLE.default(call))
+    assert [launch.source.function for launch in launches if launch.source] == [
+        "sample_scan.scan_kernel",
+        "sample_collect.collect_kernel",
+    ]
+    for launch in launches:
+        programs = math.prod(launch.grid)
+        assert programs == 63 or programs >= 7 * PROCESSORS
 
 
 @pytest.mark.parametrize("kind", ["peaked", "tied"])
@@ -68,7 +134,7 @@ def test_more_candidates_than_room(kind: str, monkeypatch: pytest.MonkeyPatch) -
     """The row itself is searched."""
     monkeypatch.setattr(sampling, "ROOM", 2)
     case = make_case(OPS["sample"], sample_of(kind, 300), "float32")
-    run_case(SAMPLE, case, sampling.SampleConfig(chunk=256, tile=256, warps=8))
+    run_case(SAMPLE, case, sampling.SampleConfig(chunk=256, steps=1, tile=256, warps=8))
     check_case(case)
 
 
@@ -107,9 +173,10 @@ def test_angles_are_exact_at_every_position() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 256])
 @pytest.mark.parametrize("model", sorted(MODELS))
-def test_registers_leave_room_for_two_programs(model: str, tmp_path: Path) -> None:
-    (call,) = (c for c in calls(MODELS[model], "decode", 64, 64) if c.op == "sample")
+def test_registers_leave_room_for_two_programs(model: str, rows: int, tmp_path: Path) -> None:
+    (call,) = (c for c in calls(MODELS[model], "decode", rows, rows) if c.op == "sample")
     made = [launch.source for launch in SAMPLE.launches(call, SAMPLE.default(call))]
     for source, (binary, _) in build_cuda([s for s in made if s], tmp_path).items():
         assert binary.registers <= 128 and binary.stack == 0, source.function

@@ -1,32 +1,22 @@
-"""Sampling, last: thresholds and draws of the rows that are pending (sample_scan.py)."""
+"""Sampling: a row's threshold and draw, by the last program that collected (sample_scan.py)."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from kernels.cuda.code import pdl
 from kernels.cuda.code.sampling import (
     ABOVE_K,
-    BEST,
-    BEST_ID,
-    BIN_K,
-    BIN_LOW,
-    BIN_TOP,
     CANDIDATES,
     LOG_SUM,
     LOWEST,
-    PENDING,
     REALS,
-    REFERENCE,
-    SCALE,
     WORDS,
     bin_of,
     emit,
     fixed,
     pack,
     pick,
-    row_of,
     row_values,
     uniform,
     unpack,
@@ -55,10 +45,10 @@ def tally(
     """Of a row's candidates, or of the whole row, those with keys from `pivot` on, bins from `low`
     to `high`, ids below `end` and weights of min_p or more: how many they are, what they weigh,
     their lowest and highest key."""
-    count = tl.sum(tl.zeros((TILE,), tl.int64), axis=0)
-    mass = tl.sum(tl.zeros((TILE,), tl.int64), axis=0)
-    least = tl.max(tl.full((TILE,), 0x7FFFFFFFFFFFFFFE, tl.int64), axis=0)
-    most = tl.max(tl.full((TILE,), LOWEST, tl.int64), axis=0)
+    count = tl.zeros((TILE,), tl.int32)
+    mass = tl.zeros((TILE,), tl.int64)
+    least = tl.full((TILE,), 0x7FFFFFFFFFFFFFFE, tl.int64)
+    most = tl.full((TILE,), LOWEST, tl.int64)
     for start in range(0, items, TILE):
         i = start + tl.arange(0, TILE)
         exists = i < items
@@ -72,11 +62,16 @@ def tally(
         b = bin_of(z, reference, scale, BINS)
         keep = exists & (key >= pivot) & (b >= low) & (b <= high) & (id < end)
         keep = keep & ((e >= min_p) | (id == best_id))
-        count += tl.sum(keep.to(tl.int64), axis=0)
-        mass += tl.sum(tl.where(keep, fixed(e), 0), axis=0)
-        least = tl.minimum(least, tl.min(tl.where(keep, key, 0x7FFFFFFFFFFFFFFE), axis=0))
-        most = tl.maximum(most, tl.max(tl.where(keep, key, LOWEST), axis=0))
-    return count, mass, least, most
+        count += keep.to(tl.int32)
+        mass += tl.where(keep, fixed(e), 0)
+        least = tl.minimum(least, tl.where(keep, key, 0x7FFFFFFFFFFFFFFE))
+        most = tl.maximum(most, tl.where(keep, key, LOWEST))
+    return (
+        tl.sum(count, axis=0),
+        tl.sum(mass, axis=0),
+        tl.min(least, axis=0),
+        tl.max(most, axis=0),
+    )
 
 
 @triton.jit
@@ -150,218 +145,184 @@ def search(
 
 
 @triton.jit
-def draw_kernel(
-    live_ptr,
-    logits_ptr,
+def draw(
+    r,
+    row,
+    inverse,
+    best,
+    best_id,
+    min_p,
+    reference,
+    scale,
+    own_ptr,
+    bin_k,
+    bin_top,
+    bin_low,
     row_token_ptr,
     row_slot_ptr,
     row_flags_ptr,
-    row_mask_ptr,
-    masks_ptr,
     top_k_ptr,
-    temperature_ptr,
     top_p_ptr,
-    min_p_ptr,
-    frequency_ptr,
-    presence_ptr,
-    repetition_ptr,
     seed_ptr,
     positions_ptr,
-    counts_ptr,
-    bias_ptr,
     last_ptr,
     token_ptr,
     logprob_ptr,
     words_ptr,
     reals_ptr,
     masses_ptr,
-    candidates_ptr,
+    sure_ptr,
     VOCAB: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    STATE: tl.constexpr,
-    MASK: tl.constexpr,
     CHUNK: tl.constexpr,
     SPLITS: tl.constexpr,
-    SPLIT_TILE: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     BINS: tl.constexpr,
     ROOM: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Grid: rows."""
-    pdl.wait()
-    r = tl.program_id(0)
-    pending = r < tl.load(live_ptr + 2)
-    if tl.load(words_ptr + r * WORDS + PENDING, pending, 0) != 0:
-        k = tl.load(top_k_ptr + r)
-        top_p = tl.load(top_p_ptr + r)
-        min_p = tl.load(min_p_ptr + r)
-        inverse = 1.0 / tl.load(temperature_ptr + r)
-        has_p = top_p < 1.0
-        row = row_of(
-            r,
-            True,
-            logits_ptr,
-            row_slot_ptr,
-            row_flags_ptr,
-            row_mask_ptr,
-            masks_ptr,
-            counts_ptr,
-            bias_ptr,
-            frequency_ptr,
-            presence_ptr,
-            repetition_ptr,
-            COLUMNS,
-            STATE,
-            MASK,
-        )
-        best_id = tl.load(words_ptr + r * WORDS + BEST_ID)
-        bin_k = tl.load(words_ptr + r * WORDS + BIN_K)
-        has_k = bin_k > 0
-        bin_top = tl.load(words_ptr + r * WORDS + BIN_TOP)
-        bin_low = tl.load(words_ptr + r * WORDS + BIN_LOW)
-        best = tl.load(reals_ptr + r * REALS + BEST)
-        reference = tl.load(reals_ptr + r * REALS + REFERENCE)
-        scale = tl.load(reals_ptr + r * REALS + SCALE)
-        own_ptr = candidates_ptr + r.to(tl.int64) * ROOM
-        s = tl.arange(0, SPLIT_TILE)
-        used = s < SPLITS
-        all_masses = masses_ptr + (r * SPLITS + s).to(tl.int64) * 4
-        above_k = tl.sum(tl.load(all_masses, used, 0), axis=0)
-        above_top = tl.sum(tl.load(all_masses + 1, used, 0), axis=0)
-        sures = tl.load(all_masses + 2, used, 0)
-        items = tl.load(words_ptr + r * WORDS + CANDIDATES)
-        better_k = tl.load(words_ptr + r * WORDS + ABOVE_K)
-        whole = items > ROOM
-        searching = items >= 0
-        pivot = best_id.to(tl.int64) * 0 + LOWEST
-        while searching:
-            # The whole row is its own list of candidates, with nothing above it.
-            items = tl.where(whole, VOCAB, items)
-            found = items >= 0
-            pivot = pivot * 0 + LOWEST
-            mass = above_k
-            if has_k:
-                pivot, found = search(
-                    row,
-                    inverse,
-                    best,
-                    best_id,
-                    reference,
-                    scale,
-                    own_ptr,
-                    whole,
-                    items,
-                    tl.where(whole, 0, bin_k),
-                    tl.where(whole, BINS, bin_k),
-                    (k - tl.where(whole, 0, better_k)).to(tl.int64),
-                    True,
-                    BINS,
-                    TILE,
-                )
-            if has_p:
-                if has_k | whole:
-                    _count, kept, _least, _most = tally(
-                        row,
-                        inverse,
-                        best,
-                        best_id,
-                        0.0,
-                        reference,
-                        scale,
-                        own_ptr,
-                        whole,
-                        items,
-                        pivot,
-                        tl.where(whole, 0, bin_k),
-                        tl.where(whole, BINS, bin_k),
-                        0x7FFFFFFF,
-                        BINS,
-                        TILE,
-                    )
-                    mass = tl.where(whole, 0, above_k) + kept
-                share = top_p.to(tl.float64) * mass.to(tl.float64)
-                need = tl.maximum(tl.ceil(share).to(tl.int64), 1)
-                narrower, reached = search(
-                    row,
-                    inverse,
-                    best,
-                    best_id,
-                    reference,
-                    scale,
-                    own_ptr,
-                    whole,
-                    items,
-                    tl.where(whole, 0, bin_low),
-                    tl.where(whole, BINS, bin_top),
-                    need - tl.where(whole, 0, above_top),
-                    False,
-                    BINS,
-                    TILE,
-                )
-                pivot = tl.maximum(pivot, narrower)
-                found = found & reached
-            searching = (found == 0) & (whole == 0)
-            whole = whole | searching
-        sures = tl.where(whole, 0, sures)
-        position = tl.load(positions_ptr + tl.load(row_token_ptr + r))
-        random = uniform(tl.load(seed_ptr + r), position)
-        draw = pivot * 0
-        before = pivot * 0
-        # First every chunk, for the total; then the chunk in which the draw falls.
-        chunk, beyond, end = best_id * 0, best_id * 0 + 2 * SPLITS, best_id * 0 + SPLITS
-        while chunk + 1 < beyond:
-            _count, kept, _least, _most = tally(
+    """Threshold and draw of row r."""
+    SPLIT_TILE: tl.constexpr = triton.next_power_of_2(SPLITS)
+    k = tl.load(top_k_ptr + r)
+    top_p = tl.load(top_p_ptr + r)
+    has_k = bin_k > 0
+    has_p = top_p < 1.0
+    s = tl.arange(0, SPLIT_TILE)
+    all_masses = masses_ptr + (r * PROGRAMS + s) * 2
+    above_k = tl.sum(tl.load(all_masses, s < PROGRAMS, 0), axis=0)
+    above_top = tl.sum(tl.load(all_masses + 1, s < PROGRAMS, 0), axis=0)
+    sures = tl.load(sure_ptr + r * SPLITS + s, s < SPLITS, 0)
+    items = tl.load(words_ptr + r * WORDS + CANDIDATES)
+    better_k = tl.load(words_ptr + r * WORDS + ABOVE_K)
+    whole = items > ROOM
+    searching = items >= 0
+    pivot = best_id.to(tl.int64) * 0 + LOWEST
+    while searching:
+        # The whole row is its own list of candidates, with nothing above it.
+        items = tl.where(whole, VOCAB, items)
+        found = items >= 0
+        pivot = pivot * 0 + LOWEST
+        mass = above_k
+        if has_k:
+            pivot, found = search(
                 row,
                 inverse,
                 best,
                 best_id,
-                min_p,
                 reference,
                 scale,
                 own_ptr,
                 whole,
                 items,
-                pivot,
-                0,
-                BINS,
-                end * CHUNK,
+                tl.where(whole, 0, bin_k),
+                tl.where(whole, BINS, bin_k),
+                (k - tl.where(whole, 0, better_k)).to(tl.int64),
+                True,
                 BINS,
                 TILE,
             )
-            kept += tl.sum(tl.where(s < end, sures, 0), axis=0)
-            if beyond > SPLITS:
-                draw = (random * kept.to(tl.float64)).to(tl.int64)
-                draw = tl.minimum(draw, kept - 1)
-                beyond = end
-            else:
-                passed = kept > draw
-                before = tl.where(passed, before, kept)
-                chunk = tl.where(passed, chunk, end)
-                beyond = tl.where(passed, end, beyond)
-            end = (chunk + beyond) // 2
-        token = pick(
+        if has_p:
+            if has_k | whole:
+                _count, kept, _least, _most = tally(
+                    row,
+                    inverse,
+                    best,
+                    best_id,
+                    0.0,
+                    reference,
+                    scale,
+                    own_ptr,
+                    whole,
+                    items,
+                    pivot,
+                    tl.where(whole, 0, bin_k),
+                    tl.where(whole, BINS, bin_k),
+                    0x7FFFFFFF,
+                    BINS,
+                    TILE,
+                )
+                mass = tl.where(whole, 0, above_k) + kept
+            share = top_p.to(tl.float64) * mass.to(tl.float64)
+            need = tl.maximum(tl.ceil(share).to(tl.int64), 1)
+            narrower, reached = search(
+                row,
+                inverse,
+                best,
+                best_id,
+                reference,
+                scale,
+                own_ptr,
+                whole,
+                items,
+                tl.where(whole, 0, bin_low),
+                tl.where(whole, BINS, bin_top),
+                need - tl.where(whole, 0, above_top),
+                False,
+                BINS,
+                TILE,
+            )
+            pivot = tl.maximum(pivot, narrower)
+            found = found & reached
+        searching = (found == 0) & (whole == 0)
+        whole = whole | searching
+    sures = tl.where(whole, 0, sures)
+    position = tl.load(positions_ptr + tl.load(row_token_ptr + r))
+    random = uniform(tl.load(seed_ptr + r), position)
+    target = pivot * 0
+    before = pivot * 0
+    # First every chunk, for the total; then the chunk in which the draw falls.
+    chunk, beyond, end = best_id * 0, best_id * 0 + 2 * SPLITS, best_id * 0 + SPLITS
+    while chunk + 1 < beyond:
+        _count, kept, _least, _most = tally(
             row,
             inverse,
             best,
             best_id,
             min_p,
+            reference,
+            scale,
+            own_ptr,
+            whole,
+            items,
             pivot,
-            chunk,
-            draw - before,
-            VOCAB,
-            CHUNK,
+            0,
+            BINS,
+            end * CHUNK,
+            BINS,
             TILE,
         )
-        emit(
-            r,
-            token,
-            tl.load(row_slot_ptr + r),
-            -1,
-            tl.load(row_flags_ptr + r),
-            tl.load(reals_ptr + r * REALS + LOG_SUM),
-            row,
-            last_ptr,
-            token_ptr,
-            logprob_ptr,
-        )
-    pdl.release()
+        kept += tl.sum(tl.where(s < end, sures, 0), axis=0)
+        if beyond > SPLITS:
+            target = (random * kept.to(tl.float64)).to(tl.int64)
+            target = tl.minimum(target, kept - 1)
+            beyond = end
+        else:
+            passed = kept > target
+            before = tl.where(passed, before, kept)
+            chunk = tl.where(passed, chunk, end)
+            beyond = tl.where(passed, end, beyond)
+        end = (chunk + beyond) // 2
+    token = pick(
+        row,
+        inverse,
+        best,
+        best_id,
+        min_p,
+        pivot,
+        chunk,
+        target - before,
+        VOCAB,
+        CHUNK,
+        TILE,
+    )
+    emit(
+        r,
+        token,
+        tl.load(row_slot_ptr + r),
+        -1,
+        tl.load(row_flags_ptr + r),
+        tl.load(reals_ptr + r * REALS + LOG_SUM),
+        row,
+        last_ptr,
+        token_ptr,
+        logprob_ptr,
+    )

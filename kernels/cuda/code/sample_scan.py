@@ -1,20 +1,25 @@
-"""Sampling in one to three reads of the logits (the later ones from cache), without sorting
-(kernels/ops/sample.py says what is computed). Five kernels, so that none holds the registers of
-another:
+"""Sampling in two launches and one or two reads of the logits, without sorting
+(kernels/ops/sample.py says what is computed):
 
-sample_scan     reads every chunk of every row: best value, sums, finiteness, best tokens
-sample_count    of rows with top-k, top-p or min-p: a histogram of the values of every chunk
-sample_join     joins the chunks of a row. Rows that are greedy, given or drawn without filters are
-                done here. Of the others the histograms tell the bin of the k-th value exactly, and
-                the bins that can hold the last value of top-p
-sample_collect  reads such rows again: exact masses above those bins, and the few candidates within
-sample_draw     searches their threshold among the candidates and draws. Should they be too many, or
-                the estimate have missed, it searches the row itself: slower, equally exact
+sample_scan     reads every chunk of every row once: best value, sums, finiteness, best tokens; of
+                rows with top-k, top-p or min-p also how many values fall in each of 256 bins. The
+                last program of a row joins them (sample_join): rows that are greedy, given or drawn
+                without filters are done. Of the others the bins tell that of the k-th value
+                exactly, and those that can hold the last value of top-p
+sample_collect  reads the others again: exact masses above those bins, and the few candidates
+                within. The last program of a row searches the threshold among the candidates and
+                draws (sample_draw). Should they be too many, or the estimate have missed, it
+                searches the row itself: slower, equally exact
 
 A weight e^((z - best) / temperature) is a multiple of 2^-40 in int64, so sums of weights do not
 depend on their order and the choice of a token on neither grid nor chunk. A value and its id are
 packed into one int64 that grows with the value and, among equal values, with lower ids: a set of
 best tokens is {key >= pivot}. What is -inf (forbidden) is no candidate.
+
+A histogram costs arithmetic, not memory: 24 instructions for the votes of a value and, for every 32
+bins, 5 of which one is a population count (16 a cycle). A processor has about 25 cycles for the 32
+values of a warp before memory is no longer the limit, 256 bins take about 70, 2048 take 500. So
+there are few bins, placed by the spread of the row, and the masses below them bound those above.
 """
 
 from __future__ import annotations
@@ -23,14 +28,20 @@ import triton
 import triton.language as tl
 
 from kernels.cuda.code import pdl
+from kernels.cuda.code.sample_join import join
 from kernels.cuda.code.sampling import (
     GREEDY_BELOW,
     LOGPROB,
     LOWEST,
+    REALS,
+    REFERENCE,
+    SCALE,
     TOP,
     TOP_TILE,
+    bin_of,
     fixed,
     pack,
+    place_bins,
     row_of,
     row_values,
 )
@@ -40,6 +51,7 @@ from kernels.cuda.code.sampling import (
 def scan_kernel(
     live_ptr,
     logits_ptr,
+    row_token_ptr,
     row_slot_ptr,
     row_target_ptr,
     row_flags_ptr,
@@ -53,37 +65,58 @@ def scan_kernel(
     frequency_ptr,
     presence_ptr,
     repetition_ptr,
+    seed_ptr,
+    positions_ptr,
     counts_ptr,
     bias_ptr,
+    last_ptr,
+    token_ptr,
+    logprob_ptr,
+    top_ids_ptr,
+    top_logprobs_ptr,
+    status_ptr,
     best_ptr,
     best_id_ptr,
     raw_max_ptr,
     raw_sum_ptr,
     bad_ptr,
+    chunk_best_ptr,
     weight_ptr,
     top_ptr,
+    bins_ptr,
+    words_ptr,
+    reals_ptr,
+    counter_ptr,
     VOCAB: tl.constexpr,
     COLUMNS: tl.constexpr,
     STATE: tl.constexpr,
     MASK: tl.constexpr,
     CHUNK: tl.constexpr,
     SPLITS: tl.constexpr,
+    STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    BINS: tl.constexpr,
+    ROOM: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """Grid: chunks x rows. A chunk stays in registers."""
+    """Grid: programs of a row x rows. A program takes STEPS chunks, each in registers."""
     pdl.wait()
-    c = tl.program_id(0)
+    p = tl.program_id(0)
     r = tl.program_id(1)
     if r < tl.load(live_ptr + 2):
         sampled = tl.load(row_target_ptr + r) < 0
         flags = tl.load(row_flags_ptr + r)
         top = tl.minimum(tl.load(row_top_ptr + r), TOP)
         k = tl.load(top_k_ptr + r)
+        has_p = tl.load(top_p_ptr + r) < 1.0
         temperature = tl.load(temperature_ptr + r)
         drawn = sampled & (temperature >= GREEDY_BELOW)
         inverse = 1.0 / tl.where(drawn, temperature, 1.0)
-        filtered = (k > 0) & (k < VOCAB)
-        filtered = filtered | (tl.load(top_p_ptr + r) < 1.0) | (tl.load(min_p_ptr + r) > 0.0)
+        filtered = ((k > 0) & (k < VOCAB)) | has_p | (tl.load(min_p_ptr + r) > 0.0)
         limited = drawn & filtered
+        weighed = drawn & (has_p | (filtered == 0))
+        wants_sum = ((flags & LOGPROB) != 0) | (sampled == 0) | (top > 0)
         row = row_of(
             r,
             sampled,
@@ -101,29 +134,98 @@ def scan_kernel(
             STATE,
             MASK,
         )
-        column = c * CHUNK + tl.arange(0, CHUNK)
-        inside = column < VOCAB
-        x, z = row_values(row, column, inside)
-        exponent = x.to(tl.int32, bitcast=True) & 0x7F800000
-        bad = tl.max((inside & (exponent == 0x7F800000)).to(tl.int32), axis=0)
-        raw_max = tl.max(x, axis=0)
-        best = tl.max(z, axis=0)
-        best_id = tl.min(tl.where(z == best, column, VOCAB), axis=0)
-        part = r * SPLITS + c
-        tl.store(bad_ptr + part, bad)
-        tl.store(raw_max_ptr + part, raw_max)
+        part = r * PROGRAMS + p
+        reference, scale = inverse * 0.0, inverse
+        if limited:
+            reference, scale = place_bins(row[0], VOCAB)
+            tl.store(reals_ptr + r * REALS + REFERENCE, reference)  # every program, the same
+            tl.store(reals_ptr + r * REALS + SCALE, scale)
+        first = p * STEPS
+        lane = tl.arange(0, CHUNK)
+        bests = tl.full((CHUNK,), float("-inf"), tl.float32)
+        ids = first * CHUNK + lane
+        bad = tl.zeros((CHUNK // 4,), tl.int32)
+        n = tl.zeros((BINS,), tl.int32)
+        raw_max, raw_sum = inverse * 0.0 + float("-inf"), inverse * 0.0
+        for c in tl.range(first, tl.minimum(first + STEPS, SPLITS), num_stages=STAGES):
+            column = c * CHUNK + lane
+            inside = column < VOCAB
+            x, z = row_values(row, column, inside)
+            exponent = x.to(tl.int32, bitcast=True) & 0x7F800000
+            odd = inside & (exponent == 0x7F800000)
+            # Four at a time, in the thread that holds them: fewer registers go round the loop.
+            bad = tl.maximum(bad, tl.max(odd.to(tl.int32).reshape(CHUNK // 4, 4), axis=1))
+            ids = tl.where(z > bests, column, ids)
+            bests = tl.maximum(bests, z)
+            if wants_sum:
+                most = tl.maximum(raw_max, tl.max(x, axis=0))
+                raw_sum = raw_sum * tl.exp(raw_max - most) + tl.sum(tl.exp(x - most), axis=0)
+                raw_max = most
+            if weighed:
+                best = tl.max(z, axis=0)
+                e = tl.where(z > float("-inf"), tl.exp((z - best) * inverse), 0.0)
+                tl.store(chunk_best_ptr + r * SPLITS + c, best)
+                tl.store(weight_ptr + r * SPLITS + c, tl.sum(fixed(e), axis=0))
+            if limited:
+                bin = tl.where(z > float("-inf"), bin_of(z, reference, scale, BINS), 0)
+                n += tl.histogram(bin, BINS)
+            if top > 0:
+                keys = tl.where(inside, pack(x, column), LOWEST)
+                for i in range(top):
+                    key = tl.max(keys, axis=0)
+                    tl.store(top_ptr + (r * SPLITS + c) * TOP_TILE + i, key)
+                    keys = tl.where(keys == key, LOWEST, keys)
+        best = tl.max(bests, axis=0)
         tl.store(best_ptr + part, best)
-        tl.store(best_id_ptr + part, best_id)
-        wants_sum = ((flags & LOGPROB) != 0) | (sampled == 0) | (top > 0)
-        if wants_sum:
-            tl.store(raw_sum_ptr + part, tl.sum(tl.exp(x - raw_max), axis=0))
-        if drawn & (limited == 0):
-            e = tl.where(z > float("-inf"), tl.exp((z - best) * inverse), 0.0)
-            tl.store(weight_ptr + part, tl.sum(fixed(e), axis=0))
-        if top > 0:
-            keys = tl.where(inside, pack(x, column), LOWEST)
-            for i in range(top):
-                key = tl.max(keys, axis=0)
-                tl.store(top_ptr + part * TOP_TILE + i, key)
-                keys = tl.where(keys == key, LOWEST, keys)
+        tl.store(best_id_ptr + part, tl.min(tl.where(bests == best, ids, VOCAB), axis=0))
+        tl.store(bad_ptr + part, tl.max(bad, axis=0))
+        tl.store(raw_max_ptr + part, raw_max)
+        tl.store(raw_sum_ptr + part, raw_sum)
+        if limited:
+            tl.store(bins_ptr + part * BINS + tl.arange(0, BINS), n)
+        tl.debug_barrier()  # the parts of all threads before the one atomic
+        if tl.atomic_add(counter_ptr + r, 1, sem="acq_rel", scope="gpu") == PROGRAMS - 1:
+            tl.store(counter_ptr + r, 0)
+            join(
+                r,
+                row,
+                inverse,
+                drawn,
+                limited,
+                wants_sum,
+                row_token_ptr,
+                row_slot_ptr,
+                row_target_ptr,
+                row_flags_ptr,
+                row_top_ptr,
+                row_mask_ptr,
+                top_k_ptr,
+                top_p_ptr,
+                seed_ptr,
+                positions_ptr,
+                last_ptr,
+                token_ptr,
+                logprob_ptr,
+                top_ids_ptr,
+                top_logprobs_ptr,
+                status_ptr,
+                best_ptr,
+                best_id_ptr,
+                raw_max_ptr,
+                raw_sum_ptr,
+                bad_ptr,
+                chunk_best_ptr,
+                weight_ptr,
+                top_ptr,
+                bins_ptr,
+                words_ptr,
+                reals_ptr,
+                VOCAB,
+                CHUNK,
+                SPLITS,
+                PROGRAMS,
+                BINS,
+                ROOM,
+                TILE,
+            )
     pdl.release()

@@ -14,10 +14,13 @@ PENALTIES = tl.constexpr(1)
 LOGPROB = tl.constexpr(2)
 NOTHING_ALLOWED = tl.constexpr(2)
 GREEDY_BELOW = tl.constexpr(1e-5)
-LEAD = tl.constexpr(1024)  # logits whose maximum and spread place the bins
+LEAD = tl.constexpr(1024)  # logits whose spread places the bins
+SECTOR = tl.constexpr(8)  # logits that memory gives in one piece
+BELOW = tl.constexpr(72)  # bins below the reference
+PER_SPREAD = tl.constexpr(24.0)  # bins of one standard deviation
 LOWEST = tl.constexpr(-(1 << 63))
 UNIT = tl.constexpr(1099511627776.0)  # of weights: 2^40
-ESTIMATE = tl.constexpr(0.003)  # how far bin centres misjudge cumulated weights, at most
+ESTIMATE = tl.constexpr(0.01)  # how far bin centres misjudge cumulated weights, at most
 # Words of a row's state between the kernels.
 PENDING = tl.constexpr(0)
 BEST_ID = tl.constexpr(1)
@@ -122,12 +125,33 @@ def fixed(e):
 
 
 @triton.jit
+def place_bins(logits, VOCAB: tl.constexpr):
+    """Reference and scale of a row's bins, from a sample of its logits: the mean of those above
+    the mean, and their spread above that in normal deviations. A cluster far below, or a few
+    values far above, do not widen the bins."""
+    STRIDE: tl.constexpr = max(VOCAB // LEAD * SECTOR, SECTOR)
+    i = tl.arange(0, LEAD)
+    at = i // SECTOR * STRIDE + i % SECTOR
+    exists = at < VOCAB
+    y = tl.load(logits + at, exists, 0.0)
+    mean = tl.sum(y, axis=0) / tl.sum(exists.to(tl.float32), axis=0)
+    above = exists & (y >= mean)
+    reference = tl.sum(tl.where(above, y, 0.0), axis=0)
+    reference /= tl.maximum(tl.sum(above.to(tl.float32), axis=0), 1.0)
+    above = exists & (y >= reference)
+    excess = tl.sum(tl.where(above, y - reference, 0.0), axis=0)
+    excess /= tl.maximum(tl.sum(above.to(tl.float32), axis=0), 1.0)
+    # Of a normal distribution the excess is 0.567 deviations.
+    return reference, PER_SPREAD * 0.567 / tl.maximum(excess, 1e-6)
+
+
+@triton.jit
 def bin_of(z, reference, scale, BINS: tl.constexpr):
     """Bins grow with z, from 1; the outermost take everything beyond. No product is followed by a
     sum that could be contracted, so both kernels agree to the bit."""
     place = tl.floor((z - reference) * scale)
     place = tl.minimum(tl.maximum(place, -1.0 * BINS), 1.0 * BINS).to(tl.int32)
-    return tl.minimum(tl.maximum(place + BINS // 8 * 5, 1), BINS - 1)
+    return tl.minimum(tl.maximum(place + BELOW, 1), BINS - 1)
 
 
 @triton.jit
