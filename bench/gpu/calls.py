@@ -1,6 +1,7 @@
-"""Single calls of a model at chosen sizes: matrix products beside cuBLAS (through torch), attention
-beside the peaks of tensor cores and memory, a skewed batch with our balanced split of keys beside a
-fixed one, and sampling beside torch's sort.
+"""Single calls of a model at chosen sizes: matrix products beside cuBLAS (through torch), those of
+quantized activations beside torch's row-wise `_scaled_mm` too, attention beside the peaks of tensor
+cores and memory, a skewed batch with our balanced split of keys beside a fixed one, and sampling
+beside torch's sort.
 
 Comes in: a model. Goes out: microseconds, rates and ratios. Our kernels are those a compile would
 choose (records, else the default), timed by the tuner's own meter; both sides of a ratio are
@@ -10,7 +11,7 @@ measured one right after the other in this process.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bench.device_bandwidth import DeviceBandwidth
 from bench.gpu.model import words
@@ -31,6 +33,7 @@ from conf.load import load
 from conf.resolve import resolve
 from conf.schema import CompileConfig
 from kernels.launch import Source
+from kernels.ops.linear import e4m3_rows
 from runtime.artifact import Bucket
 from runtime.device.launcher import Launcher
 
@@ -77,10 +80,7 @@ def calls(config: GpuConfig, model: str) -> Iterator[dict[str, Any]]:
         out["skewed"] = skewed(meter, sizes, records)
         yield out
         out["products"] = products(meter, sizes, records, device)
-        for name, least, most in (("few_rows", 0, 64), ("many_rows", 512, math.inf)):
-            ratios = [p["ratio"] for p in out["products"].values() if least <= p["rows"] <= most]
-            if ratios:
-                out[f"{name}_over_cublas"] = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        out |= over_peers(list(out["products"].values()))
         yield out
         out["prefill"] = []
         for tokens in sizes.prompts:
@@ -151,7 +151,8 @@ def seconds(meter: Meter, task: Task, one: Candidate, held: Lengths | None = Non
 
 
 def products(meter: Meter, sizes: Sizes, records: Any, device: str) -> dict[str, Any]:
-    """Ours with what is fused into them, and torch's product alone."""
+    """Ours with what is fused into them, and torch's product alone: of bfloat16, and where ours
+    quantizes its activations also of e4m3 codes."""
     out: dict[str, Any] = {}
     for bucket in sizes.products:
         for task, one in (c for op in PRODUCTS for c in chosen(meter, bucket, records, op)):
@@ -161,24 +162,67 @@ def products(meter: Meter, sizes: Sizes, records: Any, device: str) -> dict[str,
             assert isinstance(outputs, int) and isinstance(inputs, int)
             ours = seconds(meter, task, one)
             theirs = product_seconds(rows, inputs, outputs, device)
-            out[f"{rows}x{inputs}x{outputs}"] = {
+            out[f"{rows}x{inputs}x{outputs}"] = figures = {
                 "rows": rows,
                 "kernel": one.name,
                 "us": ours * 1e6,
                 "cublas_us": theirs * 1e6,
-                "ratio": theirs / ours,
+                "over_cublas": theirs / ours,
                 "tflops": 2 * rows * inputs * outputs / ours / 1e12,
             }
+            if task.node.shape.attrs.get("x_format") == "fp8":
+                if reason := scaled_mm_refuses(inputs, outputs, device):
+                    figures["no_scaled_mm"] = reason
+                else:
+                    theirs = product_seconds(rows, inputs, outputs, device, codes=True)
+                    figures |= {"scaled_mm_us": theirs * 1e6, "over_scaled_mm": theirs / ours}
     return out
 
 
-def product_seconds(rows: int, inputs: int, outputs: int, device: str) -> float:
-    """Of torch's, over weights of which none stays in the cache."""
-    copies = 1 if device == "cpu" else max(1, min(16, (160 << 20) // (2 * inputs * outputs)))
+def over_peers(products: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Geometric means of a peer's time over ours, of few rows and of many."""
+    found: dict[str, float] = {}
+    for name, least, most in (("few_rows", 0, 64), ("many_rows", 512, math.inf)):
+        for peer in ("over_cublas", "over_scaled_mm"):
+            ratios = [p[peer] for p in products if least <= p["rows"] <= most and peer in p]
+            if ratios:
+                found[f"{name}_{peer}"] = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    return found
+
+
+def scaled_mm_refuses(inputs: int, outputs: int, device: str) -> str | None:
+    """Why torch's row-wise `_scaled_mm` cannot take a product, or None."""
+    if not hasattr(torch, "_scaled_mm"):
+        return f"torch {torch.__version__} has no _scaled_mm: 2.5 or newer has"
+    if inputs % 16 or outputs % 16:
+        return f"{inputs} inputs and {outputs} outputs: both must be multiples of 16"
+    if device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        major, minor = torch.cuda.get_device_capability()
+        return f"compute capability {major}.{minor}: scales by row need 9.0"
+    return None
+
+
+def product_seconds(
+    rows: int, inputs: int, outputs: int, device: str, *, codes: bool = False
+) -> float:
+    """Of torch's, over weights of which none stays in the cache; `codes`: e4m3 on both sides, with
+    scales by row, instead of bfloat16."""
+    size = (1 if codes else 2) * inputs * outputs
+    copies = 1 if device == "cpu" else max(1, min(16, (160 << 20) // size))
     made = dict(device=device, dtype=torch.bfloat16)
     x = torch.randn(rows, inputs, **made) * 0.02  # type: ignore[call-overload]
     weights = torch.randn(copies, outputs, inputs, **made) * 0.02  # type: ignore[call-overload]
-    return torch_seconds([partial(torch.mm, x, w.T) for w in weights], device)
+    if not codes:
+        return torch_seconds([partial(torch.mm, x, w.T) for w in weights], device)
+    return torch_seconds(
+        [partial(scaled_mm, *e4m3_rows(x), *e4m3_rows(w)) for w in weights], device
+    )
+
+
+def scaled_mm(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor) -> Tensor:
+    """e4m3 codes [R, K] by [N, K], scales [R] and [N] float32, to bfloat16 [R, N]."""
+    a, b = x_scale[:, None], w_scale[None]
+    return torch._scaled_mm(x, w.T, scale_a=a, scale_b=b, out_dtype=torch.bfloat16)
 
 
 def torch_seconds(functions: Sequence[Callable[[], Any]], device: str) -> float:

@@ -169,6 +169,11 @@ GOALS = (
          find=number("calls", MAIN, "many_rows_over_cublas"), least=0.97),
     Goal(number="G9", text="products, cuBLAS / ours, geometric mean, <= 64 rows",
          find=number("calls", MAIN, "few_rows_over_cublas"), least=1.05),
+    *(
+        Goal(number="G9", text=f"8B fp8dq products, torch's _scaled_mm / ours, {rows} rows",
+             find=number("calls", f"{MAIN}/fp8dq", f"{name}_over_scaled_mm"), least=0.95)
+        for rows, name in ((">= 512", "many_rows"), ("<= 64", "few_rows"))
+    ),
     Goal(number="G10", text="attention of a prompt, TFLOP/s",
          find=attention("tflops"), least=470),
     Goal(number="G10", text="attention of a prompt, ours / torch's fused one",

@@ -21,7 +21,7 @@ import torch
 from cuda_stub import environment, load
 
 from bench.errors import BenchUsage
-from bench.gpu import answers, goals, peers, wheels
+from bench.gpu import answers, calls, goals, peers, wheels
 from bench.gpu.__main__ import line, main, run_section, summary, target_name
 from bench.gpu.dlpack import DlPack
 from bench.gpu.documents import merged
@@ -30,6 +30,8 @@ from bench.gpu.sections import SECTIONS, Section, jobs
 from bench.gpu.wheels import WheelError
 from bench.peers.shape import Shape
 from conf.bench_schema import GpuConfig
+from kernels.ops.linear import e4m3_rows, linear_reference
+from kernels.ops.samples import live
 from runtime import Engine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -236,6 +238,40 @@ def test_the_open_questions_are_those_of_the_docs() -> None:
         assert f"| {number} | {text} |" in docs and f"| {by} |" in docs
 
 
+def test_torchs_product_of_codes_is_the_ops() -> None:
+    """The very codes, scales and sums, to bfloat16."""
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(5, 64, generator=g) * torch.logspace(-3, 2, 5)[:, None]
+    w = torch.randn(48, 64, generator=g)
+    codes, scale = e4m3_rows(w)
+    args = {"live": live(5), "x": x, "w": codes.float() * scale[:, None]}
+    want = linear_reference(args, {"scale": 1.0, "softcap": 0.0, "x_format": "fp8"})["out"]
+    got = calls.scaled_mm(*e4m3_rows(x), codes, scale).float()
+    torch.testing.assert_close(got, want, rtol=2**-7, atol=1e-4)
+
+
+def test_a_product_is_beside_torchs_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert calls.product_seconds(3, 32, 48, "cpu", codes=True) > 0
+    assert calls.scaled_mm_refuses(32, 48, "cpu") is None
+    assert "40 inputs and 48 outputs" in str(calls.scaled_mm_refuses(40, 48, "cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert "capability 8.0" in str(calls.scaled_mm_refuses(32, 48, "cuda"))
+    monkeypatch.delattr(torch, "_scaled_mm")
+    assert "has no _scaled_mm" in str(calls.scaled_mm_refuses(32, 48, "cpu"))
+
+
+def test_products_are_joined_by_peer_and_rows() -> None:
+    rows: list[dict[str, Any]] = [
+        {"rows": 8, "over_cublas": 2.0, "over_scaled_mm": 1.0},
+        {"rows": 64, "over_cublas": 0.5, "over_scaled_mm": 4.0},
+        {"rows": 128, "over_cublas": 9.0},
+        {"rows": 512, "over_cublas": 0.9, "no_scaled_mm": "why"},
+    ]
+    assert calls.over_peers(rows) == pytest.approx(
+        {"few_rows_over_cublas": 1, "few_rows_over_scaled_mm": 2, "many_rows_over_cublas": 0.9}
+    )
+
+
 def test_probes_of_views_run_without_a_gpu() -> None:
     """The capsule is one that torch takes, over memory that it did not allocate."""
     memory = np.arange(1024, dtype=np.int32)
@@ -373,3 +409,18 @@ def test_all_sections_run_to_the_end_on_the_stub(tmp_path: Path) -> None:
     assert {r["section"]: r["status"] for r in found["sections"]} == dict.fromkeys(
         sections, "done"
     ), done.stdout
+
+
+@pytest.mark.slow
+def test_products_of_quantized_activations_meet_torchs_on_the_stub(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    rest = ["batch=[1,8]", "prefill=[64]", "context=64", "serving=[32,16]", "torch_device=cpu"]
+    done = on_stub(
+        *("bench.gpu", "hardware=h200", "models=[tiny/fp8dq]", "sections=[calls]", "seconds=300"),
+        *(*rest, f"directory={tmp_path}", f"output_file={path}"),
+    )
+    (record,) = json.loads(path.read_text())["sections"]
+    assert record["status"] == "done", done.stdout
+    products = record["figures"]["products"].values()
+    assert products and all(("over_scaled_mm" in p) != ("no_scaled_mm" in p) for p in products)
+    assert record["figures"]["few_rows_over_scaled_mm"] > 0
