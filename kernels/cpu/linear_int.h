@@ -8,11 +8,11 @@ namespace hs {
 
 // Prefetch distances in bytes (two threads, November 2026). On a Xeon with AMX the stream goes to the second-level cache early and
 // moves up late: against one distance int8 is about a tenth faster, int4 a twentieth. On a Zen 5 one distance is the faster by
-// about as much.
+// about as much; 8192 is as good as 4096 while memory gives 70 GB/s and a sixth faster while it gives 120.
 #if defined(HS_AMX)
 constexpr int64_t INT_FAR = 8192, INT_AHEAD = 1024;
 #else
-constexpr int64_t INT_FAR = 0, INT_AHEAD = 4096;
+constexpr int64_t INT_FAR = 0, INT_AHEAD = 8192;
 #endif
 #if defined(HS_AVX512)
 constexpr int INT_ROWS = 8;
@@ -78,6 +78,14 @@ struct Dot {
         a = _mm512_and_si512(v, mask);
         b = _mm512_and_si512(_mm512_srli_epi16(v, 4), mask);
     }
+    // The high nibbles stay where they are: `b` is 16 times what it stands for.
+    HS_INLINE void nibbles_in_place(const uint8_t* p, W& a, W& b) {
+        W v = _mm512_loadu_si512(p);
+        asm("" : "+v"(v));  // one load, not one in each of the two operations
+        a = _mm512_and_si512(v, _mm512_set1_epi8(15));
+        b = _mm512_and_si512(v, _mm512_set1_epi8(-16));
+    }
+    HS_MEMBER void merge(const Dot& other) { s += FMT == INT4 ? other.s >> 4 : other.s; }
     HS_MEMBER void start(int32_t zero) { s = splati(zero); }
     HS_MEMBER void add(W w, const int8_t* a) {
         int32_t quad;
@@ -153,27 +161,37 @@ struct Dot {
 #endif
 };
 
+// Dots of few rows wait for each other: they are two sums each, of int4 one of the low and one of the high nibbles.
+#if defined(HS_AVX512)
+template <int R>
+constexpr int PARTS = R <= 2 ? 2 : 1;
+#else
+template <int R>
+constexpr int PARTS = 1;
+#endif
+
 // acc[r] = rows r0 .. r0+R-1 times one tile.
-template <int FMT, int R>
+template <int FMT, int GROUP, int R>
 static void int_block(const Weight& w, int64_t tile, const QuantizedRows& rows, int64_t r0, float (*acc)[TILE]) {
     constexpr int NV = HALF / VL, STEPS = FMT == INT8 ? 8 : 4;  // per 32 k
     constexpr int NT = VL == 16 || R * NV <= 4 ? 2 : 1;          // halves of the tile that go along together
+    constexpr int PARTS = hs::PARTS<R>;
     const int8_t* q = rows.row(r0);
     const float* scale = rows.scale + rows.group_at(r0);
     const int32_t* zero = rows.zero + rows.group_at(r0);
     const uint8_t* data = w.tile(tile);
-    const uint16_t* weight_scale = w.tile_scale(tile);
-    const int64_t per_group = w.group / 32, groups = rows.groups, group_bytes = per_group * STEPS * 2 * LINE;
+    const uint16_t* weight_scale = w.scale + tile * rows.groups * TILE;
     vf sum[2][R][NV] = {};
-    for (int64_t g = 0; g < groups; g++, data += group_bytes, weight_scale += TILE) {
+    for (uint64_t k = 0; k < (uint64_t)w.k; k += GROUP, weight_scale += TILE, scale += 16, zero += 16) {
         prefetch((const uint8_t*)weight_scale + (INT_FAR ? INT_FAR : INT_AHEAD) / 16);
         HS_UNROLL for (int t0 = 0; t0 < 2; t0 += NT) {
-            Dot<FMT> dot[NT][R];
-            HS_UNROLL for (int r = 0; r < R; r++)
-                HS_UNROLL for (int t = 0; t < NT; t++) dot[t][r].start(zero[g * 16 + r]);
-            const uint8_t* p = data + t0 * LINE;
-            for (int64_t i = 0, h = g * per_group; i < per_group; i++, h++, p += STEPS * 2 * LINE) {
-                const int8_t* a = q + h / 2 * 1024 + h % 2 * 32;
+            Dot<FMT> dot[PARTS][NT][R];
+            HS_UNROLL for (int part = 0; part < PARTS; part++)
+                HS_UNROLL for (int t = 0; t < NT; t++)
+                    HS_UNROLL for (int r = 0; r < R; r++) dot[part][t][r].start(part ? 0 : zero[r]);
+            for (uint64_t i = k; i < k + GROUP; i += 32) {
+                const int8_t* a = q + i / 64 * 1024 + i % 64;
+                const uint8_t* p = data + i / 32 * (STEPS * 2 * LINE) + t0 * LINE;
                 HS_UNROLL for (int l = 0; l < STEPS; l++)
                     HS_UNROLL for (int t = 0; t < NT; t++) {
                         const uint8_t* line = p + (2 * l + t) * LINE;
@@ -181,20 +199,26 @@ static void int_block(const Weight& w, int64_t tile, const QuantizedRows& rows, 
                         prefetch(line + INT_AHEAD);
                         if (FMT == INT8) {
                             auto v = Dot<FMT>::line(line);
-                            HS_UNROLL for (int r = 0; r < R; r++) dot[t][r].add(v, a + r * 64 + l * 4);
+                            HS_UNROLL for (int r = 0; r < R; r++) dot[l % PARTS][t][r].add(v, a + r * 64 + l * 4);
                         } else {
                             typename Dot<FMT>::W v0, v1;
-                            Dot<FMT>::nibbles(line, v0, v1);
-                            HS_UNROLL for (int r = 0; r < R; r++) dot[t][r].add(v0, a + r * 64 + l * 8);
-                            HS_UNROLL for (int r = 0; r < R; r++) dot[t][r].add(v1, a + r * 64 + l * 8 + 4);
+                            if constexpr (PARTS == 2)
+                                Dot<FMT>::nibbles_in_place(line, v0, v1);
+                            else
+                                Dot<FMT>::nibbles(line, v0, v1);
+                            HS_UNROLL for (int r = 0; r < R; r++) dot[0][t][r].add(v0, a + r * 64 + l * 8);
+                            HS_UNROLL for (int r = 0; r < R; r++) dot[PARTS - 1][t][r].add(v1, a + r * 64 + l * 8 + 4);
                         }
                     }
             }
+            if constexpr (PARTS == 2)
+                HS_UNROLL for (int t = 0; t < NT; t++)
+                    HS_UNROLL for (int r = 0; r < R; r++) dot[0][t][r].merge(dot[1][t][r]);
             HS_UNROLL for (int t = 0; t < NT; t++)
                 HS_UNROLL for (int v = 0; v < NV; v++) {
                     vf s = fp16_to_float(load<vh>(weight_scale + (t0 + t) * HALF + v * VL));
                     HS_UNROLL for (int r = 0; r < R; r++)
-                        sum[t0 + t][r][v] = fma(dot[t][r].value(v), s * scale[g * 16 + r], sum[t0 + t][r][v]);
+                        sum[t0 + t][r][v] = fma(dot[0][t][r].value(v), s * scale[r], sum[t0 + t][r][v]);
                 }
         }
     }
@@ -203,27 +227,30 @@ static void int_block(const Weight& w, int64_t tile, const QuantizedRows& rows, 
             for (int v = 0; v < NV; v++) store(&acc[r][t * HALF + v * VL], sum[t][r][v]);
 }
 
-template <int FMT>
+template <int FMT, int GROUP>
 static void int_rows(const Linear& c, const QuantizedRows& rows, int64_t tile, int64_t begin, int64_t end) {
     alignas(64) float acc[INT_ROWS][TILE];
     for (int64_t r = begin; r < end; r += INT_ROWS) {
         int live = end - r < INT_ROWS ? (int)(end - r) : INT_ROWS;
         if (live == 1)
-            int_block<FMT, 1>(c.w, tile, rows, r, acc);
+            int_block<FMT, GROUP, 1>(c.w, tile, rows, r, acc);
         else if (live == 2)
-            int_block<FMT, 2>(c.w, tile, rows, r, acc);
+            int_block<FMT, GROUP, 2>(c.w, tile, rows, r, acc);
         else if (live <= 4)
-            int_block<FMT, 4>(c.w, tile, rows, r, acc);
+            int_block<FMT, GROUP, 4>(c.w, tile, rows, r, acc);
         else
-            int_block<FMT, INT_ROWS>(c.w, tile, rows, r, acc);
+            int_block<FMT, GROUP, INT_ROWS>(c.w, tile, rows, r, acc);
         for (int i = 0; i < live; i++) finish(c, r + i, tile, acc[i]);
     }
 }
 
-// Quantize rows [begin, end) and clear the scales up to the end of their block of 16, which wider kernels read.
 static inline void quantize_rows(const Linear& c, const QuantizedRows& rows, int64_t begin, int64_t end, float* buffer) {
     const int32_t zero_point = c.w.format == INT8 ? 128 : 8;
     for (int64_t r = begin; r < end; r++) quantize_row(prologue(c, r, buffer), rows, r, c.w.group, zero_point);
+}
+
+// Clears the scales from row `end` to the end of its block of 16, which AMX reads.
+static inline void clear_scales(const QuantizedRows& rows, int64_t end) {
     for (int64_t r = end; r % 16; r++)
         for (int64_t g = 0; g < rows.groups; g++) {
             rows.scale[rows.group_at(r) + g * 16] = 0;
@@ -242,6 +269,9 @@ static inline void int_prepare(const hs_ctx* ctx, const Linear& c) {
     float* buffer = (float*)scratch(c.w.k * 4);
     for (int64_t r = ctx->thread * 16; r < c.t; r += ctx->threads * 16)
         quantize_rows(c, rows, r, r + 16 < c.t ? r + 16 : c.t, buffer);
+#if defined(HS_AMX)
+    if (ctx->thread == 0) clear_scales(rows, c.t);
+#endif
 }
 
 template <int FMT>
@@ -256,10 +286,11 @@ static void int_product(const hs_ctx* ctx, const Linear& c) {
     if (c.t >= AMX_INT_ROWS) return amx_int<FMT>(ctx, c, rows);
 #endif
     Range range = split(c.tiles(), ctx);
+    const auto run = c.w.group == 32 ? int_rows<FMT, 32> : c.w.group == 64 ? int_rows<FMT, 64> : int_rows<FMT, 128>;
     const int64_t chunk = (1 << 20) / (k * INT_ROWS) * INT_ROWS + INT_ROWS;  // rows that stay in the second-level cache
     for (int64_t r = 0; r < c.t; r += chunk)
         for (int64_t tile = range.begin; tile < range.end; tile++)
-            int_rows<FMT>(c, rows, tile, r, r + chunk < c.t ? r + chunk : c.t);
+            run(c, rows, tile, r, r + chunk < c.t ? r + chunk : c.t);
 }
 
 }  // namespace hs
