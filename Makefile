@@ -57,7 +57,7 @@ format: setup
 
 ## test       all tests that are fast and need no GPU
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile  # a file's tests share what it compiled
 
 ## test-slow  the tests marked slow (CI runs them too)
 test-slow: setup

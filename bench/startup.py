@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import median
 
 from bench import results
@@ -42,17 +42,23 @@ def start_once(config: StartupConfig) -> dict[str, float]:
         }
 
 
+def timeline(title: str, runs: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Prints the events of all runs as a table; their medians."""
+    print(f"{title:<32}{'median':>9}{'best':>9}{'worst':>9}")
+    medians = {}
+    for name in runs[0]:
+        values = [r[name] for r in runs]
+        medians[name] = median(values)
+        print(f"{name:<32}{medians[name]:>9.3f}{min(values):>9.3f}{max(values):>9.3f}")
+    return medians
+
+
 def main(config: StartupConfig, sources: Mapping[str, str]) -> int:
     results.warn_if_busy()
     digest = Artifact.open(config.artifact).digest
     start_once(config)
     runs = [start_once(config) for _ in range(config.repeat)]
-    names = list(runs[0])
-    medians = {name: median(r[name] for r in runs) for name in names}
-    print(f"{'seconds since process start':<32}{'median':>9}{'best':>9}{'worst':>9}")
-    for name in names:
-        values = [r[name] for r in runs]
-        print(f"{name:<32}{median(values):>9.3f}{min(values):>9.3f}{max(values):>9.3f}")
+    medians = timeline("seconds since process start", runs)
     result = {"repeat": config.repeat, "median_seconds": medians, "runs": runs}
     results.append(config.output_file, results.stamp("startup", result, artifact=digest))
     return 0

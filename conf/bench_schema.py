@@ -120,6 +120,20 @@ class StartupConfig:
 
 
 @dataclass(slots=True)
+class RecoveryConfig:
+    """`clients`: requests under way when the engine is killed, every other one a stream, each of
+    `tokens`, so many that none has ended by then. `repeat`: servers started and killed."""
+
+    artifact: str = MISSING
+    clients: int = option(16, low=1)
+    tokens: int = option(1000, low=2)
+    repeat: int = option(3, low=1)
+    timeout: float = option(60.0, low=0.1)
+    serve: list[str] = field(default_factory=list)
+    output_file: str | None = None
+
+
+@dataclass(slots=True)
 class StreamingConfig:
     """CPU time of the HTTP process per streamed token. With `artifact` a server with the null
     device is started for the run; otherwise `url` and `pid` (of the HTTP process) name a running
