@@ -72,7 +72,7 @@ async def build_prompts(
     config: ServingConfig, session: aiohttp.ClientSession, tokenizer: Tokenizer | None
 ) -> list[Prompt]:
     count, seed = config.num_prompts, config.seed
-    if config.dataset == "sharegpt":
+    if config.dataset == "sharegpt-file":
         assert config.dataset_path is not None and tokenizer is not None, "_check"
         return workload.sharegpt_prompts(
             config.dataset_path, config.sharegpt, count, tokenizer, seed
@@ -128,16 +128,33 @@ async def drive(
     return timelines, start, watch
 
 
+# The options that one dataset alone reads.
+OPTIONS_OF = {
+    "random": ("random.",),
+    "shared-prefix": ("shared_prefix.",),
+    "sharegpt-file": ("sharegpt.", "dataset_path"),
+}
+
+
+def check_effect(config: ServingConfig, sources: Mapping[str, str]) -> None:
+    """Refuses options of datasets that are not the chosen one. `sources`: as `conf.load` tells."""
+    for dataset, prefixes in OPTIONS_OF.items():
+        for key in (key for key, source in sources.items() if source == "override"):
+            if dataset != config.dataset and key.startswith(prefixes):
+                raise BenchUsage(f"{key} has no effect on dataset={config.dataset}; leave it out")
+
+
 def _check(config: ServingConfig) -> None:
     """What is wrong whatever the server answers, said before it is waited for."""
     config.url = config.url.rstrip("/")
+    from_file = config.dataset == "sharegpt-file"
     if not config.url.startswith(("http://", "https://")):
         raise BenchUsage(f"url={config.url}: must start with http:// or https://")
-    if config.dataset == "sharegpt" and None in (config.dataset_path, config.tokenizer):
-        raise BenchUsage("dataset=sharegpt needs dataset_path=<file.json> and tokenizer=<path>")
+    if from_file and None in (config.dataset_path, config.tokenizer):
+        raise BenchUsage("dataset=sharegpt-file needs dataset_path=<file> and tokenizer=<path>")
     if config.dataset_path is not None and not Path(config.dataset_path).is_file():
         raise BenchUsage(f"dataset_path={config.dataset_path}: no such file")
-    if config.backend == "openai-chat" and config.dataset != "sharegpt" and not config.tokenizer:
+    if config.backend == "openai-chat" and not from_file and not config.tokenizer:
         raise BenchUsage("backend=openai-chat sends text: give tokenizer=<path> to make it from")
 
 
@@ -258,6 +275,7 @@ def _details(timelines: Sequence[Timeline]) -> dict[str, Any]:
 
 
 def main(config: ServingConfig, sources: Mapping[str, str]) -> int:
+    check_effect(config, sources)
     result = asyncio.run(measure(config))
     results.append(config.output_file, result)
     print(block.render(result))

@@ -86,8 +86,11 @@ def _short(prompt: Prompt) -> Prompt:
 
 
 def main(config: StreamingConfig, sources: Mapping[str, str]) -> int:
-    if (config.artifact is None) == (config.url is None or config.pid is None):
+    running = (config.url is not None, config.pid is not None)
+    if running != ((True, True) if config.artifact is None else (False, False)):
         raise BenchUsage("give artifact=<directory>, or url=… and pid=… of a running server")
+    if config.serve and config.artifact is None:
+        raise BenchUsage(f"serve={config.serve}: the server at url runs already; leave it out")
     results.warn_if_busy()
     with contextlib.ExitStack() as stack:
         url, pid, digest = config.url, config.pid, None

@@ -38,16 +38,21 @@ class HubError(HeadstartError):
 
 def locate(source: str, revision: str | None) -> Path:
     """The directory of a model source, downloaded if it is not local."""
-    if source.startswith("package:"):
-        path = PACKAGED / source.removeprefix("package:")
-        if not path.is_dir():
-            raise CompileError(f"model.source={source}: no such model in this distribution")
-        return path
+    if not source:
+        raise CompileError("model.source=: is empty; give a directory or a hub id (owner/name)")
     if source.startswith("modelscope:"):
         return _modelscope(source.removeprefix("modelscope:"), revision)
-    path = Path(source).expanduser()
+    packaged = source.startswith("package:")
+    path = PACKAGED / source.removeprefix("package:") if packaged else Path(source).expanduser()
     if path.is_dir():
+        if revision is not None:
+            raise CompileError(
+                f"model.revision={revision}: model.source={source} is a directory and has no "
+                "revisions; leave it out"
+            )
         return path
+    if packaged:
+        raise CompileError(f"model.source={source}: no such model in this distribution")
     if HUB_ID.fullmatch(source) is None:
         raise CompileError(
             f"model.source={source}: is neither a directory nor a hub id (owner/name); "

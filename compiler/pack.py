@@ -29,6 +29,19 @@ QUARANTINE = ".damaged-"
 STALE_SECONDS = 24 * 3600
 
 
+@contextmanager
+def writing(option: str, path: Path) -> Iterator[None]:
+    """What the system refuses under `path` is an error in the option that named it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpace(f"{option}={path}: no space left; free some") from error
+        raise UsageError(
+            f"{option}={path}: cannot be written ({error.strerror}); choose another directory"
+        ) from error
+
+
 class HashingFile:
     """What the weights writer gets: writes through and hashes on the way."""
 
@@ -57,16 +70,10 @@ class Package:
         self._lock = -1
 
     def __enter__(self) -> Package:
-        try:
+        with writing("out", self.out):
             self.out.mkdir(parents=True, exist_ok=True)
             remove_stale(self.out)
             self.path.mkdir(mode=0o755)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise NoSpace(f"out={self.out}: no space left; free some") from error
-            raise UsageError(
-                f"out={self.out}: cannot be written ({error.strerror}); choose another directory"
-            ) from error
         self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         return self

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
@@ -25,7 +26,7 @@ from compiler.families.by_length import length_rule
 from compiler.families.spec import PoolSpec
 from compiler.importer import Imported, import_resolved
 from compiler.model import constants
-from compiler.pack import Package
+from compiler.pack import Package, writing
 from compiler.progress import Progress
 from compiler.store import write_weights
 from compiler.verify import (
@@ -60,7 +61,11 @@ NOT_INPUTS = ("out", "cache")  # where things go does not change what they are
 def compile_model(config: CompileConfig, sources: Mapping[str, str], progress: Progress) -> Path:
     gpus = gpu_names()
     config, sources = settle_target(config, sources, gpus)
-    check_supported(config)
+    check_supported(config, sources)
+    cache = Path(config.cache).expanduser()
+    with writing("cache", cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=cache).close()
     with progress.stage("import"):
         model, config, origins = import_resolved(config, sources)
     if model.dropped:

@@ -80,7 +80,7 @@ class ServingConfig:
     backend: str = option("native", choices=("native", "openai", "openai-chat"))
     model: str | None = None
     api_key: str | None = None
-    dataset: str = option("random", choices=("random", "sharegpt", "shared-prefix"))
+    dataset: str = option("random", choices=("random", "sharegpt-file", "shared-prefix"))
     dataset_path: str | None = None
     tokenizer: str | None = None
     vocab: int | None = option(None, low=2)

@@ -6,7 +6,7 @@ refused here, before anything is read or allocated.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -19,6 +19,7 @@ DEFAULT_CONTEXT = 8192  # served context when none is asked for and the model ha
 
 GPU_TARGETS = ("h200", "h100")
 FP8_SCHEMES = ("fp8", "fp8dq")  # for GPUs; a scale per row, so no groups
+GPU_FIELDS = ("arch", "memory_gib", "bandwidth_gb_s", "tflops", "tflops_fp8")  # of a target
 
 
 def settle_target(
@@ -26,6 +27,13 @@ def settle_target(
 ) -> tuple[CompileConfig, dict[str, str]]:
     """target=auto becomes the first of this machine's GPUs that there is a target for, else its
     CPU. `gpus`: product names, e.g. `NVIDIA H200`."""
+    if config.target.kind != "cuda":
+        for key in GPU_FIELDS:
+            if sources.get(f"target.{key}") == "override":
+                raise ConfigError(
+                    f"target.{key}={getattr(config.target, key)}: describes a GPU, and "
+                    f"target={config.target.name} names none; leave it out or take target=h200"
+                )
     if config.target.kind != "auto":
         return config, dict(sources)
     config, origin = deepcopy(config), dict(sources)
@@ -36,10 +44,10 @@ def settle_target(
     return config, origin
 
 
-def check_supported(config: CompileConfig) -> None:
-    """Refuse what no stage of this version can do."""
+def check_supported(config: CompileConfig, sources: Mapping[str, str]) -> None:
+    """Refuse what no stage of this version can do, and what was asked for but changes nothing."""
     if config.target.kind == "cuda":
-        for key in ("arch", "memory_gib", "bandwidth_gb_s", "tflops", "tflops_fp8"):
+        for key in GPU_FIELDS:
             if getattr(config.target, key) is None:
                 raise ConfigError(
                     f"target.{key}=null: a CUDA target needs it; take target=h200 or target=h100 "
@@ -70,6 +78,27 @@ def check_supported(config: CompileConfig) -> None:
             f"parallel.tp={config.parallel.tp}: tensor parallelism is not supported yet by this "
             "version; use parallel.tp=1"
         )
+    for key, value, why in _idle(config):
+        if sources.get(key) == "override":
+            raise ConfigError(f"{key}={value}: {why}")
+
+
+def _idle(config: CompileConfig) -> Iterator[tuple[str, Any, str]]:
+    """Options that change nothing beside the others, their values, and why."""
+    quant, model = config.quant, config.model
+    if quant.scheme in ("none", *FP8_SCHEMES):
+        why = "has no groups; leave it out or take quant=int8 or quant=int4"
+        yield "quant.group_size", quant.group_size, f"quant={quant.scheme} {why}"
+    if quant.scheme == "none":
+        why = "quant=none quantizes nothing; leave it out or take quant=int8"
+        yield "quant.head", str(quant.head).lower(), why
+    if config.weights == "checkpoint":
+        why = "weights=checkpoint draws no numbers; leave it out or take weights=random"
+        yield "seed", config.seed, why
+    elif "architectures" in model.config:
+        why = f"weights=random makes model={model.name} up; leave it out or take model=hf"
+        yield "model.source", model.source, why
+        yield "model.revision", model.revision, why
 
 
 def resolve(
@@ -84,16 +113,8 @@ def resolve(
     the model's longest sequence; `whole`: it computes a sequence in one step. A target that is
     still `auto` is the CPU: `settle_target` knows the GPUs.
     """
-    check_supported(config)
+    check_supported(config, sources)
     config, origin = settle_target(deepcopy(config), sources, ())
-    if (
-        config.quant.scheme in ("none", *FP8_SCHEMES)
-        and origin.get("quant.group_size") == "override"
-    ):
-        raise ConfigError(
-            f"quant.group_size={config.quant.group_size}: quant={config.quant.scheme} has no "
-            "groups; leave it out or take quant=int8 or quant=int4"
-        )
 
     def settle(section: Any, key: str, value: Any, why: str) -> None:
         setattr(section, key.rsplit(".", 1)[-1], value)

@@ -146,11 +146,17 @@ def open_session(
     (its index, null: 0) a GPU alone. `mark` hears the phases of the start.
     """
     if device == "null":
+        for option, value in (("threads", threads), ("gpu", gpu)):
+            if value is not None:
+                raise _no_effect(option, value, "device=null runs no kernels")
         from runtime.device.null import NullSession, null_capacity
 
         return NullSession(null_capacity(artifact, kv_tokens), step_s=null_step_s)
     if artifact is None:
         raise UsageError("artifact: expected a path, got none")
+    kind = artifact.manifest.target.kind
+    if null_step_s:
+        raise _no_effect("null_step_s", null_step_s, "only device=null takes made-up time")
     check_trust(artifact, trust)
     if artifact.manifest.ranks != 1:
         raise IncompatibleTarget(
@@ -158,24 +164,21 @@ def open_session(
             "runtime drives 1; compile it with "
             "parallel.tp=1"
         )
-    if artifact.manifest.target.kind == "cuda":
+    if kind == "cuda":
         if threads is not None:
-            raise _no_effect("threads", threads, artifact)
+            raise _no_effect("threads", threads, f"artifact {artifact.path} is for {kind}")
         from runtime.device.cuda import CudaSession
 
         return CudaSession(artifact, gpu=gpu or 0, kv_tokens=kv_tokens, mark=mark)
     if gpu is not None:
-        raise _no_effect("gpu", gpu, artifact)
+        raise _no_effect("gpu", gpu, f"artifact {artifact.path} is for {kind}")
     from runtime.device.cpu import CpuSession
 
     return CpuSession(artifact, threads=threads, kv_tokens=kv_tokens, mark=mark)
 
 
-def _no_effect(option: str, value: int, artifact: Artifact) -> UsageError:
-    kind = artifact.manifest.target.kind
-    return UsageError(
-        f"{option}={value} has no effect: artifact {artifact.path} is for {kind}; leave it out"
-    )
+def _no_effect(option: str, value: float, why: str) -> UsageError:
+    return UsageError(f"{option}={value} has no effect: {why}; leave it out")
 
 
 def check_trust(artifact: Artifact, trust: str | None) -> None:

@@ -33,7 +33,14 @@ def test_no_such_process() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"url": "http://x"}, {"artifact": "a", "url": "http://x", "pid": 1}]
+    "options",
+    [
+        {},
+        {"url": "http://x"},
+        {"artifact": "a", "url": "http://x"},
+        {"artifact": "a", "pid": 1},
+        {"artifact": "a", "url": "http://x", "pid": 1},
+    ],
 )
 def test_streaming_needs_one_server(options: dict) -> None:
     with pytest.raises(BenchError, match="give artifact="):

@@ -18,6 +18,7 @@ from bench.client import Target, ask
 from bench.errors import BenchError, BenchUsage
 from bench.workload import Prompt
 from conf.bench_schema import Goodput, RandomDataset, ServingConfig
+from conf.load import load
 
 
 def config(url: str, **changes: object) -> ServingConfig:
@@ -126,7 +127,7 @@ async def test_refusals_come_with_a_remedy(fake: FakeServer) -> None:
     ("changes", "said"),
     [
         ({"url": "localhost:30000"}, "url=localhost:30000: must start"),
-        ({"dataset": "sharegpt"}, "dataset_path="),
+        ({"dataset": "sharegpt-file"}, "dataset_path="),
         ({"dataset_path": "/nope.json"}, "dataset_path=/nope"),
         ({"backend": "openai-chat"}, "tokenizer="),
     ],
@@ -185,3 +186,19 @@ async def test_output_details(fake: FakeServer) -> None:
     assert result["output_lens"] == [8, 8]
     assert [len(gaps) for gaps in result["itls"]] == [7, 7]
     json.dumps(result)
+
+
+@pytest.mark.parametrize("dataset", ["random", "shared-prefix", "sharegpt-file"])
+def test_options_of_other_datasets_are_refused(dataset: str) -> None:
+    words = {
+        "random": "random.input_len=5",
+        "shared-prefix": "shared_prefix.groups=2",
+        "sharegpt-file": "dataset_path=/dev/null",
+    }
+    for owner, word in words.items():
+        loaded = load(ServingConfig, "bench/serving", [f"dataset={dataset}", word])
+        if owner == dataset:
+            serving.check_effect(loaded.config, loaded.sources)
+        else:
+            with pytest.raises(BenchUsage, match=f"{word.split('=')[0]} has no effect"):
+                serving.check_effect(loaded.config, loaded.sources)

@@ -175,3 +175,15 @@ def test_modelscope_gets_the_same_request(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert locate("modelscope:qwen/Qwen2-0.5B", "v1") == tmp_path
     assert asked["id"] == "qwen/Qwen2-0.5B" and asked["revision"] == "v1"
     assert "config.json" in asked["allow_patterns"]  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("source", ["package:tiny", "."])
+def test_a_directory_has_no_revisions(source: str) -> None:
+    assert locate(source, None).is_dir()
+    with pytest.raises(CompileError, match=r"model\.revision=v1: .* is a directory"):
+        locate(source, "v1")
+
+
+def test_an_empty_source_is_not_this_directory() -> None:
+    with pytest.raises(CompileError, match="is empty"):
+        locate("", None)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import safetensors.numpy
 
-from compiler.errors import CompileError, NoSpace
+from compiler.errors import CompileError, NoSpace, UsageError
 from compiler.pipeline import compile_model
 from compiler.progress import Progress
 from conf.errors import ConfigError
@@ -69,6 +69,13 @@ def test_another_chat_template_links_the_same_weights(tiny_artifact: Path, tmp_p
     assert other.text("chat_template.jinja") == template.read_bytes()
     name = weights_path(0)
     assert (other.path / name).stat().st_ino == (tiny_artifact / name).stat().st_ino
+
+
+def test_a_cache_that_cannot_be_written_is_said_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    where = f"cache={tmp_path}/file/here"
+    with pytest.raises(UsageError, match=r"cache=.*file/here: cannot be written"):
+        compile_here("model=hf", "model.source=/no/such/model", f"out={tmp_path}", where)
 
 
 def test_manifest_tells_what_was_compiled(tiny_artifact: Path) -> None:

@@ -15,7 +15,14 @@ from conf.bench_schema import LatencyConfig
 from conf.errors import ConfigError
 from conf.load import load, run
 from conf.options import CONF, group_choices, help_text
-from conf.resolve import FP8_SCHEMES, GPU_TARGETS, check_supported, resolve, settle_target
+from conf.resolve import (
+    FP8_SCHEMES,
+    GPU_FIELDS,
+    GPU_TARGETS,
+    check_supported,
+    resolve,
+    settle_target,
+)
 from conf.schema import CompileConfig, KvConfig, ServeConfig
 from kernels.ops.kv import KV_DTYPES
 
@@ -35,7 +42,7 @@ def test_every_group_file_composes_and_resolves(group: str, choice: str) -> None
     loaded = load(CompileConfig, "compile", [f"{group}={choice}", *overrides])
     if (group, choice) in REFUSED:
         with pytest.raises(ConfigError, match=f"{group}.*{choice[-1]}"):
-            check_supported(loaded.config)
+            check_supported(loaded.config, loaded.sources)
         return
     resolved, origin = resolve(
         loaded.config, loaded.sources, checkpoint_dtype="bfloat16", context=1 << 20
@@ -74,12 +81,32 @@ def test_every_gpu_that_auto_may_choose_has_a_target() -> None:
     assert set(GPU_TARGETS) == set(group_choices("target")) - {"auto", "cpu"}
 
 
-@pytest.mark.parametrize("scheme", ["none", *FP8_SCHEMES])
-def test_groups_of_a_scheme_without_groups_are_refused(scheme: str) -> None:
-    words = ["model=tiny", f"quant={scheme}", "quant.group_size=64", "target=h200"]
-    loaded = load(CompileConfig, "compile", words)
-    with pytest.raises(ConfigError, match=r"quant\.group_size=64: .* has no groups"):
+GPU_WORDS = [f"target.{key}={'sm_90a' if key == 'arch' else 80}" for key in GPU_FIELDS]
+SHAPE = ["model=llama3-8b", "weights=random"]
+IDLE = [
+    *(
+        ("quant.group_size=64", ["model=tiny", f"quant={scheme}", "target=h200"])
+        for scheme in ("none", *FP8_SCHEMES)
+    ),
+    ("quant.head=false", ["model=tiny"]),
+    ("seed=7", ["model=tiny"]),
+    ("model.source=/models/mine", SHAPE),
+    ("model.revision=v1", SHAPE),
+    *((w, ["model=tiny", f"target={target}"]) for target in ("auto", "cpu") for w in GPU_WORDS),
+]
+
+
+@pytest.mark.parametrize(("word", "beside"), IDLE, ids=str)
+def test_an_option_that_would_change_nothing_is_refused(word: str, beside: list[str]) -> None:
+    loaded = load(CompileConfig, "compile", [*beside, word])
+    with pytest.raises(ConfigError, match=rf"^{word}(\.0)?: .*; leave it out or take \w+=\w+"):
         resolve(loaded.config, loaded.sources, checkpoint_dtype="float32", context=128)
+
+
+def test_what_changes_something_is_not_refused() -> None:
+    words = ["model=llama3-8b", "weights=random", "seed=7", "quant=int8", "quant.head=false"]
+    loaded = load(CompileConfig, "compile", [*words, "quant.group_size=64", "target=h200"])
+    check_supported(loaded.config, loaded.sources)
 
 
 def test_resolution_of_auto_and_its_sources() -> None:
@@ -115,7 +142,7 @@ def test_context_beyond_the_model_is_refused() -> None:
 @pytest.mark.parametrize("name", ["a/b", ".hidden", "..", "two words"])
 def test_a_name_that_is_no_directory_name_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=f"name={name}"):
-        check_supported(compose("model=tiny", f"name='{name}'"))
+        check_supported(compose("model=tiny", f"name='{name}'"), {})
 
 
 def test_name_of_a_local_model() -> None:

@@ -241,3 +241,9 @@ def test_a_profile_counts_every_node_of_every_step(artifact: Artifact) -> None:
     for name, of in read().items():
         assert (of.nodes == last[name].nodes).all()  # nobody counts any more
     loop.close()
+
+
+@pytest.mark.parametrize(("option", "value"), [("gpu", 0), ("null_step_s", 0.1)])
+def test_options_of_other_devices_are_refused(tiny_artifact: Path, option: str, value: float):
+    with pytest.raises(UsageError, match=f"{option}={value} has no effect: .*; leave it out"):
+        open_session(Artifact.open(tiny_artifact), **{option: value})  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ from oracle import SMALL
 
 from runtime.device.base import StepInput, open_session
 from runtime.device.null import NullSession
+from runtime.errors import UsageError
 
 
 def i32(*values: int) -> np.ndarray:
@@ -143,3 +144,9 @@ def test_fake_clock_makes_steps_follow_each_other() -> None:
 def test_opens_without_an_artifact() -> None:
     session = open_session(None, device="null", kv_tokens=320)
     assert (session.capacity.pages, session.capacity.context) == (20, 320)
+
+
+@pytest.mark.parametrize("option", ["threads", "gpu"])
+def test_options_of_real_devices_are_refused(option: str) -> None:
+    with pytest.raises(UsageError, match=f"{option}=1 has no effect: device=null"):
+        open_session(None, device="null", **{option: 1})
