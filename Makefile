@@ -67,15 +67,10 @@ test-slow: setup
 compile: setup
 	$(BIN)/python -m compiler $(OVERRIDES)
 
-## tune       make tune target=h200 [model=llama3-8b limit=9]: measures kernels on this GPU into kernels/tuned/
+## tune       make tune model=llama3-8b target=h200 [limit=9]: measures kernels on this GPU into kernels/tuned/
 tune: $(if $(wildcard $(BUNDLE)),,setup)
 	$(bundled)
-	if [[ " $(OVERRIDES)" == *" model="* ]]; then
-	  exec $(GPU_PYTHON) -m compiler.tune $(OVERRIDES)
-	fi
-	for each in llama3-8b:4.5 llama3.2-1b:2.3 qwen3-0.6b:2.2; do  # nine minutes, the largest first
-	  $(GPU_PYTHON) -m compiler.tune model=$${each%:*} weights=random limit=$${each#*:} shape.max_tokens=8192 shape.context=8192 $(OVERRIDES)
-	done
+	$(GPU_PYTHON) -m compiler.tune $(OVERRIDES)
 
 ## serve      compile and serve the embedded tiny model, or make serve artifact=artifacts/… port=30000
 serve: setup
@@ -92,7 +87,7 @@ serve: setup
 bench: setup
 	$(BIN)/python -m bench.latency $(OVERRIDES)
 
-## gpu        everything that needs an NVIDIA GPU, in eight minutes: correctness, then measurements (no network)
+## gpu        everything that needs an NVIDIA GPU, in eight minutes: correctness, measurements, tuning (no network)
 gpu:
 	$(bundled)
 	$(GPU_PYTHON) -m bench.gpu $(OVERRIDES)

@@ -143,7 +143,7 @@ def design(spec: ModelSpec, config: CompileConfig, in_bfloat16: InBfloat16 = unk
     target, base = config.target.kind, draft(spec, config, in_bfloat16)
     program, weights, buckets = base.program, base.weights, base.buckets
     by_name = {weight.name: weight for weight in weights}
-    records = load_records(config.target.name) if target == "cuda" else NO_RECORDS
+    records = load_records(config.target.name, config.records) if target == "cuda" else NO_RECORDS
     nodes = {b.name: nodes_of(program, weights, b, target, records) for b in buckets}
     binaries, images = binaries_of(nodes, config)
     plans: dict[str, LaunchPlan] = {}

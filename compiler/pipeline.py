@@ -55,7 +55,7 @@ from runtime.artifact import (
 )
 from runtime.device.machine import gpu_names
 
-NOT_INPUTS = ("out", "cache")  # where things go does not change what they are
+NOT_INPUTS = ("out", "cache", "records")  # where things lie does not change what they are
 
 
 def compile_model(config: CompileConfig, sources: Mapping[str, str], progress: Progress) -> Path:

@@ -61,7 +61,7 @@ def rank_fit(
     part, device = draft(rank_spec(spec, tp), config, in_bfloat16), config.target.kind == "cuda"
     all_rows = rank_spec(spec, tp, whole_vocab=True)
     whole = part if tp == 1 else draft(all_rows, config, in_bfloat16)
-    records = load_records(config.target.name) if device else NO_RECORDS
+    records = load_records(config.target.name, config.records) if device else NO_RECORDS
     work = io = 0
     for bucket in part.buckets:
         nodes = [

@@ -25,12 +25,12 @@ from typing import Any
 
 import msgspec
 
+from compiler.asked_process import Lost, Process
 from compiler.design import Draft, draft, nodes_of
 from compiler.importer import import_resolved
 from compiler.lower import Node, label
 from compiler.measure import Candidate, Task, candidate, tasks
 from compiler.progress import Progress
-from compiler.tune_process import Lost, Process
 from compiler.tune_search import Search
 from compiler.tuned import FOLDER, Records, call_key, load_records, save_records
 from conf.errors import ConfigError
@@ -65,7 +65,6 @@ def main(config: TuneConfig, sources: Mapping[str, str]) -> None:
         if sources.get(key) == "override":
             raise ConfigError(f"{key}: does nothing here, nothing is published; leave it out")
     deadline = time.monotonic() + 60 * config.limit
-    folder = FOLDER if config.records is None else Path(config.records)
     progress = Progress()
     model, resolved, _ = import_resolved(config, sources)
     assert isinstance(resolved, TuneConfig)
@@ -73,9 +72,9 @@ def main(config: TuneConfig, sources: Mapping[str, str]) -> None:
     job = {"config": msgspec.to_builtins(resolved)}
     with Process([sys.executable, "-m", "compiler.tune_worker"], job) as process:
         check_gpu(config.target.name, process.hello["gpu"])
-        tuner = Tuner(base, resolved, process, progress, folder, deadline)
+        tuner = Tuner(base, resolved, process, progress, deadline)
         records = tuner.run()
-    path = save_records(records, folder)
+    path = save_records(records, config.records)
     progress.show(f"{len(records.entries)} records in {path}")
 
 
@@ -109,19 +108,19 @@ class Tuner:
         config: TuneConfig,
         process: Process,
         progress: Progress,
-        folder: Path,
         deadline: float,
     ) -> None:
         self.base, self.config, self.process, self.progress = base, config, process, progress
-        self.folder, self.deadline = folder, deadline
+        self.deadline = deadline
         self.calls_end = deadline - (1 - CALLS_SHARE) * 60 * config.limit
         self.cache, self.arch = Path(config.cache).expanduser(), str(config.target.arch)
         hello = process.hello
         self.versions = {**versions(), "gpu": hello["gpu"], "driver": version(hello["driver"])}
-        self.records = load_records(config.target.name, folder)
+        self.records = load_records(config.target.name, config.records)
         if self.records.versions != self.versions:
             if self.records.entries:
-                progress.show(f"records of other versions in {folder} are given up")
+                where = config.records or FOLDER
+                progress.show(f"records of other versions in {where} are given up")
             self.records = Records(gpu=config.target.name, versions=self.versions)
         self.known = dict(self.records.entries)
         self.ranked: dict[str, list[tuple[float, Candidate]]] = {}
@@ -272,7 +271,7 @@ class Tuner:
         known = self.records.failed
         mine = {**known.get(task.key, {}), one.name: str(lost)}
         self.records = replace(self.records, failed={**known, task.key: mine})
-        save_records(self.records, self.folder)
+        save_records(self.records, self.config.records)
 
     def note(self, search: Search, *, partial: bool = False) -> None:
         if not search.seconds:
@@ -291,7 +290,7 @@ class Tuner:
 
     def enter(self, key: str, entry: Mapping[str, Any]) -> None:
         self.records = replace(self.records, entries={**self.records.entries, key: entry})
-        save_records(self.records, self.folder)
+        save_records(self.records, self.config.records)
 
     # --- whole steps ----------------------------------------------------------------------------
 

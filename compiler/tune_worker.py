@@ -1,23 +1,20 @@
-"""Measures for `compiler.tune` in a process of its own: a kernel that hangs or faults takes the
-driver's context with it, so the process is ended and another one goes on.
+"""Measures for `compiler.tune` in a process of its own (asked_process.py).
 
-Comes in, on stdin, a line of JSON each: first {config}, resolved, then jobs. Goes out, on stdout, a
-line for each: what a job took in seconds, or why a candidate is refused. Jobs:
+Comes in: first {config}, resolved, then jobs. Goes out: what each took in seconds, or why a
+candidate is refused. Jobs:
 {"task": [bucket, key]} prepares a call and measures its default; {"candidate": {kernel, config},
 "best": seconds} measures another of the same call; {"step": bucket, "entries": …} a whole step.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from compiler.asked_process import Asked
 from compiler.design import draft
 from compiler.importer import import_model
 from compiler.measure import Candidate, Meter, Task, TimedCall, candidate, tasks
@@ -68,20 +65,18 @@ class Worker:
 
 
 def main() -> None:
-    # Whatever a library prints goes to stderr: stdout is for answers.
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    config = msgspec.convert(json.loads(sys.stdin.readline())["config"], TuneConfig)
+    asked = Asked()
+    config = msgspec.convert(asked.first["config"], TuneConfig)
     with Launcher(config.gpu) as launcher:
         worker = Worker(config, launcher)
-        print(json.dumps({"gpu": worker.gpu.name, "driver": worker.gpu.driver}), file=answers)
-        for line in sys.stdin:
+        asked.tell({"gpu": worker.gpu.name, "driver": worker.gpu.driver})
+        for job in asked:
             try:
-                answer = worker.run(json.loads(line))
+                answer = worker.run(job)
             except Exception as error:  # noqa: BLE001 - of one candidate; a lost device ends all
                 launcher.fill(worker.meter.state, 1)
                 answer = {"refused": f"{type(error).__name__}: {error}"[:300]}
-            print(json.dumps(answer), file=answers)
+            asked.tell(answer)
 
 
 if __name__ == "__main__":

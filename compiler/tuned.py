@@ -20,9 +20,9 @@ from kernels.kernel import CallShape
 
 FOLDER = Path(__file__).parent.parent / "kernels" / "tuned"
 # Where a layer's data lies does not change how fast a kernel is; nor does how much state there is
-# beside what a step touches.
+# beside what a step touches, or how many sequences there could be.
 PLACES = ("layer_offset", "page_bytes", "live_index", "eps", "head_eps", "scale")
-STATE = ("kv", "pages", "counts", "last_token", "edits")
+STATE = ("kv", "pages", "counts", "last_token", "edits", "seq_len", "seq_start")
 SCHEMA = 2
 
 
@@ -65,9 +65,9 @@ class Records:
 NO_RECORDS = Records()
 
 
-def load_records(gpu: str, folder: Path = FOLDER) -> Records:
+def load_records(gpu: str, folder: str | Path | None = None) -> Records:
     """Records of a GPU by its target name; empty when nothing was measured on it."""
-    path = folder / f"{gpu}.json"
+    path = Path(folder or FOLDER).expanduser() / f"{gpu}.json"
     if not path.exists():
         return Records(gpu=gpu)
     try:
@@ -84,8 +84,9 @@ def load_records(gpu: str, folder: Path = FOLDER) -> Records:
         raise CompileError(f"{path} is no tuning record: {error!r}; tune again") from error
 
 
-def save_records(records: Records, folder: Path = FOLDER) -> Path:
+def save_records(records: Records, folder: str | Path | None = None) -> Path:
     """Sorted, one entry a line: a diff shows what changed. The file is whole at every moment."""
+    folder = Path(folder or FOLDER).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     text = (
         f'{{\n  "schema": {SCHEMA},\n  "gpu": {json.dumps(records.gpu)},\n  "versions": '

@@ -175,19 +175,25 @@ class PeersConfig:
 
 @dataclass(slots=True)
 class GpuConfig:
-    """Everything that needs a GPU, in one bounded run. `sections`: which (empty: all, in order).
-    `seconds`: for all of them; `gpu`: its index (the children see no other). `models`: shapes
-    measured end to end, `<name>` or `<name>/<quantization>`: the first with everything, then each
-    of the others with its compile and decode; `artifacts`: model -> artifact already compiled for
-    this GPU (others are compiled with random weights into `directory`; null: in memory,
+    """Everything that needs a GPU, in one bounded run. `sections`: which (empty: all, in order);
+    `kernels`: those whose contracts are checked (empty: all). `seconds`: for all of them; `gpu`:
+    its index (the children see no other). `models`: shapes measured end to end, `<name>` or
+    `<name>/<quantization>`: the first with everything, then each of the others with its compile
+    and decode. `tune`: each is then tuned, for `tune_s` seconds (the first; the others a third of
+    that), and measured again; `records`: folder of the tuning records (null: kernels/tuned).
+    `artifacts`: model -> artifact already compiled for this GPU, which is measured as it is
+    (others are compiled with random weights into `directory`; null: in memory,
     /dev/shm/headstart, where that has room). `verify`: models whose compile compares the device
     with the reference, which takes a large one minutes. `hardware`: the target to compile for
     (null: by the GPU's name). `serving`: prompt and output tokens; `rates`: requests per second,
-    each for `load_s` seconds, and then unlimited. `bundle`: see `make gpu-bundle`.
+    each for `load_s` seconds, and then unlimited. `bundle`: see `make gpu-bundle`. `resume`: a
+    folder for results and records of a run in several commands: what is done there is not done
+    again; `output_file` then gets a copy of the results and has one of the records beside it.
     `torch_device=cpu` runs the parts that need torch on a GPU without one, to prove them: what
     they measure then means nothing."""
 
     sections: list[str] = field(default_factory=list)
+    kernels: list[str] = field(default_factory=list)
     seconds: float = option(480.0, low=1)
     gpu: int = option(0, low=0)
     hardware: str | None = None
@@ -197,9 +203,15 @@ class GpuConfig:
             "llama3.2-1b",
             "llama3-8b/fp8",
             "llama3-8b/int4",
+            "qwen3-0.6b",
+            "llama3-8b/fp8dq",
             "llama3-8b/int8",
         ]
     )
+    tune: bool = True
+    tune_s: float = option(150.0, low=1)
+    records: str | None = None
+    resume: str | None = None
     artifacts: dict[str, str] = field(default_factory=dict)
     verify: list[str] = field(default_factory=lambda: ["llama3.2-1b"])
     batch: list[int] = field(default_factory=lambda: [1, 8, 32, 128, 256], metadata={"low": 1})
@@ -220,13 +232,12 @@ class BundleConfig(GpuConfig):
     """What `make gpu` of the same options and `make tune` need on a bare GPU machine, into
     `bundle`. `python`: that machine's; `minutes`: of building kernels, the most valuable first
     (what is not built by then is built over there); `jobs`: builds at a time (null: all cores);
-    `wheels`: fetch them anew; `tune`: models whose tuning is prepared."""
+    `wheels`: fetch them anew."""
 
     python: str = "3.12"
     minutes: float = option(30.0, low=0)
     jobs: int | None = option(None, low=1)
     wheels: bool = True
-    tune: list[str] = field(default_factory=lambda: ["llama3-8b", "llama3.2-1b", "qwen3-0.6b"])
 
 
 @dataclass(slots=True)

@@ -53,6 +53,11 @@ def check_supported(config: CompileConfig, sources: Mapping[str, str]) -> None:
                     f"target.{key}=null: a CUDA target needs it; take target=h200 or target=h100 "
                     "as a pattern"
                 )
+    elif config.records is not None:
+        raise ConfigError(
+            f"records={config.records}: tuning records are of GPUs, they do nothing for "
+            f"target={config.target.name}; leave it out"
+        )
     elif config.quant.scheme in FP8_SCHEMES:
         raise ConfigError(
             f"quant={config.quant.scheme}: needs a GPU with fp8 tensor cores; "

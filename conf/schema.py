@@ -118,6 +118,8 @@ class AccuracyConfig:
 
 @dataclass(slots=True)
 class CompileConfig:
+    """`records`: folder of the tuning records of GPUs (null: kernels/tuned)."""
+
     model: ModelConfig = field(default_factory=ModelConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -131,6 +133,7 @@ class CompileConfig:
     name: str | None = None
     out: str = "artifacts"
     cache: str = "~/.cache/headstart"
+    records: str | None = None
 
 
 @dataclass(slots=True)
@@ -140,8 +143,7 @@ class TuneConfig(CompileConfig):
     `contenders`: candidates of a call tried in the whole step; `context`: tokens every sequence
     holds; `ops`: only these (empty: all); `again`: measure calls anew that have a record of these
     tools; `hang`: seconds after which a candidate that does not end counts as hung;
-    `memory_gib`: of the GPU, for buffers; `records`: folder of the result (null: kernels/tuned,
-    where a compile looks).
+    `memory_gib`: of the GPU, for buffers. The result goes into `records`.
     """
 
     gpu: int = option(0, low=0)
@@ -153,7 +155,6 @@ class TuneConfig(CompileConfig):
     again: bool = False
     hang: float = option(5.0, low=0.1)
     memory_gib: float = option(32.0, low=0.1)
-    records: str | None = None
 
 
 def limit(default: float) -> Any:

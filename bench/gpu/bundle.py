@@ -39,7 +39,6 @@ from kernels.launch import Source
 from kernels.toolchain import ToolchainError
 
 MULTIPROCESSORS = 132  # of H100 and H200
-TUNED_SHAPE = ("shape.max_tokens=8192", "shape.context=8192")  # of `make tune`
 MIB = 1 << 20
 
 
@@ -109,23 +108,32 @@ def groups(config: BundleConfig) -> Iterator[tuple[str, list[Source]]]:
     yield "probes", [x.source for x in launches if x.source is not None]
     yield "contracts", contracts.sources()
     yield "tokens", _of_steps(tiny_words(str(config.hardware)))
-    for model in config.models:
-        yield model, _of_steps(words(config, model))
     for model in config.models[:1]:
+        yield model, _of_steps(words(config, model))
         yield f"calls of {model}", calls.sources(config, model)
-    for model in config.tune:
-        given = [f"model={model}", "weights=random", f"target={config.hardware}", *TUNED_SHAPE]
-        first: list[Source] = []
-        base = _draft(given)
-        searched = anchors(base.buckets)
-        for task in ordered(base):
-            if task.bucket.name in searched:
-                for one in Search(task).wanted():
-                    first += one.sources(task.node.shape)
-        yield f"tuning of {model}", first
+        if config.tune:
+            yield f"tuning of {model}", _searched(words(config, model))
+    for model in config.models[1:]:
+        yield model, _of_steps(words(config, model))
+    for model in config.models[1:]:
+        if config.tune:
+            yield f"tuning of {model}", _searched(words(config, model))
 
 
-def _draft(given: list[str]) -> Draft:
+def _searched(given: list[str]) -> list[Source]:
+    """What every search of the buckets that matter most begins with."""
+    base, _ = _draft(given)
+    searched = anchors(base.buckets)
+    return [
+        source
+        for task in ordered(base)
+        if task.bucket.name in searched
+        for one in Search(task).wanted()
+        for source in one.sources(task.node.shape)
+    ]
+
+
+def _draft(given: list[str]) -> tuple[Draft, CompileConfig]:
     loaded = load(CompileConfig, "compile", given)
     model = import_model(loaded.config)
     settings, _ = resolve(
@@ -135,14 +143,13 @@ def _draft(given: list[str]) -> Draft:
         context=model.spec.context,
         whole=model.spec.whole,
     )
-    return draft(model.spec, settings)
+    return draft(model.spec, settings), settings
 
 
 def _of_steps(given: list[str]) -> list[Source]:
     """Of all steps of a model, as a compile would choose them."""
-    base = _draft(given)
-    target = next(word.partition("=")[2] for word in given if word.startswith("target="))
-    records = load_records(target)
+    base, settings = _draft(given)
+    records = load_records(settings.target.name, settings.records)
     return [
         launch.source
         for bucket in base.buckets

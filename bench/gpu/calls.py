@@ -67,7 +67,7 @@ def calls(config: GpuConfig, model: str) -> Iterator[dict[str, Any]]:
             cache=Path(config.cache),
             arch=str(settings.target.arch),
         )
-        records = load_records(settings.target.name)
+        records = load_records(settings.target.name, config.records)
         side = PEAK if device == "cuda" else 64
         peak = 2 * side**3 / product_seconds(side, side, side, device) / 1e12
         out: dict[str, Any] = {"device": device, "peak_tflops": peak}
@@ -364,7 +364,7 @@ def key_bytes(task: Task) -> int:
 def sources(config: GpuConfig, model: str) -> list[Source]:
     """What `calls` needs built."""
     base, settings = drafted(config, model)
-    records, sizes = load_records(settings.target.name), Sizes(base)
+    records, sizes = load_records(settings.target.name, config.records), Sizes(base)
     few = sizes.holding(sizes.decode, SKEWED)
     found: list[Source] = []
     for bucket in base.buckets:

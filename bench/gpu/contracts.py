@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,16 @@ import numpy as np
 
 import kernels.cuda.register
 import kernels.ops.register  # noqa: F401
+from bench.errors import BenchUsage
+from compiler.asked_process import Asked, Lost, Process
 from compiler.bind import Built, bind
 from conf.bench_schema import GpuConfig
-from kernels.cuda.build import build_each
+from kernels.cuda.build import build_cuda, build_each
 from kernels.cuda.kernel import CudaKernel
 from kernels.kernel import KERNELS
 from kernels.launch import COUNTERS, COUNTERS_BYTES, WORKSPACE, Descriptor, Pointer, Source
 from kernels.op import OPS
 from kernels.toolchain import ToolchainError
-from runtime.device.driver import DriverError
 from runtime.device.launcher import Launcher
 from runtime.errors import HeadstartError
 
@@ -33,13 +35,20 @@ sys.path.insert(0, str(HARNESS))
 POOL = 256 << 20  # bytes of device memory for one case
 ALIGN = 256
 SHOWN = 20  # failures told while it runs
+HANG_S = 20.0  # of one case, its reference on the CPU included
+GIVEN_UP = 3  # hangs and faults of a kernel before the rest of its cases is left out
 
 
-def cases() -> list[tuple[CudaKernel, str, Any, Any]]:
-    """Every kernel on every sample of its op: kernel, label, case, the default configuration."""
+def cases(only: Sequence[str] = ()) -> list[tuple[CudaKernel, str, Any, Any]]:
+    """Every kernel (or `only` these) on every sample of its op: kernel, label, case, the default
+    configuration."""
+    known = {kernel.name: kernel for kernel in KERNELS["cuda"]}
+    for name in only:
+        if name not in known:
+            raise BenchUsage(f"kernels: no {name!r}; choices: {', '.join(sorted(known))}")
     harness = importlib.import_module("cuda_harness")
     todo = []
-    for kernel in KERNELS["cuda"]:
+    for kernel in (known[name] for name in only or known):
         for dtype in ("bfloat16", "float32"):
             for label, case in harness.cases(OPS[kernel.op], dtype):
                 if kernel.accepts(case.call) is None:
@@ -57,46 +66,55 @@ def _sources(todo: list[tuple[CudaKernel, str, Any, Any]]) -> list[Source]:
 
 
 def contracts(config: GpuConfig) -> Iterator[dict[str, Any]]:
-    """The figures so far before every case, so that one that hangs has a name; `failed`, how many
-    were wrong, at the end. A fault on the device ends it: this process has lost the device."""
-    todo = cases()
-    harness = importlib.import_module("cuda_harness")
-    built, unbuilt = build_each(_sources(todo), Path(config.cache).expanduser())
+    """The figures so far before every case; `failed`, how many were wrong, at the end. The cases
+    run in a process of their own: one that hangs or faults is a failure, the next one goes on."""
+    todo, cache = cases(config.kernels), Path(config.cache).expanduser()
+    built, unbuilt = build_each(_sources(todo), cache)
     failures: list[str] = []
     figures = {
         "kernels": len({kernel.name for kernel, *_ in todo}),
         "cases": len(todo),
         "cubins": len(built),
     }
-    ran = 0
+    lost: Counter[str] = Counter()
+    first = {"cache": str(cache), "kernels": config.kernels}
+    with Process([sys.executable, "-m", "bench.gpu.contracts"], first) as process:
+        for number, case in enumerate(todo):
+            kernel, label, *_ = case
+            name = f"{kernel.name} on {label}"
+            yield {**figures, "ran": number, "running": name, "failures": failures[-SHOWN:]}
+            errors = [str(unbuilt[source]) for source in _sources([case]) if source in unbuilt]
+            if lost[kernel.name] >= GIVEN_UP:
+                errors.append(f"not tried: {GIVEN_UP} cases of this kernel hung or faulted")
+            try:
+                error = errors[0] if errors else process.ask({"case": number}, HANG_S)["error"]
+            except Lost as reason:
+                lost[kernel.name] += 1
+                error = str(reason)
+            if error:
+                failures.append(f"{name}: {error}"[:400])
+    yield {**figures, "ran": len(todo), "failed": len(failures), "failures": failures}
+
+
+def main() -> None:
+    """The process that runs cases: {"case": number of it} -> {"error": what is wrong or ""}."""
+    asked = Asked()
+    cache, todo = Path(asked.first["cache"]), cases(asked.first["kernels"])
+    harness = importlib.import_module("cuda_harness")
     with Launcher() as launcher:
         pool = launcher.allocate(POOL)
-        for kernel, label, case, choice in todo:
-            name = f"{kernel.name} on {label}"
-            yield {**figures, "ran": ran, "running": name, "failures": failures[-SHOWN:]}
-            ran += 1
+        asked.tell({"cases": len(todo)})
+        for question in asked:
+            kernel, _, case, choice = todo[question["case"]]
+            error = ""
             try:
-                for x in kernel.launches(case.call, choice):
-                    if x.source in unbuilt:
-                        raise unbuilt[x.source]
+                built = build_cuda(_sources([todo[question["case"]]]), cache)
                 run_on_device(launcher, pool, built, kernel, case, choice)
                 harness.check_case(case)
-            except (AssertionError, ToolchainError) as error:
-                failures.append(f"{name}: {str(error).strip()[:300]}")
-            except HeadstartError as error:
-                failures.append(f"{name}: {error}"[:300])
-                if not _alive(launcher, pool):
-                    break
-        yield {**figures, "ran": ran, "failed": len(failures), "failures": failures}
-
-
-def _alive(launcher: Launcher, address: int) -> bool:
-    """Whether the device still answers: after a fault no call does, after a refused launch all."""
-    try:
-        launcher.fill(address, 1)
-    except DriverError:
-        return False
-    return True
+            except (AssertionError, ToolchainError, HeadstartError) as found:
+                error = str(found).strip() or type(found).__name__
+                launcher.fill(pool, 1)  # after a fault no call works: that ends the process
+            asked.tell({"error": error})
 
 
 def run_on_device(
@@ -135,3 +153,7 @@ def run_on_device(
         if tensor.nbytes:
             tensor.copy_(data.view(tensor.dtype).reshape(tensor.shape))
     assert not np.asarray(memory[COUNTERS]).any(), f"{kernel.name} leaves counters that are not 0"
+
+
+if __name__ == "__main__":
+    main()

@@ -21,12 +21,14 @@ import numpy as np
 from bench.errors import BenchError
 from bench.peers.shape import Shape
 from bench.server import Server
+from compiler.tuned import load_records
 from conf.bench_schema import GpuConfig
 from runtime.artifact import Artifact
 
 ROOM = 60 << 30  # bytes of all models' weights
 OUTPUT = 64  # tokens of a decode run
 LARGE = 64  # sequences from which one run is enough: its prefill takes seconds
+TUNE_START_S, TUNE_POLL_S = 10.0, 2.0
 SPARE = 16  # tokens that a run needs beyond its prompt
 
 
@@ -52,11 +54,12 @@ def measured(*words: str) -> list[dict[str, Any]]:
 
 
 def folder(config: GpuConfig) -> str:
-    """Where artifacts go: memory, if it has room for them, so that nothing waits for a disk."""
+    """Where artifacts go: memory, if it has room for them, so that nothing waits for a disk. The
+    same for all models: artifacts of one model share their weights."""
     if config.directory is not None:
         return config.directory
     memory = Path("/dev/shm")
-    roomy = memory.is_dir() and shutil.disk_usage(memory).free > ROOM
+    roomy = memory.is_dir() and shutil.disk_usage(memory).total > ROOM
     return str(memory / "headstart") if roomy else ".gpu"
 
 
@@ -70,6 +73,7 @@ def words(config: GpuConfig, model: str) -> list[str]:
         f"shape.context={min(wanted, Shape.load(name).context)}",
         f"shape.max_seqs={max(config.batch)}",
         f"shape.max_tokens={max(config.prefill)}",
+        *([f"records={config.records}"] if config.records else []),
     ]
 
 
@@ -94,6 +98,39 @@ def compiled(config: GpuConfig, model: str) -> dict[str, Any]:
         "golden": len(manifest.golden),
         **manifest.accuracy,
     }
+
+
+def tuned(config: GpuConfig, model: str) -> Iterator[dict[str, Any]]:
+    """Kernels measured for the very shapes that the other sections use, for `seconds` less what a
+    start takes. The records are written call by call, so what a kill leaves counts."""
+    target, began = str(config.hardware), time.perf_counter()
+    before = load_records(target, config.records).entries
+    minutes = max(config.seconds - TUNE_START_S, 1.0) / 60
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "compiler.tune", *words(config, model)),
+                *(f"limit={minutes:.3f}", cache_option(config)),
+            ],
+            stdout=log,
+            stderr=log,
+        )
+        while process.poll() is None:
+            time.sleep(TUNE_POLL_S)
+            records = load_records(target, config.records)
+            new = {k: v for k, v in records.entries.items() if before.get(k) != v}
+            yield {
+                "records": len(records.entries),
+                "new": len(new),
+                "partial": sum("partial" in entry for entry in new.values()),
+                "failed": sum(map(len, records.failed.values())),
+                "seconds": time.perf_counter() - began,
+            }
+        log.seek(0)
+        text = log.read().decode(errors="replace").strip()
+    print(text)
+    if process.returncode:
+        raise BenchError(f"compiler.tune ended with {process.returncode}: {text[-600:]}")
 
 
 def decode(config: GpuConfig, model: str, artifact: str) -> Iterator[dict[str, Any]]:

@@ -8,7 +8,7 @@ and `dtype` exist so that the peers can be proven without a GPU.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from statistics import median
 from typing import Any
 
@@ -20,8 +20,8 @@ from bench.peers.shape import Shape
 from conf.bench_schema import GpuConfig
 
 Tensor = torch.Tensor
+Peer = Callable[[Shape, int, int, str, torch.dtype], list[float]]
 STEPS, WARM = 32, 4  # decode steps that count, and those before them
-BATCHES = (1, 8)
 
 
 class Layer(nn.Module):
@@ -204,7 +204,12 @@ def _settle(device: str) -> None:
         torch.cuda.synchronize()
 
 
-PEERS = {"compiled": static_llama, "transformers": transformers_static}
+# Batch and peer, in the order of the goals they are for.
+PEERS: tuple[tuple[int, str, Peer], ...] = (
+    (1, "compiled", static_llama),
+    (8, "compiled", static_llama),
+    (1, "transformers", transformers_static),
+)
 
 
 def peers(config: GpuConfig, model: str) -> Iterator[dict[str, Any]]:
@@ -214,14 +219,15 @@ def peers(config: GpuConfig, model: str) -> Iterator[dict[str, Any]]:
         raise RuntimeError(f"torch {torch.__version__} sees no GPU")
     shape = Shape.load(model.partition("/")[0])
     out: dict[str, Any] = {"torch": torch.__version__, "device": device}
-    for batch in [b for b in config.batch if b in BATCHES]:
-        for name, peer in PEERS.items():
-            try:
-                times = peer(shape, batch, config.context, device, torch.bfloat16)
-                out[f"{name}_batch_{batch}_ms"] = 1e3 * median(times)
-            except Exception as error:  # noqa: BLE001 - a peer that fails stops no other
-                out[f"{name}_batch_{batch}_error"] = f"{type(error).__name__}: {error}"[:300]
-            yield out
-            if device == "cuda":
-                torch.cuda.empty_cache()
-            torch.compiler.reset()
+    for batch, name, peer in PEERS:
+        if batch not in config.batch:
+            continue
+        try:
+            times = peer(shape, batch, config.context, device, torch.bfloat16)
+            out[f"{name}_batch_{batch}_ms"] = 1e3 * median(times)
+        except Exception as error:  # noqa: BLE001 - a peer that fails stops no other
+            out[f"{name}_batch_{batch}_error"] = f"{type(error).__name__}: {error}"[:300]
+        yield out
+        if device == "cuda":
+            torch.cuda.empty_cache()
+        torch.compiler.reset()

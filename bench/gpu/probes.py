@@ -25,6 +25,7 @@ import numpy as np
 from bench.device_bandwidth import DeviceBandwidth
 from bench.errors import BenchError
 from bench.gpu.dlpack import DlPack
+from compiler.asked_process import Asked, Lost, Process
 from compiler.bind import bind, build
 from conf.bench_schema import GpuConfig
 from kernels.cuda import nvcc
@@ -32,26 +33,46 @@ from kernels.cuda.build import ENVIRONMENT, decode_binary, ptxas
 from kernels.cuda.kernel import launch
 from kernels.launch import Binary, Descriptor, Launch, Pointer, Source
 from kernels.toolchain import ToolchainError
+from runtime.device.driver import DriverError
 from runtime.device.gpu_code import Function
 from runtime.device.gpu_memory import WISHED, GpuArena, Pinned
 from runtime.device.launcher import Call, Launcher
 
+HANG_S = 30.0  # of one probe
 COUNT = 1024  # int32 that the counting kernel adds to
 NEWER = "ptxas-blackwell"  # in Triton's wheel, for other architectures
 Probe = Callable[[Launcher, GpuConfig], dict[str, Any]]
 
 
 def probes(config: GpuConfig) -> Iterator[dict[str, Any]]:
-    """The figures so far, after each probe; `failed`, how many, after the last."""
+    """The figures so far, after each probe; `failed`, how many, after the last. They run in a
+    process of their own, since one may hang or fault."""
     found: dict[str, Any] = {}
-    for name, probe in PROBES.items():
-        with Launcher() as launcher:
+    first = {"config": asdict(config)}
+    with Process([sys.executable, "-m", "bench.gpu.probes"], first) as process:
+        for name in PROBES:
             try:
-                found[name] = probe(launcher, config)
-            except Exception as error:  # noqa: BLE001 - whatever it was, the next one is tried
-                found[name] = {"error": f"{type(error).__name__}: {error}"[:500]}
-        failed = sum("error" in figures for figures in found.values())
-        yield {**found, **({"failed": failed} if len(found) == len(PROBES) else {})}
+                found[name] = process.ask({"probe": name}, HANG_S)
+            except Lost as lost:
+                found[name] = {"error": str(lost)}
+            failed = sum("error" in figures for figures in found.values())
+            yield {**found, **({"failed": failed} if len(found) == len(PROBES) else {})}
+
+
+def main() -> None:
+    """The process that tries them: {"probe": name} -> its figures, or {"error"}."""
+    asked = Asked()
+    config = GpuConfig(**asked.first["config"])
+    asked.tell({})
+    for question in asked:
+        try:
+            with Launcher() as launcher:
+                figures = PROBES[question["probe"]](launcher, config)
+        except DriverError:  # after a fault no call works: that ends the process
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it was, the next one is tried
+            figures = {"error": f"{type(error).__name__}: {error}"[:500]}
+        asked.tell(figures)
 
 
 def counting(ctas: int = 1) -> Launch:
@@ -392,3 +413,7 @@ PROBES: dict[str, Probe] = {
     "crc_rate": crc_rate,
     "clusters": clusters,  # last: tries what may end in a fault
 }
+
+
+if __name__ == "__main__":
+    main()

@@ -8,13 +8,17 @@ the device takes the whole process with it.
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from conf.bench_schema import GpuConfig
 
+COMPILE, TUNE = "compile", "tune"
+AGAIN = (COMPILE, "decode", "prefill")  # what tells a tuned model from itself
 Figures = dict[str, Any]
 Run = Callable[[GpuConfig, str, str], Figures | Iterator[Figures]]
 
@@ -48,6 +52,7 @@ def machine(config: GpuConfig, model: str, artifact: str) -> Figures:
             "l2_bytes": gpu.l2,
             "free_bytes": launcher.free_memory(),
             "versions": {name: _version(name) for name in names} | _tools(),
+            "prebuilt": _prebuilt(config),
         }
 
 
@@ -63,6 +68,21 @@ def _tools() -> dict[str, str]:
         except ToolchainError as error:
             found[tool] = str(error)
     return found
+
+
+def _prebuilt(config: GpuConfig) -> str:
+    """Whether kernels of the bundle are of the tools here: others are built anew, in minutes."""
+    from bench.gpu.probes import counting
+    from kernels.cuda.build import key
+    from kernels.toolchain import ToolchainError
+
+    source = counting().source
+    assert source is not None
+    try:
+        there = (Path(config.cache).expanduser() / "cuda" / key(source, "sm_90a")).exists()
+    except ToolchainError as error:
+        return str(error)
+    return "yes" if there else "no: this machine's tools or sources are others; all are built here"
 
 
 def _version(package: str) -> str:
@@ -96,26 +116,75 @@ SECTIONS = (
     Section(name="contracts", seconds=120, run=later("contracts.contracts")),
     Section(name="tokens", seconds=120, run=later("model.tokens_as_on_cpu")),
     Section(name="probes", seconds=60, run=later("probes.probes")),
-    of_model("compile", 150, "model.compiled", "model", needs=False, others=True),
+    of_model(COMPILE, 150, "model.compiled", "model", needs=False, others=True),
     of_model("decode", 90, "model.decode", "model", "artifact", others=True),
     of_model("prefill", 60, "model.prefill", "artifact"),
-    of_model("restore", 40, "model.restore", "artifact"),
+    of_model(TUNE, math.inf, "model.tuned", "model", needs=False, others=True),
     of_model("calls", 90, "calls.calls", "model", needs=False),
-    of_model("peers", 150, "peers.peers", "model", needs=False, late=True),
+    of_model("restore", 40, "model.restore", "artifact"),
+    of_model("peers", 150, "peers.peers", "model", needs=False),
     of_model("startup", 60, "model.startup", "artifact", late=True),
     of_model("serving", 90, "model.serving", "artifact", late=True),
     of_model("nodes", 45, "nodes.nodes", "artifact", late=True),
 )
 
 
-def jobs(config: GpuConfig) -> list[tuple[Section, str]]:
-    """Sections and models in the order of their worth: correctness, the first model, what the
-    others are compared by, and then the rest about the first."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """`tuned`: after the model's tuning."""
+
+    section: Section
+    model: str = ""
+    tuned: bool = False
+
+    @property
+    def name(self) -> str:
+        return " ".join(filter(None, (self.section.name, self.model, "tuned" * self.tuned)))
+
+
+def jobs(config: GpuConfig) -> list[Job]:
+    """In the order of their worth: correctness; the first model, as it is and tuned; what the
+    others are compared by; the rest about the first; the others tuned."""
     wanted = [s for s in SECTIONS if not config.sections or s.name in config.sections]
+    of_models = [s for s in wanted if s.per_model]
+    early = [s for s in of_models if not s.late]
     first, others = config.models[:1], config.models[1:]
+
+    def plain(model: str, sections: list[Section]) -> list[Job]:
+        """Of a model that is tuned what stands before the tuning, else all."""
+        names = [s.name for s in sections]
+        end = names.index(TUNE) if TUNE in names and is_tuned(model, config) else len(names)
+        return [Job(section=s, model=model) for s in sections[:end] if s.name != TUNE]
+
+    def tuned(model: str, sections: list[Section]) -> list[Job]:
+        tune = [Job(section=s, model=model) for s in sections if s.name == TUNE]
+        if not tune or not is_tuned(model, config):
+            return []
+        rest = [s for s in sections if s.name != TUNE]
+        return [*tune, *(Job(section=s, model=model, tuned=True) for s in rest)]
+
+    late = [s for s in of_models if s.late]
+    after = TUNE in [s.name for s in early]
+    compared = [s for s in early if s.others]
     return [
-        *((s, "") for s in wanted if not s.per_model),
-        *((s, m) for m in first for s in wanted if s.per_model and not s.late),
-        *((s, m) for m in others for s in wanted if s.per_model and s.others),
-        *((s, m) for m in first for s in wanted if s.per_model and s.late),
+        *(Job(section=s) for s in wanted if not s.per_model),
+        *(job for m in first for job in (*plain(m, early), *tuned(m, early))),
+        *(job for m in others for job in plain(m, compared)),
+        *(
+            Job(section=s, model=m, tuned=after and is_tuned(m, config))
+            for m in first
+            for s in late
+        ),
+        *(job for m in others for job in tuned(m, compared)),
     ]
+
+
+def is_tuned(model: str, config: GpuConfig) -> bool:
+    return config.tune and model not in config.artifacts
+
+
+def limit(job: Job, config: GpuConfig) -> float:
+    """Seconds that it may take."""
+    if job.section.name != TUNE:
+        return job.section.seconds
+    return config.tune_s if job.model == config.models[0] else config.tune_s / 3

@@ -95,7 +95,14 @@ def needed_here(requirement: Any) -> list[str]:
     name = utils.canonicalize_name(requirement.name)
     if name in (*MACHINE, *TOOLKIT):
         raise StopIteration
-    return [] if name in HEADERS else metadata.requires(name) or []
+    if name in HEADERS:
+        return []
+    try:
+        return metadata.requires(name) or []
+    except metadata.PackageNotFoundError:
+        raise WheelError(
+            f"{requirement} is not installed here, so what it needs is not known; make setup"
+        ) from None
 
 
 def fetch(folder: Path, python: str) -> list[Path]:
@@ -114,15 +121,25 @@ def fetch(folder: Path, python: str) -> list[Path]:
         "platform_python_implementation": "CPython",
     }
     names = closure(wanted(), needed_here, environment)
+    exact = [_exact(name) for name in names]
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda name: _fetch_one(name, folder, python), names))
+        list(pool.map(lambda text: _fetch_one(text, folder, python), exact))
     return sorted(folder.glob("*.whl"))
 
 
-def _fetch_one(name: str, folder: Path, python: str) -> None:
-    """One wheel of the version in use here; made from the sources where only they are published
-    (then it must be pure Python)."""
-    exact = f"{name}=={metadata.version(name)}"
+def _exact(name: str) -> str:
+    """The version in use here; of what is not, that which pyproject asks for."""
+    requirements, utils = packaging()
+    try:
+        return f"{name}=={metadata.version(name)}"
+    except metadata.PackageNotFoundError:
+        parsed = map(requirements.Requirement, wanted())
+        return str(next(r for r in parsed if utils.canonicalize_name(r.name) == name))
+
+
+def _fetch_one(exact: str, folder: Path, python: str) -> None:
+    """One wheel; made from the sources where only they are published (then it must be pure
+    Python)."""
     platforms = [f"--platform=manylinux_2_{n}_x86_64" for n in GLIBC]
     target = [f"--python-version={python}", "--implementation=cp", "--platform=linux_x86_64"]
     target += [*platforms, "--platform=manylinux2014_x86_64", "--platform=manylinux1_x86_64"]

@@ -7,22 +7,11 @@ then hands over to process.py.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import select
-import signal
 import sys
 
-PR_SET_PDEATHSIG = 1
-
-
-def die_with_parent() -> None:
-    """The kernel kills us when the parent goes, even by kill -9. SIGTERM and ^C are for the parent:
-    it orders the drain.
-    """
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+from runtime.lifetime import die_with_parent
 
 
 def end_if_orphan(arguments: list[str]) -> None:

@@ -23,7 +23,6 @@ from llguidance import LLExecutor, LLTokenizer
 from llguidance import LLMatcher as Matcher
 from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
 
-from runtime.core.worker import die_with_parent
 from runtime.device.base import I32
 from runtime.grammar.cache import GrammarCache
 from runtime.grammar.compiler import GrammarError, compile_matcher, failure, load_tokenizer
@@ -41,6 +40,7 @@ from runtime.grammar.messages import (
 )
 from runtime.grammar.trial import Trial, limit_memory
 from runtime.ipc import BadFrame, Channel
+from runtime.lifetime import die_with_parent
 from runtime.request import Grammar
 
 POLL_S = 0.001  # while a grammar compiles

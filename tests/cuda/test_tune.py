@@ -18,6 +18,7 @@ import pytest
 from cuda_stub import environment, load
 from toy_specs import toy, toy_config
 
+from compiler.asked_process import Lost, Process
 from compiler.design import draft, nodes_of
 from compiler.errors import CompileError
 from compiler.lower import Node
@@ -25,7 +26,6 @@ from compiler.measure import Candidate, Meter, Task, tasks
 from compiler.progress import Progress
 from compiler.tune import FIRST_OPS, Tuner, anchors, check_gpu, main, ordered
 from compiler.tune_inputs import lengths, step_inputs
-from compiler.tune_process import Lost, Process
 from compiler.tune_search import Search
 from compiler.tuned import Records, call_key, load_records, save_records
 from conf.errors import ConfigError
@@ -195,14 +195,15 @@ def test_a_search_cut_short_within_a_round_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It counts as partial, and a later run begins with what it found best."""
-    config = load_config(TuneConfig, "tune", ["model=tiny", "target=h200"]).config
+    words = ["model=tiny", "target=h200", f"records={tmp_path}"]
+    config = load_config(TuneConfig, "tune", words).config
     base = draft(toy("llama"), cuda_config())
     monkeypatch.setattr(Tuner, "usable", lambda *args, **options: True)
 
     def tuner() -> Any:
         clock: Any = Clock()
         deadline = time.monotonic() + 600
-        clock.tuner = Tuner(base, config, clock, Progress(), tmp_path, deadline)
+        clock.tuner = Tuner(base, config, clock, Progress(), deadline)
         return clock.tuner
 
     task = next(t for t in ordered(base, ["linear"]) if len(t.candidates) > 4)

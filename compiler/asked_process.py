@@ -3,6 +3,8 @@ with the next question.
 
 `Process(command, first)`: `first` is sent to every new one, whose first line is `hello`. `ask`
 raises `Lost` with what was seen when the process hung or ended; the question is not repeated.
+`Asked` is the other side. For work on a device: a kernel that hangs or faults takes the driver's
+context with it, and with that the process.
 """
 
 from __future__ import annotations
@@ -12,12 +14,15 @@ import os
 import select
 import signal
 import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
 
 from compiler.errors import CompileError
+from runtime.lifetime import die_with_parent
 
 START_S = 120.0
 
@@ -111,3 +116,20 @@ class Process:
                     pipe.close()
                 except OSError:
                     pass
+
+
+class Asked:
+    """In the process that answers: `first` of its parent, then the questions; `tell` answers. What
+    a library prints goes to stderr. Ends with its parent, whatever it is doing."""
+
+    def __init__(self) -> None:
+        die_with_parent()
+        self._answers = os.fdopen(os.dup(1), "w", buffering=1)
+        os.dup2(2, 1)
+        self.first: dict[str, Any] = json.loads(sys.stdin.readline())
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return map(json.loads, sys.stdin)
+
+    def tell(self, answer: dict[str, Any]) -> None:
+        print(json.dumps(answer), file=self._answers)
