@@ -2,7 +2,7 @@
 or min-p only (code/sample_scan.py). Imported by kernels/cuda/register.py.
 
 Each launch ends with the work of one program per row, which has other registers than the reading of
-the logits: together they would take 170 to 180. With up to 8 logits per thread the limit of 128
+the logits: together they would take 180 to 190. With up to 8 logits per thread the limit of 128
 costs no spill, so two programs of 8 warps share a processor. What each has in flight does not
 depend on how many there are: three chunks are on their way through shared memory."""
 
@@ -47,7 +47,7 @@ def _names(text: str) -> frozenset[str]:
 _BOTH = """live logits row_token row_slot row_flags row_mask masks top_k temperature top_p min_p
     frequency presence repetition seed positions counts bias last token logprob words reals counter
     VOCAB COLUMNS STATE MASK CHUNK SPLITS STEPS STAGES PROGRAMS BINS ROOM TILE"""
-_PARTS = "best best_id raw_max raw_sum bad chunk_best weight top bins"
+_PARTS = "best best_id raw_max raw_sum bad chunk_best weight top bins mass"
 SCAN = _names(f"{_BOTH} row_target row_top top_ids top_logprobs status {_PARTS}")
 COLLECT = _names(f"{_BOTH} masses sure candidates")
 
@@ -125,6 +125,7 @@ def _segments(call: CallShape, config: SampleConfig) -> dict[str, tuple[str, int
         "weight": ("i64", chunks),
         "top": ("i64", chunks * TOP_TILE),
         "bins": ("i32", parts * BINS),
+        "mass": ("fp32", parts),
         "words": ("i32", rows * WORDS),
         "reals": ("fp32", rows * REALS),
         "masses": ("i64", parts * 2),

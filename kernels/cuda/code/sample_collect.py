@@ -104,8 +104,8 @@ def collect_kernel(
         scale = tl.load(reals_ptr + r * REALS + SCALE)
         own_ptr = candidates_ptr + r.to(tl.int64) * ROOM
 
-        above_k = tl.sum(tl.zeros((CHUNK,), tl.int64), axis=0)
-        above_top = above_k
+        above_k = tl.zeros((CHUNK // 4,), tl.int64)
+        above_top = tl.zeros((CHUNK // 4,), tl.int64)
         for c in tl.range(p * STEPS, tl.minimum(p * STEPS + STEPS, SPLITS), num_stages=STAGES):
             column = c * CHUNK + tl.arange(0, CHUNK)
             inside = column < VOCAB
@@ -115,22 +115,25 @@ def collect_kernel(
             weight = tl.where(inside, fixed(e), 0)
             above = b > bin_top
             if has_p:
-                above_k += tl.sum(tl.where(b > bin_k, weight, 0), axis=0)
-                above_top += tl.sum(tl.where(above, weight, 0), axis=0)
+                # Four at a time, in the thread that holds them
+                here = tl.where(b > bin_k, weight, 0).reshape(CHUNK // 4, 4)
+                above_k += tl.sum(here, axis=1)
+                here = tl.where(above, weight, 0).reshape(CHUNK // 4, 4)
+                above_top += tl.sum(here, axis=1)
             sure = above & ((e >= min_p) | (column == best_id))
             tl.store(sure_ptr + r * SPLITS + c, tl.sum(tl.where(sure, weight, 0), axis=0))
             among = inside & (z > float("-inf"))
             among = among & (((b >= bin_low) & (b <= bin_top)) | (b == bin_k))
-            among_here = tl.sum(among.to(tl.int32), axis=0)
-            if among_here > 0:
-                place = tl.atomic_add(
-                    words_ptr + r * WORDS + CANDIDATES, among_here, sem="relaxed", scope="gpu"
-                )
-                place += tl.cumsum(among.to(tl.int32), 0) - 1
-                tl.store(own_ptr + place, pack(z, column), among & (place < ROOM))
+            # A thread with any takes places for its own: no sum over the chunk, no barrier.
+            fours = among.to(tl.int32).reshape(CHUNK // 4, 4)
+            count = tl.sum(fours, axis=1)
+            count_ptr = words_ptr + r * WORDS + CANDIDATES + tl.zeros((CHUNK // 4,), tl.int32)
+            place = tl.atomic_add(count_ptr, count, count > 0, sem="relaxed", scope="gpu")
+            place = (place[:, None] + tl.cumsum(fours, 1) - 1).reshape(CHUNK)
+            tl.store(own_ptr + place, pack(z, column), among & (place < ROOM))
         own_masses = masses_ptr + (r * PROGRAMS + p) * 2
-        tl.store(own_masses, above_k)
-        tl.store(own_masses + 1, above_top)
+        tl.store(own_masses, tl.sum(above_k, axis=0))
+        tl.store(own_masses + 1, tl.sum(above_top, axis=0))
         tl.debug_barrier()  # the parts of all threads before the one atomic
         if tl.atomic_add(counter_ptr + r, 1, sem="acq_rel", scope="gpu") == PROGRAMS - 1:
             tl.store(counter_ptr + r, 0)

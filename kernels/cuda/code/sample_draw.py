@@ -24,12 +24,20 @@ from kernels.cuda.code.sampling import (
 
 
 @triton.jit
+def key_of(row, candidates_ptr, whole, i, exists):
+    """Of a row's candidates, or of all its values, the i-th."""
+    key = tl.load(candidates_ptr + i, exists & (whole == 0), LOWEST)
+    if whole:
+        _x, z = row_values(row, i, exists)
+        key = pack(z, i)
+    return key
+
+
+@triton.jit
 def tally(
     row,
     inverse,
     best,
-    best_id,
-    min_p,
     reference,
     scale,
     candidates_ptr,
@@ -38,30 +46,23 @@ def tally(
     pivot,
     low,
     high,
-    end,
     BINS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Of a row's candidates, or of the whole row, those with keys from `pivot` on, bins from `low`
-    to `high`, ids below `end` and weights of min_p or more: how many they are, what they weigh,
-    their lowest and highest key."""
+    to `high`: how many they are, what they weigh, their lowest and highest key."""
     count = tl.zeros((TILE,), tl.int32)
     mass = tl.zeros((TILE,), tl.int64)
     least = tl.full((TILE,), 0x7FFFFFFFFFFFFFFE, tl.int64)
     most = tl.full((TILE,), LOWEST, tl.int64)
-    for start in range(0, items, TILE):
+    for start in tl.range(0, items, TILE, num_stages=3):
         i = start + tl.arange(0, TILE)
         exists = i < items
-        if whole:
-            _x, z = row_values(row, i, exists)
-            key = pack(z, i)
-        else:
-            key = tl.load(candidates_ptr + i, exists, LOWEST)
-        z, id = unpack(key)
+        key = key_of(row, candidates_ptr, whole, i, exists)
+        z, _id = unpack(key)
         e = tl.exp((z - best) * inverse)
         b = bin_of(z, reference, scale, BINS)
-        keep = exists & (key >= pivot) & (b >= low) & (b <= high) & (id < end)
-        keep = keep & ((e >= min_p) | (id == best_id))
+        keep = exists & (key >= pivot) & (b >= low) & (b <= high)
         count += keep.to(tl.int32)
         mass += tl.where(keep, fixed(e), 0)
         least = tl.minimum(least, tl.where(keep, key, 0x7FFFFFFFFFFFFFFE))
@@ -79,7 +80,6 @@ def search(
     row,
     inverse,
     best,
-    best_id,
     reference,
     scale,
     candidates_ptr,
@@ -98,8 +98,6 @@ def search(
         row,
         inverse,
         best,
-        best_id,
-        0.0,
         reference,
         scale,
         candidates_ptr,
@@ -108,7 +106,6 @@ def search(
         LOWEST,
         low,
         high,
-        0x7FFFFFFF,
         BINS,
         TILE,
     )
@@ -122,8 +119,6 @@ def search(
             row,
             inverse,
             best,
-            best_id,
-            0.0,
             reference,
             scale,
             candidates_ptr,
@@ -132,7 +127,6 @@ def search(
             middle,
             low,
             high,
-            0x7FFFFFFF,
             BINS,
             TILE,
         )
@@ -190,7 +184,7 @@ def draw(
     all_masses = masses_ptr + (r * PROGRAMS + s) * 2
     above_k = tl.sum(tl.load(all_masses, s < PROGRAMS, 0), axis=0)
     above_top = tl.sum(tl.load(all_masses + 1, s < PROGRAMS, 0), axis=0)
-    sures = tl.load(sure_ptr + r * SPLITS + s, s < SPLITS, 0)
+    own_sure = sure_ptr + r * SPLITS
     items = tl.load(words_ptr + r * WORDS + CANDIDATES)
     better_k = tl.load(words_ptr + r * WORDS + ABOVE_K)
     whole = items > ROOM
@@ -207,7 +201,6 @@ def draw(
                 row,
                 inverse,
                 best,
-                best_id,
                 reference,
                 scale,
                 own_ptr,
@@ -226,8 +219,6 @@ def draw(
                     row,
                     inverse,
                     best,
-                    best_id,
-                    0.0,
                     reference,
                     scale,
                     own_ptr,
@@ -236,7 +227,6 @@ def draw(
                     pivot,
                     tl.where(whole, 0, bin_k),
                     tl.where(whole, BINS, bin_k),
-                    0x7FFFFFFF,
                     BINS,
                     TILE,
                 )
@@ -247,7 +237,6 @@ def draw(
                 row,
                 inverse,
                 best,
-                best_id,
                 reference,
                 scale,
                 own_ptr,
@@ -264,43 +253,26 @@ def draw(
             found = found & reached
         searching = (found == 0) & (whole == 0)
         whole = whole | searching
-    sures = tl.where(whole, 0, sures)
+    # Every chunk's candidates that stay join what surely stays of it.
+    if whole:
+        tl.store(own_sure + s, tl.zeros((SPLIT_TILE,), tl.int64), s < SPLITS)
+        tl.debug_barrier()
+    for start in tl.range(0, items, TILE, num_stages=3):
+        i = start + tl.arange(0, TILE)
+        key = key_of(row, own_ptr, whole, i, i < items)
+        z, id = unpack(key)
+        e = tl.exp((z - best) * inverse)
+        keep = (i < items) & (key >= pivot) & ((e >= min_p) | (id == best_id))
+        tl.atomic_add(own_sure + id // CHUNK, fixed(e), keep, sem="relaxed", scope="gpu")
+    tl.debug_barrier()
+    sums = tl.load(own_sure + s, s < SPLITS, 0, cache_modifier=".cg")
+    upto = tl.cumsum(sums, 0)
+    kept = tl.sum(sums, axis=0)
     position = tl.load(positions_ptr + tl.load(row_token_ptr + r))
     random = uniform(tl.load(seed_ptr + r), position)
-    target = pivot * 0
-    before = pivot * 0
-    # First every chunk, for the total; then the chunk in which the draw falls.
-    chunk, beyond, end = best_id * 0, best_id * 0 + 2 * SPLITS, best_id * 0 + SPLITS
-    while chunk + 1 < beyond:
-        _count, kept, _least, _most = tally(
-            row,
-            inverse,
-            best,
-            best_id,
-            min_p,
-            reference,
-            scale,
-            own_ptr,
-            whole,
-            items,
-            pivot,
-            0,
-            BINS,
-            end * CHUNK,
-            BINS,
-            TILE,
-        )
-        kept += tl.sum(tl.where(s < end, sures, 0), axis=0)
-        if beyond > SPLITS:
-            target = (random * kept.to(tl.float64)).to(tl.int64)
-            target = tl.minimum(target, kept - 1)
-            beyond = end
-        else:
-            passed = kept > target
-            before = tl.where(passed, before, kept)
-            chunk = tl.where(passed, chunk, end)
-            beyond = tl.where(passed, end, beyond)
-        end = (chunk + beyond) // 2
+    target = tl.minimum((random * kept.to(tl.float64)).to(tl.int64), kept - 1)
+    chunk = tl.sum(((upto <= target) & (s < SPLITS)).to(tl.int32), axis=0)
+    before = tl.sum(tl.where(s < chunk, sums, 0), axis=0)
     token = pick(
         row,
         inverse,

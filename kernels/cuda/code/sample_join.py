@@ -17,6 +17,7 @@ from kernels.cuda.code.sampling import (
     ESTIMATE,
     LOG_SUM,
     LOWEST,
+    MOST_EXPONENT,
     NOTHING_ALLOWED,
     PENDING,
     REALS,
@@ -24,7 +25,6 @@ from kernels.cuda.code.sampling import (
     SCALE,
     TOP,
     TOP_TILE,
-    UNIT,
     WORDS,
     emit,
     pick,
@@ -47,9 +47,9 @@ def find_bins(
     has_k,
     has_p,
     best,
-    total,
     inverse,
     bins_ptr,
+    mass_ptr,
     words_ptr,
     reals_ptr,
     PROGRAMS: tl.constexpr,
@@ -58,12 +58,13 @@ def find_bins(
 ):
     """The bin of the k-th value, exactly, and the bins that can hold the last value of top-p. A
     bin's edges bound its weights, so its values and those above it weigh between the sums of the
-    bounds, and between what the bounds of the values below it leave of `total`, the row's weight.
+    bounds, and between what the bounds of the values below it leave of the row's weight.
     Where more than ROOM / 2 candidates are between, the weights at the bins' centres say nearer."""
+    s = tl.arange(0, triton.next_power_of_2(PROGRAMS))
     b = tl.arange(0, BINS)
     n = tl.zeros((BINS,), tl.int32)
-    for s in range(0, PROGRAMS, 4):
-        part = s + tl.arange(0, 4)[:, None]
+    for first in range(0, PROGRAMS, 4):
+        part = first + tl.arange(0, 4)[:, None]
         at = (r * PROGRAMS + part) * BINS + b[None, :]
         n += tl.sum(tl.load(bins_ptr + at, part < PROGRAMS, 0), axis=0)
     n = tl.where(b > 0, n, 0)
@@ -87,9 +88,15 @@ def find_bins(
         high = tl.exp(tl.minimum(((edge + 1.0) / scale + offset) * inverse, 0.0))
         high = tl.where(b == BINS - 1, 1.0, high) * 1.0001
         middle = tl.exp(tl.minimum(((edge + 0.5) / scale + offset) * inverse, 0.0))
-        # What top-k keeps of the row
-        least = tl.maximum(tl.sum(low * kept, axis=0), total - tl.sum(high * left, axis=0))
-        most = tl.minimum(tl.sum(high * kept, axis=0), total - tl.sum(low * left, axis=0))
+        # What top-k keeps of the row, whose weight is unknown where an exponent was cut
+        total = tl.sum(tl.load(mass_ptr + r * PROGRAMS + s, s < PROGRAMS, 0.0), axis=0)
+        total *= tl.exp(offset * inverse)
+        known = offset * inverse > -MOST_EXPONENT
+        least, most = tl.sum(low * kept, axis=0), tl.sum(high * kept, axis=0)
+        above = total - tl.sum(high * left, axis=0)
+        least = tl.where(known, tl.maximum(least, above), least)
+        below = total - tl.sum(low * left, axis=0)
+        most = tl.where(known, tl.minimum(most, below), most)
         low *= kept
         high *= kept
         middle *= kept
@@ -149,6 +156,7 @@ def join(
     weight_ptr,
     top_ptr,
     bins_ptr,
+    mass_ptr,
     words_ptr,
     reals_ptr,
     VOCAB: tl.constexpr,
@@ -205,13 +213,6 @@ def join(
     tl.store(top_ids_ptr + r * TOP + lane, ids, lane < TOP)
     tl.store(top_logprobs_ptr + r * TOP + lane, logprobs, lane < TOP)
 
-    share = tl.zeros((SPLIT_TILE,), tl.float64)
-    if drawn & ((limited == 0) | (top_p < 1.0)):
-        bests = tl.load(chunk_best_ptr + parts, used, lowest)
-        weights = tl.load(weight_ptr + parts, used, 0)
-        factor = tl.where(bests > lowest, tl.exp((bests - best) * inverse), 0.0)
-        share = weights.to(tl.float64) * factor.to(tl.float64)
-    total = tl.sum(share, axis=0)
     if bad != 0:
         tl.store(token_ptr + r, 0)
         tl.store(logprob_ptr + r, float("nan"))
@@ -227,9 +228,9 @@ def join(
             (k > 0) & (k < VOCAB),
             top_p < 1.0,
             best,
-            total.to(tl.float32) / UNIT,
             inverse,
             bins_ptr,
+            mass_ptr,
             words_ptr,
             reals_ptr,
             PROGRAMS,
@@ -239,9 +240,13 @@ def join(
     else:
         token = tl.where(target >= 0, target, best_id)
         if drawn:
+            bests = tl.load(chunk_best_ptr + parts, used, lowest)
+            weights = tl.load(weight_ptr + parts, used, 0)
+            factor = tl.where(bests > lowest, tl.exp((bests - best) * inverse), 0.0)
+            share = weights.to(tl.float64) * factor.to(tl.float64)
             cdf = tl.cumsum(share, 0)
             position = tl.load(positions_ptr + tl.load(row_token_ptr + r))
-            draw = uniform(tl.load(seed_ptr + r), position) * total
+            draw = uniform(tl.load(seed_ptr + r), position) * tl.sum(share, axis=0)
             chunk = tl.min(tl.where((cdf > draw) & (share > 0.0), s, SPLIT_TILE), axis=0)
             last = tl.max(tl.where(share > 0.0, s, 0), axis=0)
             chunk = tl.minimum(chunk, last)

@@ -33,6 +33,7 @@ from kernels.cuda.code.sampling import (
     GREEDY_BELOW,
     LOGPROB,
     LOWEST,
+    MOST_EXPONENT,
     REALS,
     REFERENCE,
     SCALE,
@@ -84,6 +85,7 @@ def scan_kernel(
     weight_ptr,
     top_ptr,
     bins_ptr,
+    mass_ptr,
     words_ptr,
     reals_ptr,
     counter_ptr,
@@ -115,7 +117,7 @@ def scan_kernel(
         inverse = 1.0 / tl.where(drawn, temperature, 1.0)
         filtered = ((k > 0) & (k < VOCAB)) | has_p | (tl.load(min_p_ptr + r) > 0.0)
         limited = drawn & filtered
-        weighed = drawn & (has_p | (filtered == 0))
+        plain = drawn & (filtered == 0)
         wants_sum = ((flags & LOGPROB) != 0) | (sampled == 0) | (top > 0)
         row = row_of(
             r,
@@ -145,6 +147,7 @@ def scan_kernel(
         bests = tl.full((CHUNK,), float("-inf"), tl.float32)
         ids = first * CHUNK + lane
         bad = tl.zeros((CHUNK // 4,), tl.int32)
+        mass = tl.zeros((CHUNK // 4,), tl.float32)
         n = tl.zeros((BINS,), tl.int32)
         raw_max, raw_sum = inverse * 0.0 + float("-inf"), inverse * 0.0
         for c in tl.range(first, tl.minimum(first + STEPS, SPLITS), num_stages=STAGES):
@@ -161,7 +164,7 @@ def scan_kernel(
                 most = tl.maximum(raw_max, tl.max(x, axis=0))
                 raw_sum = raw_sum * tl.exp(raw_max - most) + tl.sum(tl.exp(x - most), axis=0)
                 raw_max = most
-            if weighed:
+            if plain:
                 best = tl.max(z, axis=0)
                 e = tl.where(z > float("-inf"), tl.exp((z - best) * inverse), 0.0)
                 tl.store(chunk_best_ptr + r * SPLITS + c, best)
@@ -169,6 +172,9 @@ def scan_kernel(
             if limited:
                 bin = tl.where(z > float("-inf"), bin_of(z, reference, scale, BINS), 0)
                 n += tl.histogram(bin, BINS)
+                if has_p:
+                    e = tl.exp(tl.minimum((z - reference) * inverse, MOST_EXPONENT))
+                    mass += tl.sum(e.reshape(CHUNK // 4, 4), axis=1)
             if top > 0:
                 keys = tl.where(inside, pack(x, column), LOWEST)
                 for i in range(top):
@@ -183,6 +189,7 @@ def scan_kernel(
         tl.store(raw_sum_ptr + part, raw_sum)
         if limited:
             tl.store(bins_ptr + part * BINS + tl.arange(0, BINS), n)
+            tl.store(mass_ptr + part, tl.sum(mass, axis=0))
         tl.debug_barrier()  # the parts of all threads before the one atomic
         if tl.atomic_add(counter_ptr + r, 1, sem="acq_rel", scope="gpu") == PROGRAMS - 1:
             tl.store(counter_ptr + r, 0)
@@ -218,6 +225,7 @@ def scan_kernel(
                 weight_ptr,
                 top_ptr,
                 bins_ptr,
+                mass_ptr,
                 words_ptr,
                 reals_ptr,
                 VOCAB,

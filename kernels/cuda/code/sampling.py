@@ -19,6 +19,7 @@ SECTOR = tl.constexpr(8)  # logits that memory gives in one piece
 BELOW = tl.constexpr(72)  # bins below the reference
 PER_SPREAD = tl.constexpr(24.0)  # bins of one standard deviation
 LOWEST = tl.constexpr(-(1 << 63))
+MOST_EXPONENT = tl.constexpr(60.0)  # of a sum in float32 that does not know the best value
 UNIT = tl.constexpr(1099511627776.0)  # of weights: 2^40
 ESTIMATE = tl.constexpr(0.01)  # how far bin centres misjudge cumulated weights, at most
 # Words of a row's state between the kernels.
