@@ -19,6 +19,7 @@ from compiler.check_plan import ArenaSizes, check_plan
 from compiler.families.spec import ModelSpec
 from compiler.fuse import fuse
 from compiler.lower import Node, lower
+from compiler.maxima import bucket_program, hand_on_maxima
 from compiler.memory import state_layout, weights_layout
 from compiler.model import StepShape, build
 from compiler.precision import activations, linear_inputs
@@ -126,6 +127,7 @@ def draft(spec: ModelSpec, config: CompileConfig, in_bfloat16: InBfloat16 = unkn
         x_format = SCHEMES[config.quant.scheme].x_format
         program = verify(linear_inputs(program, formats, x_format))
     weights = stored_weights(program, formats, config.target.kind)
+    program = verify(hand_on_maxima(program))  # later: the order of the weights is their first use
     state, state_offsets = state_layout(program, shape)
     return Draft(
         shape=shape,
@@ -191,7 +193,8 @@ def nodes_of(
     target: str,
     records: Records = NO_RECORDS,
 ) -> tuple[Node, ...]:
-    return lower(program, bucket, weight_formats(weights), target, records)
+    formats = weight_formats(weights)
+    return lower(bucket_program(program, bucket), bucket, formats, target, records)
 
 
 def binaries_of(

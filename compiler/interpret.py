@@ -46,6 +46,8 @@ def run(
             else:
                 args[arg] = inputs[name] if kind == "input" else live[name]
         for arg, value in op.reference(args, dict(call.attrs)).items():
+            if arg not in call.outs:
+                continue  # an optional output that nobody reads
             live[call.outs[arg]] = value
             if call.outs[arg] in wanted:
                 result[call.outs[arg]] = value

@@ -8,7 +8,7 @@ name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +45,8 @@ class Cost:
 class Op:
     """`reference(args: dict[str, Tensor | None], attrs) -> dict[str, Tensor]` returns every
     output by name; `inout` and `state` arguments are updated in place and not returned.
-    `targets`: whose programs it may stand in, and so who has kernels of it."""
+    `targets`: whose programs it may stand in, and so who has kernels of it. A call need not name
+    optional outputs; then nobody writes them."""
 
     name: str
     args: tuple[Arg, ...]
@@ -58,6 +59,11 @@ class Op:
     )
     targets: tuple[str, ...] = ("cpu", "cuda")
 
+    def outputs(self, wanted: Collection[str] = ()) -> set[str]:
+        """Names of the outputs of a call that names these optional ones."""
+        outs = [a for a in self.args if a.role == "output"]
+        return {a.name for a in outs if not a.optional or a.name in wanted}
+
     def arg(self, name: str) -> Arg:
         for a in self.args:
             if a.name == name:
@@ -68,11 +74,12 @@ class Op:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
     """One test case of an op: concrete arguments and attributes; every kernel that accepts it is
-    run on it."""
+    run on it. `wanted`: optional outputs that the call names."""
 
     label: str
     args: dict[str, Any]
     attrs: dict[str, Any]
+    wanted: tuple[str, ...] = ()
 
 
 OPS: dict[str, Op] = {}

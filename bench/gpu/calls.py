@@ -27,7 +27,7 @@ from compiler.design import Draft, draft, nodes_of
 from compiler.importer import import_model
 from compiler.measure import Candidate, Meter, Task, tasks
 from compiler.tune_inputs import Lengths
-from compiler.tuned import load_records
+from compiler.tuned import call_key, load_records
 from conf.bench_schema import GpuConfig
 from conf.load import load
 from conf.resolve import resolve
@@ -138,8 +138,8 @@ def chosen(meter: Meter, bucket: Bucket, records: Any, op: str) -> list[tuple[Ta
     """The distinct calls of an op in a bucket, each with the kernel a compile would choose."""
     found = list(tasks(meter.base, [bucket], [op]))
     nodes = nodes_of(meter.base.program, meter.base.weights, bucket, "cuda", records)
-    choice = {id(n.call): Candidate.of(n) for n in nodes}
-    return [(task, choice[id(task.node.call)]) for task in found]
+    choice = {call_key(n.shape): Candidate.of(n) for n in nodes}
+    return [(task, choice[task.key]) for task in found]
 
 
 def seconds(meter: Meter, task: Task, one: Candidate, held: Lengths | None = None) -> float:

@@ -43,9 +43,16 @@ def not_float32(call: CallShape) -> str | None:
     return f"activations are float32 on CPU: {', '.join(wrong)}" if wrong else None
 
 
+def refuse_amax(call: CallShape) -> str | None:
+    if "out_amax" in call.shapes:
+        return "maxima of rows are for fp8 products: needs a GPU with fp8 tensor cores"
+    return None
+
+
 def _accepts_table(kind: str) -> Callable[[CallShape], str | None]:
     def accepts(call: CallShape) -> str | None:
-        return misfit(call.formats.get("table", "float32"), kind, call.shapes["table"][1])
+        width = call.shapes["table"][1]
+        return refuse_amax(call) or misfit(call.formats.get("table", "float32"), kind, width)
 
     return accepts
 

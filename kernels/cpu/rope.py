@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kernels.cpu.basic import not_float32
+from kernels.cpu.basic import not_float32, refuse_amax
 from kernels.kernel import CallShape, Kernel, register
 
 PAGE_SIZE = 16  # PAGE in kv_page.h
@@ -33,7 +33,7 @@ def refuse_pages(call: CallShape, kv_dtype: str) -> str | None:
         return (
             f"{attrs['heads']} heads cannot be shared out evenly over {attrs['kv_heads']} kv heads"
         )
-    return not_float32(call)
+    return refuse_amax(call) or not_float32(call)
 
 
 def accepts_pages(kv_dtype: str) -> Callable[[CallShape], str | None]:

@@ -168,6 +168,7 @@ def _arguments(call: CallShape, config: TileConfig) -> dict[str, Slot | Constant
         "sinks_ptr": pointer(call, "sinks"),
         "alibi_ptr": pointer(call, "alibi"),
         "out_ptr": pointer(call, "out"),
+        "amax_ptr": pointer(call, "out_amax"),
         "SEQS_PAD": _power(shape.seqs),
         "COLUMNS": shape.columns,
         "HEADS": shape.heads,

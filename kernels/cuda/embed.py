@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from kernels.cuda.kernel import CudaKernel, launch, pointer, register, stored
 from kernels.cuda.layout import parse_format
-from kernels.cuda.rows import RowConfig, refuse_types, row_default, row_grid, row_space
+from kernels.cuda.rows import AMAX_WIDTH, RowConfig, refuse_types, row_default, row_grid, row_space
 from kernels.kernel import CallShape
 from kernels.launch import Constant, Launch, Slot
 
@@ -39,7 +39,8 @@ def _codes(call: CallShape) -> tuple[int, int]:
 
 def _accepts_table(call: CallShape) -> str | None:
     width = call.shapes["table"][1]
-    for arg, name in call.formats.items():
+    for arg in ("table", "types"):
+        name = call.formats.get(arg, call.formats["table"])
         try:
             kind, group = parse_format(name)
         except ValueError as error:
@@ -68,10 +69,13 @@ def _embed(call: CallShape, config: RowConfig) -> tuple[Launch, ...]:
             data_ptr=table["data"],
             scale_ptr=table["scale"],
             out_ptr=pointer(call, "out"),
+            amax_norm_ptr=pointer(call, "amax_norm"),
+            amax_ptr=pointer(call, "out_amax"),
             SCALE=float(call.attrs["scale"]),
             BITS=bits,
             GROUP=group,
             WIDTH=width,
+            PART=AMAX_WIDTH,
             BLOCK=config.block,
         ),
     )

@@ -191,9 +191,11 @@ def _part_bytes(units: int, config: Any, block_m: int, gated: bool) -> int:
 
 
 def refuse_quantized(call: CallShape) -> str | None:
-    """Activations that are quantized have kernels of their own."""
+    """Activations that are quantized, and the maxima that this takes, have kernels of their own."""
     x_format = call.attrs.get("x_format")
-    return f"x is quantized to {x_format}" if x_format else None
+    if x_format:
+        return f"x is quantized to {x_format}"
+    return "maxima of rows are not written" if "out_amax" in call.shapes else None
 
 
 def _vector_accepts(call: CallShape) -> str | None:
@@ -356,7 +358,7 @@ def _tile_default(call: CallShape) -> TileConfig:
     fused = "norm" in call.shapes or "rows" in call.shapes
     # In a decode bucket a launch of its own is saved; not before the head, which has by far the
     # most columns of tiles and stands once in a step.
-    rows_first = fused and s.rows > 64 and (call.kind != "decode" or _logits(call))
+    rows_first = fused and s.rows > 64 and (call.kind != "decode" or logits(call))
     norm_inside = "norm" in call.shapes and not rows_first
     x_left = False
     aligned = int(s.k * w.row_bytes) % 16 == 0
@@ -419,7 +421,7 @@ def _tile_default(call: CallShape) -> TileConfig:
     return config
 
 
-def _logits(call: CallShape) -> bool:
+def logits(call: CallShape) -> bool:
     """The head's results alone are kept more precisely than its inputs."""
     return call.dtypes["out"] == "float32" and half(call)
 

@@ -85,6 +85,8 @@ def _accepts(call: CallShape) -> str | None:
             return reason
     elif call.dtypes["x"] != "bfloat16" or call.formats["w"] != "bfloat16":
         return f"x is {call.dtypes['x']}, w {call.formats['w']}: both must be bfloat16"
+    if "out_amax" in call.shapes:
+        return "maxima of rows are not written"
     if s.rows < LEAST_ROWS:
         return f"{s.rows} rows, {LEAST_ROWS} at least"
     if s.k * _size(call) % 16 or s.outputs % 8:

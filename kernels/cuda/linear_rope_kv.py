@@ -45,7 +45,7 @@ from kernels.launch import COUNTERS_BYTES, WORKSPACE, Descriptor, Launch, Pointe
 
 ALIGN = 256
 _OF_HEADS = ("live", "table", "q_norm", "k_norm", "kv_slots", "kv", "q")
-_OF_PRODUCT = ("live", "x", "w", "bias", "norm")
+_OF_PRODUCT = ("live", "x", "w", "bias", "norm", "x_amax")
 
 
 def _ceil(a: int, b: int) -> int:

@@ -14,6 +14,7 @@ from kernels.cuda.kernel import Config
 from kernels.kernel import CallShape
 
 PROCESSORS = 132  # of an H100 or H200
+AMAX_WIDTH = 64  # columns of a part of a row whose largest number is kept (WIDTH of the contract)
 ACTIVATION_TYPES = ("bfloat16", "float32")
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from kernels.op import Arg, Cost, Op, Sample, register
+from kernels.ops.amax import amax_args, part_maxima
 from kernels.ops.embed import LIVE, live_count
 from kernels.ops.kv import KV_ATTRS, KvState, layer_bytes, stored
 from kernels.ops.samples import (
@@ -198,7 +199,7 @@ def attention_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str
             scores = torch.cat((scores, sink), dim=-1)
         weights = scores.softmax(-1)[..., :length]
         out[first:last] = (weights @ v).transpose(0, 1).flatten(1)
-    return {"out": out}
+    return {"out": out, "out_amax": part_maxima(out, args, attrs["v_head_dim"])}
 
 
 def _attention_cost(shapes: dict[str, tuple[int, ...]], attrs: dict[str, Any]) -> Cost:
@@ -210,7 +211,7 @@ def _attention_cost(shapes: dict[str, tuple[int, ...]], attrs: dict[str, Any]) -
     kv = min(tokens, seqs) * keys * layer_bytes(attrs) // attrs["page_size"]
     return Cost(
         read=kv + tokens * width * 4,
-        written=tokens * out * 4,
+        written=tokens * out * 4 + 4 * math.prod(shapes.get("out_amax", (0,))),
         flops=2 * tokens * (width + out) * keys,
     )
 
@@ -231,6 +232,7 @@ def attention_sample(
     logn: int = 0,
     sinks: bool = False,
     alibi: bool = False,
+    amax: bool = False,
 ) -> Sample:
     """`values`: dims of a value head (0: `dim`)."""
     g = generator(seed)
@@ -264,7 +266,8 @@ def attention_sample(
         args["sinks"] = floats(g, heads, scale=2.0)
     if alibi:
         args["alibi"] = 2.0 ** -torch.linspace(1, 8, heads)
-    return Sample(label=label, args=args, attrs=attrs)
+    wanted = ("out_amax",) if amax else ()
+    return Sample(label=label, args=args, attrs=attrs, wanted=wanted)
 
 
 def _attention_samples() -> list[Sample]:
@@ -352,6 +355,20 @@ def _attention_samples() -> list[Sample]:
             values=32,
             dtype="fp8_e4m3",
         ),
+        attention_sample(85, "maxima", MIXED, heads=6, kv_heads=2, dim=48, values=32, amax=True),
+        attention_sample(
+            86,
+            "maxima of a long decode",
+            LONG_DECODE,
+            heads=8,
+            kv_heads=2,
+            dim=64,
+            dtype="bfloat16",
+            amax=True,
+        ),
+        attention_sample(
+            87, "maxima, both ways", WHOLE, heads=2, kv_heads=1, dim=32, causal=False, amax=True
+        ),
         attention_sample(75, "logn", MIXED, heads=2, kv_heads=2, dim=32, logn=19),
         attention_sample(
             76,
@@ -380,6 +397,7 @@ ATTENTION = register(
             Arg(name="sinks", role="weight", dims=("H",), dtypes=("float",), optional=True),
             Arg(name="alibi", role="weight", dims=("H",), dtypes=("float",), optional=True),
             Arg(name="out", role="output", dims=("tokens", "H*V"), dtypes=("float",)),
+            *amax_args("tokens", count="H"),
         ),
         attrs={
             "heads": int,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.op import Arg, Cost, Op, Sample, register
+from kernels.ops.amax import amax_args, part_maxima
 from kernels.ops.samples import floats, generator, live, padded
 
 LIVE = Arg(name="live", role="input", dims=("8",), dtypes=("int32",))
@@ -37,12 +38,13 @@ def embed_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str, Te
     ids = tokens[:n].long()
     ids = torch.where(ids < 0, args["last_token"].long()[(-1 - ids).clamp(min=0)], ids)
     out[:n] = table_VD[ids].float() * attrs["scale"]
-    return {"out": out}
+    return {"out": out, "out_amax": part_maxima(out, args)}
 
 
 def _embed_cost(shapes: dict[str, tuple[int, ...]], attrs: dict[str, Any]) -> Cost:
     tokens, dim = shapes["tokens"][0], shapes["table"][1]
-    return Cost(read=tokens * 4, written=tokens * dim * 4, flops=tokens * dim)
+    written = tokens * dim * 4 + 4 * math.prod(shapes.get("out_amax", (0,)))
+    return Cost(read=tokens * 4, written=written, flops=tokens * dim)
 
 
 def _embed_samples() -> list[Sample]:
@@ -52,18 +54,24 @@ def _embed_samples() -> list[Sample]:
         ("partial", 5, 8, 83, 96),
         ("one", 1, 1, 16, 64),
         ("empty", 0, 3, 20, 32),
+        ("maxima", 2, 3, 20, 96),
+        ("maxima before a norm", 3, 4, 20, 1088),
     ):
         tokens = padded([[0, vocab - 1, -1, -4, 7, -2][i % 6] for i in range(used)], size)
+        args = {
+            "live": live(used),
+            "tokens": tokens,
+            "last_token": torch.tensor([3, vocab - 1, 1, 15], dtype=torch.int32),
+            "table": floats(g, vocab, dim),
+        }
+        if label == "maxima before a norm":
+            args["amax_norm"] = floats(g, dim)
         out.append(
             Sample(
                 label=label,
-                args={
-                    "live": live(used),
-                    "tokens": tokens,
-                    "last_token": torch.tensor([3, vocab - 1, 1, 15], dtype=torch.int32),
-                    "table": floats(g, vocab, dim),
-                },
+                args=args,
                 attrs={"scale": 1.0 if label == "one" else 2.5},
+                wanted=("out_amax",) if label.startswith("maxima") else (),
             )
         )
     return out
@@ -78,6 +86,7 @@ EMBED = register(
             Arg(name="last_token", role="state", dims=("slots",), dtypes=("int32",)),
             Arg(name="table", role="weight", dims=("V", "D"), dtypes=("float",)),
             Arg(name="out", role="output", dims=("tokens", "D"), dtypes=("float",)),
+            *amax_args("tokens", "D"),
         ),
         attrs={"scale": float},
         reference=embed_reference,

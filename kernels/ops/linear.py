@@ -7,17 +7,21 @@ of `kernels.ops.mlp`; with a gated one the weight is cat(gate, up) [2F, K] and t
 otherwise O = N. `scale` 1 and `softcap` 0 leave the product alone; softcap(y) = c tanh(y / c).
 
 `x_format`: "" multiplies norm(x)[rows] as it is; "fp8" multiplies what `e4m3_rows` leaves of it:
-the product is one of e4m3 codes, times a scale per row.
+the product is one of e4m3 codes, times a scale per row. A norm's factor is common to a row, so it
+cancels out of the codes: they are those of x * norm, and the scale is rsqrt(mean x^2 + eps) times
+theirs, in float32. `x_amax`, `out_amax`, `amax_norm`: kernels/ops/amax.py.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.op import Arg, Cost, Op, Sample, register
+from kernels.ops.amax import X_AMAX, amax_args, part_maxima
 from kernels.ops.embed import LIVE, live_rows
 from kernels.ops.mlp import ACTIVATIONS, GATED
 from kernels.ops.norm import normalized
@@ -63,7 +67,7 @@ def linear_reference(args: dict[str, Any], attrs: dict[str, Any]) -> dict[str, T
         y = y + (args["residual"][:n] if chosen is None else args["residual"][chosen[:n].long()])
     out = torch.zeros(len(rows) if rows is not None else len(args["x"]), y.shape[1])
     out[:n] = y
-    return {"out": out}
+    return {"out": out, "out_amax": part_maxima(out, args)}
 
 
 def _cost(shapes: dict[str, tuple[int, ...]], attrs: dict[str, Any]) -> Cost:
@@ -71,7 +75,12 @@ def _cost(shapes: dict[str, tuple[int, ...]], attrs: dict[str, Any]) -> Cost:
     n, k = shapes["w"]
     outputs = n // 2 if attrs.get("act", "") in GATED else n
     extra = rows * outputs * 4 if "residual" in shapes else 0
-    return Cost(read=rows * k * 4 + extra, written=rows * outputs * 4, flops=2 * rows * n * k)
+    amax = {name: 4 * math.prod(shapes.get(name, (0,))) for name in ("x_amax", "out_amax")}
+    return Cost(
+        read=rows * k * 4 + extra + amax["x_amax"],
+        written=rows * outputs * 4 + amax["out_amax"],
+        flops=2 * rows * n * k,
+    )
 
 
 def _sample(
@@ -90,6 +99,7 @@ def _sample(
     scale: float = 1.0,
     softcap: float = 0.0,
     x_format: str = "",
+    amax: bool = False,
 ) -> Sample:
     g = generator(seed)
     x_rows = rows + 3 if gather else rows
@@ -116,7 +126,9 @@ def _sample(
         args["rows"] = padded([(i * 3 + 1) % x_rows for i in range(used)], rows)
     if gather and residual:
         args["residual_rows"] = args["rows"].flip(0) if used == rows else args["rows"].clone()
-    return Sample(label=label, args=args, attrs=attrs)
+    if amax and act not in GATED:
+        args["amax_norm"] = floats(g, n)
+    return Sample(label=label, args=args, attrs=attrs, wanted=("out_amax",) if amax else ())
 
 
 def _samples() -> list[Sample]:
@@ -171,7 +183,8 @@ def _samples() -> list[Sample]:
 
 
 def _fp8_samples() -> list[Sample]:
-    """Every way into and out of a product of codes; a row of zeros and one with an outlier."""
+    """Every way into and out of a product of codes; a row of zeros and one with an outlier. With
+    maxima rows are such that bfloat16 has them: maxima are of what is stored."""
 
     def fp8(seed: int, label: str, **sizes: Any) -> Sample:
         made = _sample(seed, f"fp8 {label}", x_format="fp8", **sizes)
@@ -179,6 +192,11 @@ def _fp8_samples() -> list[Sample]:
         if len(x) > 2:
             x[1] = 0
             x[2, 5] = 300
+        if sizes.get("amax"):
+            # Largest numbers with a prime mantissa: no other one lies between two codes.
+            x[:, 5] = x[:, 5].sign() * 251 / 32
+            made.args["x"] = x.bfloat16().float()
+            made.args["x_amax"] = row_maxima(made.args)
         return made
 
     return [
@@ -192,7 +210,37 @@ def _fp8_samples() -> list[Sample]:
         fp8(127, "two choices", used=13, rows=13, k=64, n=48, residual=True, gather=True),
         fp8(128, "chunk", used=70, rows=72, k=128, n=144, norm=True, scale=0.5),
         fp8(129, "long rows", used=2, rows=2, k=4352, n=32, norm=True),
+        fp8(130, "maxima", used=9, rows=12, k=160, n=64, residual=True, amax=True),
+        fp8(
+            131,
+            "maxima, swiglu",
+            used=5,
+            rows=8,
+            k=128,
+            n=2 * 80,
+            norm=True,
+            act="swiglu",
+            amax=True,
+        ),
+        fp8(
+            132,
+            "maxima, two choices",
+            used=13,
+            rows=13,
+            k=64,
+            n=144,
+            residual=True,
+            gather=True,
+            amax=True,
+        ),
+        fp8(133, "maxima, one", used=1, rows=1, k=192, n=96, norm=True, bias=True, amax=True),
+        fp8(134, "maxima, chunk", used=70, rows=72, k=256, n=128, norm=True, amax=True),
     ]
+
+
+def row_maxima(args: dict[str, Any]) -> Tensor:
+    """`x_amax` of a linear's x."""
+    return part_maxima(args["x"], {"amax_norm": args.get("norm")})
 
 
 LINEAR = register(
@@ -204,6 +252,7 @@ LINEAR = register(
             Arg(name="w", role="weight", dims=("N", "K"), dtypes=("float",)),
             Arg(name="bias", role="weight", dims=("N",), dtypes=("float",), optional=True),
             Arg(name="norm", role="weight", dims=("K",), dtypes=("float",), optional=True),
+            X_AMAX,
             Arg(
                 name="residual",
                 role="input",
@@ -220,6 +269,7 @@ LINEAR = register(
                 optional=True,
             ),
             Arg(name="out", role="output", dims=("R", "O"), dtypes=("float",)),
+            *amax_args("R", "O"),
         ),
         attrs={
             "eps": float,

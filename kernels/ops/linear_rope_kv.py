@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels.op import Cost, Op, Sample, register
-from kernels.ops.linear import LINEAR, linear_reference
+from kernels.ops.linear import LINEAR, linear_reference, row_maxima
 from kernels.ops.rope import ROPE_KV, rope_kv_reference, rope_kv_sample
 from kernels.ops.samples import ONE_TOKEN, Ragged, floats, generator
 
@@ -53,6 +53,7 @@ def _sample(
     bias: bool = False,
     norm: bool = False,
     x_format: str = "",
+    amax: bool = False,
     **heads: Any,
 ) -> Sample:
     made = rope_kv_sample(seed, label, ragged, **heads)
@@ -70,6 +71,9 @@ def _sample(
         args["bias"] = floats(g, qkv.shape[1])
     if norm:
         args["norm"] = floats(g, inputs)
+    if amax:
+        args["x"] = args["x"].bfloat16().float()
+        args["x_amax"] = row_maxima(args)
     attrs = {
         **{name: kind() for name, kind in LINEAR.attrs.items()},
         **made.attrs,
@@ -165,6 +169,19 @@ def _samples() -> list[Sample]:
             dim=32,
             rotary=32,
         ),
+        _sample(
+            309,
+            "codes by maxima",
+            MORE,
+            inputs=128,
+            norm=True,
+            x_format="fp8",
+            amax=True,
+            heads=2,
+            kv_heads=1,
+            dim=32,
+            rotary=32,
+        ),
     ]
 
 
@@ -172,7 +189,7 @@ LINEAR_ROPE_KV = register(
     Op(
         name="linear_rope_kv",
         args=(
-            *(LINEAR.arg(name) for name in ("live", "x", "w", "bias", "norm")),
+            *(LINEAR.arg(name) for name in ("live", "x", "w", "bias", "norm", "x_amax")),
             *(arg for arg in ROPE_KV.args if arg.name not in ("live", "qkv")),
         ),
         attrs={**LINEAR.attrs, **ROPE_KV.attrs, "head_eps": float},

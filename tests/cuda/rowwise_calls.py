@@ -82,6 +82,8 @@ def calls(model: Model, kind: str, tokens: int, seqs: int) -> Iterator[CallShape
     embed = {"tokens": per_token, **last, "table": ((m.vocab, m.width), bf16), "out": x}
     for stored in (bf16, "int8g128", "int4g128"):
         yield call("embed", {"scale": 1.0}, embed, {"table": stored})
+    amax = {"out_amax": ((tokens, m.width // 64), f32), "amax_norm": ((m.width,), f32)}
+    yield call("embed", {"scale": 1.0}, embed | amax, {"table": bf16, "amax_norm": f32})
     learned = {"x": x, "positions": per_token, "table": ((512, m.width), bf16)}
     learned |= {"types": ((2, m.width), bf16), "out": x}
     formats = {"table": bf16, "types": bf16}

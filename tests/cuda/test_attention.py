@@ -173,6 +173,13 @@ def call_of(
     return CallShape(op=op, shapes=shapes, dtypes=dtypes, formats={}, attrs=stored, kind=kind)
 
 
+def with_maxima(call: CallShape) -> CallShape:
+    """The call when products of fp8 activations read what it makes."""
+    amax = {"out_amax": (call.shapes["out"][0], call.attrs["heads"])}
+    dtypes = {**call.dtypes, "out_amax": "float32"}
+    return replace(call, shapes={**call.shapes, **amax}, dtypes=dtypes)
+
+
 def check_binaries(calls: Sequence[CallShape], cache: Path) -> None:
     launches: dict[Any, str] = {}
     for call in calls:
@@ -192,7 +199,7 @@ def check_binaries(calls: Sequence[CallShape], cache: Path) -> None:
 @pytest.mark.parametrize("kv", ["bfloat16", "fp8_e4m3"])
 def test_binaries_of_llama3_8b(kv: str, tmp_path: Path) -> None:
     calls = [call_of(32, 8, 128, n, 64, 8192, kv_dtype=kv) for n in (64, 512)]
-    check_binaries(calls, tmp_path)
+    check_binaries([*calls, with_maxima(calls[0])], tmp_path)
 
 
 @pytest.mark.slow
@@ -221,6 +228,7 @@ def test_binaries_at_released_shapes(tmp_path: Path) -> None:
     for heads, kv_heads, dim in ((32, 8, 128), (32, 8, 64), (16, 8, 128), (64, 8, 128)):
         calls += [call_of(heads, kv_heads, dim, n, n, 8192) for n in (1, 8, 64, 256)]
         calls += [call_of(heads, kv_heads, dim, n, 64, 131072) for n in (512, 4096)]
+        calls += [with_maxima(call_of(heads, kv_heads, dim, n, 8, 8192)) for n in (8, 256)]
         calls.append(call_of(heads, kv_heads, dim, 64, 64, 131072))
     for heads, kv_heads, dim in ((8, 4, 256), (71, 1, 64), (32, 32, 96), (128, 0, 512)):
         calls += [call_of(heads, kv_heads, dim, n, 64, 8192) for n in (64, 512)]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_harness import check_case, make_case, run_case
-from test_cuda_linear import ROWS, call, calls, check_cubins
+from test_cuda_linear import MODELS, ROWS, call, calls, check_cubins
 
 import kernels.cuda.register  # noqa: F401
 from kernels.cuda.interpret import execute
@@ -31,6 +31,62 @@ WAYS = {
         TILE, rows_first=False, tma=False, split=2
     ),
 }
+INSIDE = replace(TILE, block_n=64, rows_first=False)
+TOLD = {  # with maxima
+    "on the right": INSIDE,
+    "on the right, split, persistent": replace(INSIDE, split=2, programs=2),
+    "on the left": replace(INSIDE, x_left=True, block_m=64),
+    "on the left, by pointers, split": replace(INSIDE, x_left=True, block_m=64, tma=False, split=2),
+    "two parts of a tile": replace(INSIDE, block_n=128, x_left=True, block_m=64, programs=2),
+    "first": replace(INSIDE, rows_first=True),
+}
+LABELS = [label for label in SAMPLES if label.startswith("maxima")]
+
+
+@pytest.mark.parametrize("way", TOLD)
+@pytest.mark.parametrize("label", LABELS)
+def test_codes_by_the_maxima_a_call_is_told(way: str, label: str) -> None:
+    for dtype in ("bfloat16", "float32"):
+        case = make_case(LINEAR, SAMPLES[label], dtype, "fp8r")
+        config = TOLD[way]
+        if config.split * config.block_k > case.call.shapes["w"][1]:
+            config = replace(config, split=1)
+        run_case(KERNEL, case, config)
+        check_case(case)
+
+
+def test_codes_are_the_same_wherever_they_are_made() -> None:
+    """The same bits of every row, but that a norm's sum of squares has another order."""
+    for label, exact in (("maxima", True), ("maxima, chunk", False)):
+        found = []
+        for config in (replace(INSIDE, rows_first=True), INSIDE):
+            case = make_case(LINEAR, SAMPLES[label], "float32", "fp8r")
+            run_case(KERNEL, case, config)
+            found.append(case.memory["out"])
+        assert not exact or torch.equal(*found)
+        torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+def test_codes_are_made_by_what_is_told() -> None:
+    """With twice the largest number, half the codes and twice their scale: the formula in float64,
+    of a row without and with a norm."""
+    for label, dtype in (("maxima", "float32"), ("maxima, chunk", "bfloat16")):
+        sample = SAMPLES[label]
+        args = {**sample.args, "x_amax": sample.args["x_amax"] * 2}
+        case = make_case(LINEAR, replace(sample, args=args, wanted=()), dtype, "fp8r")
+        case.memory["out"] = case.memory["out"].float()
+        case.call = replace(case.call, dtypes={**case.call.dtypes, "out": "float32"})
+        run_case(KERNEL, case, TOLD["on the left"])
+        n, attrs = int(args["live"][0]), sample.attrs
+        x, norm = args["x"][:n].double(), args.get("norm")
+        v = x if norm is None else (args["x"][:n] * norm).double()
+        scale = v.abs().amax(1).clamp(min=2.0**-100) * 2 / 448
+        codes = (v / scale[:, None]).float().to(torch.float8_e4m3fn).double()
+        y = codes * scale[:, None] @ case.state["w"].double().T
+        if norm is not None:
+            y = y / (x.square().mean(1, keepdim=True) + attrs["eps"]).sqrt()
+        y = y * attrs["scale"] + (args["residual"][:n].double() if "residual" in args else 0)
+        torch.testing.assert_close(case.memory["out"][:n].double(), y, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -40,7 +96,7 @@ def test_ways_through_a_tile(way: str, label: str) -> None:
     config = WAYS[way]
     rows, k = case.call.shapes["out"][0], case.call.shapes["w"][1]
     if not config.rows_first and rows > 4:
-        reason = f"{rows} rows, codes are made by every program of 4 at most"
+        reason = f"{rows} rows without maxima, codes are made by every program of 4 at most"
         assert KERNEL.valid(case.call, config) == reason
         return
     if config.split * config.block_k > k:
@@ -108,6 +164,20 @@ def fp8(shape: CallShape) -> CallShape:
     return replace(shape, attrs={**shape.attrs, "x_format": "fp8"})
 
 
+def told(shape: CallShape) -> CallShape:
+    """The call in a bucket of few tokens: it knows its rows' maxima and, but for the head, hands on
+    those of its own."""
+    (rows, outputs), (x_rows, k) = shape.shapes["out"], shape.shapes["x"]
+    shapes, dtypes = {"x_amax": (x_rows, -(-k // 64))}, dict(shape.dtypes)
+    if "rows" in shape.shapes:
+        dtypes["out"] = "float32"
+    else:
+        shapes["out_amax"] = (rows, -(-outputs // 64))
+        shapes |= {} if shape.attrs["act"] else {"amax_norm": (outputs,)}
+    dtypes |= dict.fromkeys(shapes, "float32")
+    return replace(fp8(shape), shapes={**shape.shapes, **shapes}, dtypes=dtypes, kind="decode")
+
+
 def test_who_serves_what() -> None:
     """Activations in fp8 have one kernel for every number of rows, and it has nothing else."""
     kernels = [k for k in KERNELS["cuda"] if k.op == "linear" and not k.tuned_only]
@@ -117,6 +187,11 @@ def test_who_serves_what() -> None:
         assert KERNEL.accepts(shape) == "x is bfloat16, not quantized to fp8"
         config = KERNEL.default(fp8(shape))
         assert KERNEL.valid(fp8(shape), config) is None and config.rows_first == (rows > 4)
+        config = KERNEL.default(told(shape))
+        assert KERNEL.valid(told(shape), config) is None and not config.rows_first
+        head = told(call(rows, 2048, 1024, "fp8r", gather=True))
+        assert KERNEL.default(head).rows_first == (rows > 64)
+        assert {c.rows_first for c in KERNEL.candidates(told(shape))} == {True, False}
     other = KERNEL.accepts(fp8(call(8, 2048, 1024, "int8g32")))
     assert other == "w is int8g32: fp8 activations multiply fp8r weights"
 
@@ -133,6 +208,14 @@ def test_configurations_that_cannot_be() -> None:
         (replace(default, split=16), "split 16 of 8 steps"),
     ):
         assert words in (KERNEL.valid(shape, config) or ""), config
+    shape = told(call(128, 2048, 1024, "fp8r"))
+    default = KERNEL.default(shape)
+    for config, words in (
+        (replace(default, rows_first=True), "read from shared memory, on the right"),
+        (replace(default, block_m=32), "block_m 32 on the left, 64 at least"),
+        (replace(default, block_n=32), "block_n 32: maxima are of 64 columns"),
+    ):
+        assert words in (KERNEL.valid(shape, config) or ""), config
 
 
 def test_cubins(tmp_path: Path) -> None:
@@ -141,7 +224,22 @@ def test_cubins(tmp_path: Path) -> None:
         call(64, 2 * 8192, 2048, "fp8r", norm=True, act="swiglu"),
         call(512, 2048, 8192, "fp8r", residual=True),
     ]
-    check_cubins([fp8(shape) for shape in shapes], tmp_path)
+    few = [
+        call(8, 4096, 14336, "fp8r", residual=True),
+        call(64, 2 * 8192, 2048, "fp8r", norm=True, act="swiglu"),
+        call(256, 4096, 4096, "fp8r", residual=True),
+    ]
+    check_cubins([*map(fp8, shapes), *map(told, few)], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("rows", [1, 8, 16, 32, 64, 128, 256])
+def test_cubins_of_codes_in_the_product(
+    rows: int, model: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    cache = tmp_path_factory.getbasetemp() / "cubins"
+    check_cubins([told(shape) for shape in calls(model, rows, "fp8r")], cache)
 
 
 @pytest.mark.slow

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import toy_models
 
-from compiler import pipeline
+from compiler import maxima, pipeline
 from compiler.design import Design, design
 from compiler.families.spec import ModelSpec
 from compiler.importer import import_model
 from compiler.inspect import inputs
 from compiler.interpret_plan import InterpretedSession
+from compiler.maxima import MAXIMA_TOKENS
 from compiler.pipeline import compile_model
 from compiler.progress import Progress
 from compiler.verify import check_device, measure
@@ -159,10 +160,15 @@ def test_fp8_pages_hold_what_the_cpu_holds(tmp_path: Path) -> None:
         assert one.logprobs == pytest.approx(other.logprobs, abs=5e-3)
 
 
-def test_quantized_activations_are_the_references_in_every_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tokens", [MAXIMA_TOKENS, 2])
+def test_quantized_activations_are_the_references_in_every_batch(
+    tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In float32 a step is the reference's to its last digits, codes included; and a prompt beside
-    others (chunks and mixed steps) has the tokens it has alone (a step of its own, decode rows
-    whose products make the codes themselves)."""
+    others (chunks and mixed steps) has the tokens it has alone (a step of its own, decode rows),
+    where all products make the codes themselves and where those of more than two rows have them
+    made first."""
+    monkeypatch.setattr(maxima, "MAXIMA_TOKENS", tokens)
     toy_models.save(toy_models.RECIPES["llama"][0], tmp_path / "source")
     artifact = compiled(tmp_path / "source", tmp_path, "h200", "float32", "quant=fp8dq")
     made = design(*inputs(artifact.manifest))

@@ -13,6 +13,7 @@ from compiler.design import draft, nodes_of
 from compiler.families.spec import ModelSpec
 from compiler.families.table import read_shape
 from compiler.lower import Node
+from compiler.maxima import MAXIMA_TOKENS
 from compiler.quantize.scheme import SCHEMES
 from conf.schema import CompileConfig
 from kernels.cuda.kernel import CudaKernel
@@ -61,8 +62,8 @@ def test_every_named_shape(name: str, mla: str) -> None:
 @pytest.mark.parametrize("name", ["llama3-8b", "llama3.2-1b", "qwen3-0.6b"])
 @pytest.mark.parametrize("scheme", CHOICES)
 def test_launches_of_a_decode_layer(name: str, scheme: str) -> None:
-    """Five for a dense decoder layer, however many sequences; with quantized activations one more,
-    and four where those of more than a few rows are quantized first."""
+    """Five for a dense decoder layer, with quantized activations one more, however many
+    sequences."""
     _, spec = read_shape(name)
     for seqs in (1, 8, 64, 128, 256):
         bucket = Bucket(name=f"d{seqs}", tokens=seqs, seqs=seqs, pages=512, kind="decode")
@@ -72,10 +73,25 @@ def test_launches_of_a_decode_layer(name: str, scheme: str) -> None:
             config = cuda_config(cut, scheme)
             config.shape.context = 8192
             counts.append(sum(len(node.launches) for node in lowered(cut, config, (bucket,))))
-        quantized = 0 if scheme != "fp8dq" else 5 if seqs > 4 else 1
+        quantized = int(scheme == "fp8dq")  # heads are turned and stored by a launch of their own
         assert counts[1] - counts[0] == 5 + quantized, seqs
         # Beside them edits, embedding, angles, head and two of sampling.
         assert counts[0] <= 2 * (5 + quantized) + 8, seqs
+
+
+def test_codes_of_many_rows_are_made_first() -> None:
+    """Up to the limit in the products, beyond it in launches in front of them."""
+    _, spec = read_shape("llama3-8b")
+    cut = structs.replace(spec, layers=spec.layers[:2])
+    config = cuda_config(cut, "fp8dq")
+    config.shape.context = 8192
+    for tokens, first in ((MAXIMA_TOKENS, False), (MAXIMA_TOKENS + 64, True)):
+        bucket = Bucket(name="t", tokens=tokens, seqs=64, pages=512)
+        nodes = lowered(cut, config, (bucket,))
+        inner = [n for n in nodes if n.shape.attrs.get("x_format") and len(n.shape.shapes) > 3]
+        made = [any("rows_kernel" in str(x.source) for x in node.launches) for node in inner]
+        assert len(made) == 9 and all(flag == first for flag in made[:-1])
+        assert any("x_amax" in node.shape.shapes for node in nodes) != first
 
 
 @pytest.mark.parametrize(("scheme", "part"), [("none", 0.0), ("fp8", 0.0), ("fp8dq", 0.5)])

@@ -22,7 +22,7 @@ from compiler.asked_process import Lost, Process
 from compiler.design import draft, nodes_of
 from compiler.errors import CompileError
 from compiler.lower import Node
-from compiler.measure import Candidate, Meter, Task, tasks
+from compiler.measure import BLOCK, TOLD, Candidate, Meter, Task, _numbers, _widened, tasks
 from compiler.progress import Progress
 from compiler.tune import FIRST_OPS, Tuner, anchors, check_gpu, main, ordered
 from compiler.tune_inputs import lengths, step_inputs
@@ -308,6 +308,15 @@ def test_pages_that_a_candidate_writes_are_compared(tmp_path: Path, kv: str) -> 
     assert call.differs([[]]) is None
     host.work = lambda: host.memory.__setitem__(slice(last, last + 2), 0x7A)
     assert "kv is off by" in (call.differs([[]]) or "")
+
+
+def test_rows_hold_no_more_than_their_maxima_say() -> None:
+    """A linear that is told its rows' largest numbers would cut off what is larger, where one that
+    finds them itself does not: the two would not compute the same."""
+    g = np.random.default_rng(0)
+    x = _widened(_numbers(g, "bfloat16", 2 * BLOCK).view(np.uint8), "bfloat16")
+    norm = _numbers(g, "float32", 4 * BLOCK)
+    assert 0.05 < np.abs(x).max() <= TOLD["x_amax"] and np.abs(norm).max() < 1
 
 
 def test_a_process_that_hangs_or_ends_is_replaced() -> None:

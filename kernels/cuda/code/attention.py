@@ -162,7 +162,8 @@ def row_unit(position, SCALE: tl.constexpr, LOGN: tl.constexpr):
 @triton.jit
 def write_out(out_ptr, sinks_ptr, acc, top, total, row, head, valid, columns, WIDTH: tl.constexpr,
               OUT_ROW: tl.constexpr):  # fmt: skip
-    """Normalises `columns` of the rows and stores them; the sink is a key more, without value."""
+    """Normalises `columns` of the rows and stores them; the sink is a key more, without value. The
+    largest numbers of these columns, as stored."""
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + head, valid, 0.0).to(tl.float32) * LOG2E
         best = tl.maximum(top, sink)
@@ -173,11 +174,12 @@ def write_out(out_ptr, sinks_ptr, acc, top, total, row, head, valid, columns, WI
     mask = valid[:, None] & (columns < WIDTH)[None, :]
     value = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + at[:, None] + columns[None, :], value, mask)
+    return tl.max(tl.where(mask, tl.abs(value.to(tl.float32)), 0.0), 1)
 
 
 @triton.jit
 def split_kernel(live_ptr, q_ptr, kv_ptr, seq_start_ptr, seq_len_ptr, pages_ptr, sinks_ptr,
-                 alibi_ptr, out_ptr, partial_ptr, counters_ptr,
+                 alibi_ptr, out_ptr, amax_ptr, partial_ptr, counters_ptr,
                  SEQS_PAD: tl.constexpr, COLUMNS: tl.constexpr,
                  HEADS: tl.constexpr, KV_HEADS: tl.constexpr, TILE_HEADS: tl.constexpr,
                  HEAD_TILES: tl.constexpr, TOKENS: tl.constexpr,
@@ -301,10 +303,12 @@ def split_kernel(live_ptr, q_ptr, kv_ptr, seq_start_ptr, seq_len_ptr, pages_ptr,
         )
         valid = valid & (token < count)
         if first == 0 and last == blocks:
-            write_out(
+            largest = write_out(
                 out_ptr, sinks_ptr, acc, top, total, start + token, head, valid, dims, DIM,
                 HEADS * DIM,
             )  # fmt: skip
+            if amax_ptr is not None:
+                tl.store(amax_ptr + (start + token) * HEADS + head, largest, valid)
         else:
             slot = 2 * program + (program * run < base).to(tl.int32)
             part_ptr = partial_ptr + slot.to(tl.int64) * (PART_ROWS * (DIM + 2))
@@ -320,15 +324,15 @@ def split_kernel(live_ptr, q_ptr, kv_ptr, seq_start_ptr, seq_len_ptr, pages_ptr,
             tl.debug_barrier()  # the parts of all threads before the one atomic
             if tl.atomic_add(counters_ptr + one, 1, sem="acq_rel", scope="gpu") == end - one:
                 merge(
-                    partial_ptr, out_ptr, sinks_ptr, one, end, base, run, start, count, tile,
-                    GROUP, TILE_HEADS, HEAD_TILES, DIM, DIM_PAD, HEADS * DIM, PART_ROWS,
+                    partial_ptr, out_ptr, amax_ptr, sinks_ptr, one, end, base, run, start, count,
+                    tile, GROUP, TILE_HEADS, HEAD_TILES, DIM, DIM_PAD, HEADS * DIM, PART_ROWS,
                 )  # fmt: skip
                 tl.store(counters_ptr + one, 0)
         unit = base + last
 
 
 @triton.jit
-def merge(partial_ptr, out_ptr, sinks_ptr, one, end, base, run, start, count, tile,
+def merge(partial_ptr, out_ptr, amax_ptr, sinks_ptr, one, end, base, run, start, count, tile,
           GROUP: tl.constexpr, TILE_HEADS: tl.constexpr, HEAD_TILES: tl.constexpr,
           DIM: tl.constexpr, DIM_PAD: tl.constexpr, OUT_ROW: tl.constexpr,
           PART_ROWS: tl.constexpr):  # fmt: skip
@@ -340,6 +344,8 @@ def merge(partial_ptr, out_ptr, sinks_ptr, one, end, base, run, start, count, ti
     r = tl.arange(0, PART_ROWS)
     token, head, valid = row_heads(r, tile, GROUP, TILE_HEADS, HEAD_TILES)
     valid = valid & (token < count)
+    if amax_ptr is not None:
+        largest = tl.zeros((PART_ROWS,), tl.float32)
     for piece in range(0, DIM, COLUMNS):
         columns = piece + tl.arange(0, COLUMNS)
         acc = tl.zeros((PART_ROWS, COLUMNS), tl.float32)
@@ -367,14 +373,18 @@ def merge(partial_ptr, out_ptr, sinks_ptr, one, end, base, run, start, count, ti
             total = total * fade + tl.sum(totals * weight, 0)
             acc = acc * fade[:, None] + tl.sum(part * weight[:, :, None], 0)
             top = best
-        write_out(
+        found = write_out(
             out_ptr, sinks_ptr, acc, top, total, start + token, head, valid, columns, DIM, OUT_ROW
         )
+        if amax_ptr is not None:
+            largest = tl.maximum(largest, found)
+    if amax_ptr is not None:
+        tl.store(amax_ptr + (start + token) * (OUT_ROW // DIM) + head, largest, valid)
 
 
 @triton.jit
 def tile_kernel(live_ptr, q_ptr, kv_ptr, seq_start_ptr, seq_len_ptr, pages_ptr, sinks_ptr,
-                alibi_ptr, out_ptr,
+                alibi_ptr, out_ptr, amax_ptr,
                 SEQS_PAD: tl.constexpr, COLUMNS: tl.constexpr,
                 HEADS: tl.constexpr, KV_HEADS: tl.constexpr, TILE_HEADS: tl.constexpr,
                 HEAD_TILES: tl.constexpr, TOKENS: tl.constexpr, SHORTEST: tl.constexpr,
@@ -477,5 +487,9 @@ def tile_kernel(live_ptr, q_ptr, kv_ptr, seq_start_ptr, seq_len_ptr, pages_ptr, 
         )
         valid = valid & (token < count)
         row = start + begin + token
-        write_out(out_ptr, sinks_ptr, acc, top, total, row, head, valid, dims, DIM, HEADS * DIM)
+        largest = write_out(
+            out_ptr, sinks_ptr, acc, top, total, row, head, valid, dims, DIM, HEADS * DIM
+        )
+        if amax_ptr is not None:
+            tl.store(amax_ptr + row * HEADS + head, largest, valid)
     pdl.release()

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from kernels.cuda.code import pdl
+from kernels.cuda.code.amax import store_maxima
 from kernels.cuda.code.product import fetch
 
 
@@ -47,10 +48,13 @@ def embed_kernel(
     data_ptr,
     scale_ptr,
     out_ptr,
+    amax_norm_ptr,
+    amax_ptr,
     SCALE: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     WIDTH: tl.constexpr,
+    PART: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Token -1 - s stands for the token that slot s sampled last."""
@@ -65,7 +69,14 @@ def embed_kernel(
         mask = column < WIDTH
         y = table_row(data_ptr, scale_ptr, token, column, mask, WIDTH, BITS, GROUP) * SCALE
         at = t.to(tl.int64) * WIDTH + column
-        tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask)
+        value = y.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + at, value, mask)
+        if amax_ptr is not None:
+            unit = tl.arange(0, 1)
+            first = tl.program_id(0) % BLOCKS * BLOCK
+            store_maxima(
+                value[None, :], amax_norm_ptr, t + unit, unit < 1, first, amax_ptr, WIDTH, PART
+            )
     pdl.release()
 
 

@@ -129,7 +129,7 @@ def store(
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """The epilogue, to rows m [BLOCK_M] and columns n [BLOCK_N] of out."""
+    """The epilogue, to rows m [BLOCK_M] and columns n [BLOCK_N] of out; returns what it stores."""
     y = finish(
         acc,
         acc_up,
@@ -154,8 +154,10 @@ def store(
             row = tl.load(residual_rows_ptr + m, here, 0)
         at = row.to(tl.int64)[:, None] * OUTPUTS + n[None, :]
         y += tl.load(residual_ptr + at, mask, 0.0).to(tl.float32)
-    at = m.to(tl.int64)[:, None] * OUTPUTS + n[None, :]
-    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask)
+    at = out_ptr + (m.to(tl.int64)[:, None] * OUTPUTS + n[None, :])
+    value = y.to(out_ptr.dtype.element_ty)
+    tl.store(at, value, mask)
+    return value
 
 
 @triton.jit

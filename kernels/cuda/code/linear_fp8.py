@@ -4,7 +4,8 @@ kernels/ops/linear.py) and tiles of their product.
 A row's codes are its numbers times 448 / largest, its scale largest / 448. A norm's factor is the
 same for the whole row, so it changes the scale alone: codes are made of x * norm, whatever computes
 them, and only the order of the sum of squares may differ between configurations, in the scale's
-last bits.
+last bits. Where codes are made on the way into the product, the squares are summed there too, and
+rows of 64 and more are the left operand, which wgmma takes from registers.
 
 Hopper's tensor cores keep about 14 bits of a sum of fp8 products (DeepSeek-V3 report, 3.3.2). So
 each step of at most 128 inputs has a sum of its own, added to the others in float32, as DeepGEMM
@@ -18,19 +19,16 @@ import triton
 import triton.language as tl
 
 from kernels.cuda.code import pdl
+from kernels.cuda.code.amax import load_maxima, store_maxima
 from kernels.cuda.code.linear import ahead, corner, reduce, store
 from kernels.cuda.code.product import fetch
 
 
 @triton.jit
-def _scales(largest, square, NORM: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr):
+def _scales(largest):
     """What numbers are multiplied with to become codes, and what codes stand for."""
     largest = tl.maximum(largest, 7.888609052210118e-31)  # 2^-100, `LEAST` of the op
-    up = 448.0 / largest
-    scale = largest * (1.0 / 448.0)
-    if NORM:
-        scale = scale * tl.rsqrt(square / K + EPS)
-    return up, scale
+    return 448.0 / largest, largest * (1.0 / 448.0)
 
 
 @triton.jit
@@ -66,64 +64,61 @@ def rows_kernel(
             square = tl.sum(x * x, 0)
             if NORM:
                 x = x * norm
-            up, scale = _scales(tl.max(tl.abs(x), 0), square, NORM, K, EPS)
+            up, scale = _scales(tl.max(tl.abs(x), 0))
             tl.store(codes_ptr + first, (x * up).to(tl.float8e4nv), first < K)
         else:
             largest = tl.zeros((BLOCK,), tl.float32)
-            square = tl.zeros((BLOCK,), tl.float32)
+            squares = tl.zeros((BLOCK,), tl.float32)
             for start in tl.static_range(0, K, BLOCK):
                 column = start + first
                 x = tl.load(x_ptr + column, column < K, 0.0).to(tl.float32)
-                square += x * x
+                squares += x * x
                 if NORM:
                     x = x * tl.load(norm_ptr + column, column < K, 0.0).to(tl.float32)
                 largest = tl.maximum(largest, tl.abs(x))
-            up, scale = _scales(tl.max(largest, 0), tl.sum(square, 0), NORM, K, EPS)
+            square = tl.sum(squares, 0)
+            up, scale = _scales(tl.max(largest, 0))
             for start in tl.static_range(0, K, BLOCK):
                 column = start + first
                 x = tl.load(x_ptr + column, column < K, 0.0).to(tl.float32)
                 if NORM:
                     x = x * tl.load(norm_ptr + column, column < K, 0.0).to(tl.float32)
                 tl.store(codes_ptr + column, (x * up).to(tl.float8e4nv), column < K)
+        if NORM:
+            scale = scale * tl.rsqrt(square / K + EPS)
         tl.store(scales_ptr + program, scale)
     pdl.release()
 
 
 @triton.jit
-def _row_scales(
+def _own_maxima(
     x_ptr,
     norm_ptr,
     rows_ptr,
     m,
     live,
     K: tl.constexpr,
-    EPS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`_scales` of rows m [BLOCK_M], of which the first ROWS may exist: the others would only fill
-    registers. All of a row is on its way at a time."""
+    """Largest numbers of rows m [BLOCK_M], of which the first ROWS may exist: the others would only
+    fill registers. All of a row is on its way at a time."""
     r = tl.arange(0, ROWS)
     there = r < live
     row = r
     if rows_ptr is not None:
         row = tl.load(rows_ptr + r, there, 0)
     largest = tl.zeros((ROWS, BLOCK), tl.float32)
-    square = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in tl.static_range(0, K, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < K
         at = row.to(tl.int64)[:, None] * K + column[None, :]
         x = tl.load(x_ptr + at, there[:, None] & inside[None, :], 0.0).to(tl.float32)
         if norm_ptr is not None:
-            square += x * x
             x = x * tl.load(norm_ptr + column, inside, 0.0).to(tl.float32)[None, :]
         largest = tl.maximum(largest, tl.abs(x))
-    up, scale = _scales(tl.max(largest, 1), tl.sum(square, 1), norm_ptr is not None, K, EPS)
     same = m[:, None] == r[None, :]
-    return tl.sum(tl.where(same, up[None, :], 0.0), 1), tl.sum(
-        tl.where(same, scale[None, :], 0.0), 1
-    )
+    return tl.sum(tl.where(same, tl.max(largest, 1)[None, :], 0.0), 1)
 
 
 @triton.jit
@@ -134,31 +129,37 @@ def _x_codes(
     here,
     norm_ptr,
     up,
+    square,
     k,
     K: tl.constexpr,
     X_TMA: tl.constexpr,
     MADE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Codes of an activation tile [rows, BLOCK_K]: read, or made here."""
+    """Codes of an activation tile [rows, BLOCK_K]: read, or made here, which adds to the sums of
+    squares for a norm."""
     column = k + tl.arange(0, BLOCK_K)
-    mask = here[:, None]
-    if K % BLOCK_K != 0:
-        mask = mask & (column < K)[None, :]
     if X_TMA:
         tile = x.load([first_row, k])
-    elif MADE:
-        tile = fetch(x + x_at[:, None] + column[None, :], mask)
     else:
-        wide = tl.load(x + x_at[:, None] + column[None, :], mask, 0.0).to(tl.float32)
+        mask = here[:, None]
+        if K % BLOCK_K != 0:
+            mask = mask & (column < K)[None, :]
+        if MADE:
+            tile = fetch(x + x_at[:, None] + column[None, :], mask)
+        else:
+            tile = tl.load(x + x_at[:, None] + column[None, :], mask, 0.0)
+    if not MADE:
+        wide = tile.to(tl.float32)
         if norm_ptr is not None:
+            square += tl.sum(wide * wide, 1)
             if K % BLOCK_K == 0:
                 norm = tl.load(norm_ptr + column)
             else:
                 norm = tl.load(norm_ptr + column, column < K, 0.0)
             wide = wide * norm.to(tl.float32)[None, :]
         tile = (wide * up[:, None]).to(tl.float8e4nv)
-    return tile
+    return tile, square
 
 
 @triton.jit
@@ -186,12 +187,23 @@ def _w_codes(
 
 
 @triton.jit
+def _multiply(w, x, X_LEFT: tl.constexpr):
+    """Sums of one step, of which nothing else is part."""
+    if X_LEFT:
+        left, right = x, w
+    else:
+        left, right = w, x
+    return tl.dot(left, tl.trans(right))
+
+
+@triton.jit
 def _tile(
     live,
     tile,
     split,
     x,
     x_scale_ptr,
+    x_amax_ptr,
     w,
     scale_ptr,
     bias_ptr,
@@ -200,6 +212,8 @@ def _tile(
     rows_ptr,
     residual_rows_ptr,
     out_ptr,
+    amax_norm_ptr,
+    amax_ptr,
     part_ptr,
     counter_ptr,
     OUTPUTS: tl.constexpr,
@@ -211,8 +225,11 @@ def _tile(
     SOFTCAP: tl.constexpr,
     X_TMA: tl.constexpr,
     W_TMA: tl.constexpr,
+    X_LEFT: tl.constexpr,
     ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_X: tl.constexpr,
+    PART: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -231,46 +248,56 @@ def _tile(
     if MADE:
         scale = tl.load(x_scale_ptr + m, here, 0.0)
     else:
-        up, scale = _row_scales(x, norm_ptr, rows_ptr, m, live, K, EPS, ROWS, BLOCK_X)
         if rows_ptr is not None:
             row = tl.load(rows_ptr + m, here, 0)
+        if x_amax_ptr is not None:
+            largest = load_maxima(x_amax_ptr, row, here, PARTS, BLOCK_X)
+        else:
+            largest = _own_maxima(x, norm_ptr, rows_ptr, m, live, K, ROWS, BLOCK_X)
+        up, scale = _scales(largest)
     x_at = row.to(tl.int64) * K
 
     STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    PART: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT * BLOCK_K
-    begin = split * PART
+    SHARE: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT * BLOCK_K
+    begin = split * SHARE
     if SPLIT == 1:
-        end = PART
+        end = SHARE
     else:
-        end = tl.minimum(begin + PART, STEPS * BLOCK_K)
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    acc_up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        end = tl.minimum(begin + SHARE, STEPS * BLOCK_K)
+    LEFT: tl.constexpr = BLOCK_M if X_LEFT else BLOCK_N
+    RIGHT: tl.constexpr = BLOCK_N if X_LEFT else BLOCK_M
+    acc = tl.zeros((LEFT, RIGHT), tl.float32)
+    acc_up = tl.zeros((LEFT, RIGHT), tl.float32)
+    square = tl.zeros((BLOCK_M,), tl.float32)
     for k in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
-        a = tl.trans(_x_codes(x, x_at, m0, here, norm_ptr, up, k, K, X_TMA, MADE, BLOCK_K))
+        a, square = _x_codes(x, x_at, m0, here, norm_ptr, up, square, k, K, X_TMA, MADE, BLOCK_K)
         b = _w_codes(w, n0, there, k, K, W_TMA, BLOCK_N, BLOCK_K)
-        acc += tl.dot(b, a)
+        acc += _multiply(b, a, X_LEFT)
         if GATED:
             c = _w_codes(w, OUTPUTS + n0, there, k, K, W_TMA, BLOCK_N, BLOCK_K)
-            acc_up += tl.dot(c, a)
-    acc, acc_up, nothing, last = reduce(
+            acc_up += _multiply(c, a, X_LEFT)
+    if X_LEFT:
+        acc = tl.trans(acc)
+        acc_up = tl.trans(acc_up)
+    acc, acc_up, square, last = reduce(
         acc,
         acc_up,
-        scale,
+        square,
         tile,
         split,
         part_ptr,
         counter_ptr,
         GATED,
-        False,
+        norm_ptr is not None,
         BLOCK_N,
         BLOCK_M,
         SPLIT,
     )
     if last:
-        store(
+        value = store(
             acc * scale[None, :],
             acc_up * scale[None, :],
-            nothing,
+            square,
             m,
             here,
             n,
@@ -280,7 +307,7 @@ def _tile(
             residual_rows_ptr,
             out_ptr,
             OUTPUTS,
-            False,
+            norm_ptr is not None,
             K,
             EPS,
             ACT,
@@ -288,6 +315,8 @@ def _tile(
             SCALE,
             SOFTCAP,
         )
+        if amax_ptr is not None:
+            store_maxima(value, amax_norm_ptr, m, here, n0, amax_ptr, OUTPUTS, PART)
 
 
 @triton.jit
@@ -295,6 +324,7 @@ def tiles_kernel(
     live_ptr,
     x,
     x_scale_ptr,
+    x_amax_ptr,
     w,
     w_ptr,
     scale_ptr,
@@ -304,6 +334,8 @@ def tiles_kernel(
     rows_ptr,
     residual_rows_ptr,
     out_ptr,
+    amax_norm_ptr,
+    amax_ptr,
     part_ptr,
     counter_ptr,
     LIVE: tl.constexpr,
@@ -316,8 +348,11 @@ def tiles_kernel(
     SOFTCAP: tl.constexpr,
     X_TMA: tl.constexpr,
     W_TMA: tl.constexpr,
+    X_LEFT: tl.constexpr,
     ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_X: tl.constexpr,
+    PART: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -327,9 +362,11 @@ def tiles_kernel(
     STAGES: tl.constexpr,
 ):
     """out [R, OUTPUTS]. With x_scale_ptr x has the codes of the chosen, normalised rows (a pointer,
-    or a descriptor with X_TMA); without, x has activations, of at most ROWS rows, and every program
-    makes codes of them. w: a pointer, or a descriptor with W_TMA; w_ptr: the weights again for
-    prefetching, or None. Programs take tiles `PROGRAMS` apart (0: exactly one each)."""
+    or a descriptor with X_TMA); without, x has activations, and every program makes codes of them:
+    by x_amax_ptr [x rows, PARTS], or else of at most ROWS rows whose largest numbers it finds
+    itself, BLOCK_X at a time. amax_ptr: what is found of the rows written, in parts of PART
+    columns. w: a pointer, or a descriptor with W_TMA; w_ptr: the weights again for prefetching, or
+    None. Programs take tiles `PROGRAMS` apart (0: exactly one each)."""
     TILES_N: tl.constexpr = (OUTPUTS + BLOCK_N - 1) // BLOCK_N
     program = tl.program_id(0)
     if w_ptr is not None:
@@ -347,6 +384,7 @@ def tiles_kernel(
                 program % SPLIT,
                 x,
                 x_scale_ptr,
+                x_amax_ptr,
                 w,
                 scale_ptr,
                 bias_ptr,
@@ -355,6 +393,8 @@ def tiles_kernel(
                 rows_ptr,
                 residual_rows_ptr,
                 out_ptr,
+                amax_norm_ptr,
+                amax_ptr,
                 part_ptr,
                 counter_ptr,
                 OUTPUTS,
@@ -366,8 +406,11 @@ def tiles_kernel(
                 SOFTCAP,
                 X_TMA,
                 W_TMA,
+                X_LEFT,
                 ROWS,
+                PARTS,
                 BLOCK_X,
+                PART,
                 BLOCK_N,
                 BLOCK_M,
                 BLOCK_K,
@@ -383,6 +426,7 @@ def tiles_kernel(
                 unit % SPLIT,
                 x,
                 x_scale_ptr,
+                x_amax_ptr,
                 w,
                 scale_ptr,
                 bias_ptr,
@@ -391,6 +435,8 @@ def tiles_kernel(
                 rows_ptr,
                 residual_rows_ptr,
                 out_ptr,
+                amax_norm_ptr,
+                amax_ptr,
                 part_ptr,
                 counter_ptr,
                 OUTPUTS,
@@ -402,8 +448,11 @@ def tiles_kernel(
                 SOFTCAP,
                 X_TMA,
                 W_TMA,
+                X_LEFT,
                 ROWS,
+                PARTS,
                 BLOCK_X,
+                PART,
                 BLOCK_N,
                 BLOCK_M,
                 BLOCK_K,
