@@ -19,7 +19,7 @@ from kernels.cuda.build import all_versions
 from kernels.launch import COUNTERS_BYTES
 from kernels.toolchain import (
     ToolchainError,
-    build_cpu,
+    build_levels,
     compiler_version,
     find_compiler,
     machine_levels,
@@ -48,22 +48,23 @@ def build_code(made: Design, config: CompileConfig) -> Code:
 
 def cpu_code(cache: Path) -> Code:
     """One native library per instruction-set level of this machine's architecture, best last."""
+    levels = machine_levels()
+    try:
+        built = build_levels([level.name for level in levels], cache)
+    except (ToolchainError, OSError) as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left on device" in str(error):
+            raise NoSpace(
+                f"kernels: no space left in cache={cache} or the temporary folder; free some"
+            ) from error
+        raise
     libraries, files = [], {}
-    for level in machine_levels():
-        try:
-            data = build_cpu(level.name, cache).read_bytes()
-        except (ToolchainError, OSError) as error:
-            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-            if full or "No space left on device" in str(error):
-                raise NoSpace(
-                    f"kernels: no space left in cache={cache} or the temporary folder; free some"
-                ) from error
-            raise
+    for level, path in zip(levels, built, strict=True):
         library = CpuLibrary(
             level=level.name, path=f"code/{level.name}.so", requires=level.requires
         )
         libraries.append(library)
-        files[library.path] = data
+        files[library.path] = path.read_bytes()
     return Code(
         target=Target(
             kind="cpu",

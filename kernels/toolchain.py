@@ -12,8 +12,12 @@ import os
 import platform
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from kernels.cache import cached, key_of
@@ -59,12 +63,20 @@ class ToolchainError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Level:
-    """`requires`: the /proc/cpuinfo feature names a machine needs to run the library."""
+    """`requires`: the /proc/cpuinfo feature names a machine needs to run the library. `own`: the
+    sources that use what the level has beyond `base`; the others are compiled for `base`, once."""
 
     name: str
     machine: str | None  # None: any
     flags: tuple[str, ...]
     requires: tuple[str, ...]
+    base: str | None = None
+    own: tuple[str, ...] = ()
+
+    def flags_of(self, source: str) -> tuple[str, ...]:
+        if self.base is None or source in self.own:
+            return self.flags
+        return level(self.base).flags_of(source)
 
 
 _V3 = ("avx2", "fma", "f16c", "bmi1", "bmi2", "movbe", "abm")
@@ -83,12 +95,16 @@ CPU_LEVELS: tuple[Level, ...] = (
         machine="x86_64",
         flags=(*_V4_FLAGS, "-mavx512bf16"),
         requires=_BF16,
+        base="x86-64-v4",
+        own=("linear.cpp",),
     ),
     Level(
         name="amx",
         machine="x86_64",
         flags=(*_V4_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
         requires=_AMX,
+        base="x86-64-v4",
+        own=("linear.cpp",),
     ),
 )
 
@@ -154,48 +170,68 @@ def compiler_version(compiler: str) -> str:
 
 def build_cpu(name: str, cache_dir: Path) -> Path:
     """The library of a level, from the cache or built now."""
-    chosen = level(name)
+    return build_levels([name], cache_dir)[0]
+
+
+def build_levels(names: Sequence[str], cache_dir: Path) -> list[Path]:
+    """The libraries of several levels, whose objects are compiled side by side."""
+    chosen = [level(name) for name in names]
     compiler = find_compiler()
     files = sorted(p for p in SOURCES.iterdir() if p.suffix in (".cpp", ".h"))
     parts: dict[str, str | bytes] = {f"source/{p.name}": p.read_bytes() for p in files}
-    parts["flags"] = "\0".join((*FLAGS, "|", *chosen.flags, "|", *LINK_FLAGS, "|", EXPORTS))
     parts["compiler"] = compiler_version(compiler)
     units = [p.name for p in files if p.suffix == ".cpp"]
+    root = Path(cache_dir).expanduser() / "cpu"
+    cores = len(os.sched_getaffinity(0))
+    with (
+        tempfile.TemporaryDirectory(prefix="headstart-") as work,
+        ThreadPoolExecutor(cores) as pool,
+        ThreadPoolExecutor(len(chosen)) as levels,
+    ):
+        objects = _Objects(compiler, Path(work), pool)
 
-    def build(path: Path) -> None:
-        _build(compiler, chosen, units, path)
+        def library(of: Level) -> Path:
+            flags = [f"{unit} {' '.join(of.flags_of(unit))}" for unit in units]
+            text = "\0".join((*FLAGS, "|", *flags, "|", *LINK_FLAGS, "|", EXPORTS))
+            build = partial(_link, compiler, objects, of, units)
+            key = key_of(parts | {"flags": text})
+            return cached(root, key, f"headstart-{of.name}.so", build)
 
-    return cached(
-        Path(cache_dir).expanduser() / "cpu", key_of(parts), f"headstart-{name}.so", build
-    )
+        return list(levels.map(library, chosen))
 
 
-def _build(compiler: str, chosen: Level, units: list[str], path: Path) -> None:
-    """One object per source, side by side, then the link. No path and no time reaches the
-    output."""
+class _Objects:
+    """Each distinct object once. No path and no time reaches it."""
 
-    def unit(source: str) -> Path:
-        target = path.parent / f"{source}.o"
+    def __init__(self, compiler: str, work: Path, pool: ThreadPoolExecutor) -> None:
+        self._compiler = compiler
+        self._work = work
+        self._pool = pool
+        self._lock = threading.Lock()
+        self._made: dict[tuple[str, tuple[str, ...]], Future[Path]] = {}
+
+    def of(self, source: str, flags: tuple[str, ...]) -> Future[Path]:
+        with self._lock:
+            if (source, flags) not in self._made:
+                target = self._work / f"{len(self._made)}.o"
+                self._made[source, flags] = self._pool.submit(self._make, source, flags, target)
+            return self._made[source, flags]
+
+    def _make(self, source: str, flags: tuple[str, ...], target: Path) -> Path:
         fixed = ("-frandom-seed=" + source, f"-ffile-prefix-map={SOURCES}=.")
-        _run([compiler, *FLAGS, *chosen.flags, *fixed, "-c", source, "-o", str(target)], SOURCES)
+        command = [self._compiler, *FLAGS, *flags, *fixed, "-c", source, "-o", str(target)]
+        _run(command, SOURCES)
         return target
 
-    with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
-        objects = list(pool.map(unit, units))
+
+def _link(compiler: str, objects: _Objects, of: Level, units: list[str], path: Path) -> None:
+    made = [objects.of(unit, of.flags_of(unit)) for unit in units]
     exports = path.parent / "exports.map"
     exports.write_text(EXPORTS)
-    _run(
-        [
-            compiler,
-            *map(str, objects),
-            *LINK_FLAGS,
-            f"-Wl,--version-script={exports}",
-            "-o",
-            str(path),
-        ]
-    )
-    for o in (*objects, exports):
-        o.unlink()
+    script = f"-Wl,--version-script={exports}"
+    inputs = [str(each.result()) for each in made]
+    _run([compiler, *inputs, *LINK_FLAGS, script, "-o", str(path)])
+    exports.unlink()
 
 
 def _run(command: list[str], cwd: Path | None = None) -> str:

@@ -170,7 +170,7 @@ template <int R>
 constexpr int PARTS = 1;
 #endif
 
-// acc[r] = rows r0 .. r0+R-1 times one tile.
+// acc[r] = rows r0 .. r0+R-1 times one tile. GROUP: the group size where the compiler is to know it, else 0.
 template <int FMT, int GROUP, int R>
 static void int_block(const Weight& w, int64_t tile, const QuantizedRows& rows, int64_t r0, float (*acc)[TILE]) {
     constexpr int NV = HALF / VL, STEPS = FMT == INT8 ? 8 : 4;  // per 32 k
@@ -182,14 +182,15 @@ static void int_block(const Weight& w, int64_t tile, const QuantizedRows& rows, 
     const uint8_t* data = w.tile(tile);
     const uint16_t* weight_scale = w.scale + tile * rows.groups * TILE;
     vf sum[2][R][NV] = {};
-    for (uint64_t k = 0; k < (uint64_t)w.k; k += GROUP, weight_scale += TILE, scale += 16, zero += 16) {
+    const uint64_t group = GROUP ? GROUP : w.group;
+    for (uint64_t k = 0; k < (uint64_t)w.k; k += group, weight_scale += TILE, scale += 16, zero += 16) {
         prefetch((const uint8_t*)weight_scale + (INT_FAR ? INT_FAR : INT_AHEAD) / 16);
         HS_UNROLL for (int t0 = 0; t0 < 2; t0 += NT) {
             Dot<FMT> dot[PARTS][NT][R];
             HS_UNROLL for (int part = 0; part < PARTS; part++)
                 HS_UNROLL for (int t = 0; t < NT; t++)
                     HS_UNROLL for (int r = 0; r < R; r++) dot[part][t][r].start(part ? 0 : zero[r]);
-            for (uint64_t i = k; i < k + GROUP; i += 32) {
+            for (uint64_t i = k; i < k + group; i += 32) {
                 const int8_t* a = q + i / 64 * 1024 + i % 64;
                 const uint8_t* p = data + i / 32 * (STEPS * 2 * LINE) + t0 * LINE;
                 HS_UNROLL for (int l = 0; l < STEPS; l++)
@@ -286,7 +287,11 @@ static void int_product(const hs_ctx* ctx, const Linear& c) {
     if (c.t >= AMX_INT_ROWS) return amx_int<FMT>(ctx, c, rows);
 #endif
     Range range = split(c.tiles(), ctx);
+#if defined(HS_AVX512)
     const auto run = c.w.group == 32 ? int_rows<FMT, 32> : c.w.group == 64 ? int_rows<FMT, 64> : int_rows<FMT, 128>;
+#else
+    const auto run = int_rows<FMT, 0>;
+#endif
     const int64_t chunk = (1 << 20) / (k * INT_ROWS) * INT_ROWS + INT_ROWS;  // rows that stay in the second-level cache
     for (int64_t r = 0; r < c.t; r += chunk)
         for (int64_t tile = range.begin; tile < range.end; tile++)

@@ -4,6 +4,8 @@ what to do."""
 from __future__ import annotations
 
 import itertools
+import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -17,9 +19,12 @@ from kernels.cpu.run import CACHE
 from kernels.kernel import KERNELS
 from kernels.toolchain import (
     CPU_LEVELS,
+    Level,
     ToolchainError,
     build_cpu,
+    build_levels,
     find_compiler,
+    level,
     machine_levels,
     supported_levels,
 )
@@ -60,6 +65,33 @@ def test_rebuild_elsewhere_is_byte_identical(
     assert sorted(p.name for p in second.parent.iterdir()) == [second.name, f"{second.name}.sha256"]
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the levels with a base are x86's")
+def test_levels_share_objects_and_are_those_built_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = tmp_path / "cpu"
+    sources.mkdir()
+    body = (
+        'extern "C" __attribute__((visibility("default"))) float hs_%s(float x) { return x * x; }'
+    )
+    for name in ("linear", "other"):
+        (sources / f"{name}.cpp").write_text(body % name)
+    monkeypatch.setattr(toolchain, "SOURCES", sources)
+    compiled, run = [], toolchain._run
+
+    def counted(command: list[str], cwd: Path | None = None) -> str:
+        compiled.extend(command[command.index("-c") + 1 :][:1] if "-c" in command else ())
+        return run(command, cwd)
+
+    monkeypatch.setattr(toolchain, "_run", counted)
+    names = [v.name for v in CPU_LEVELS]
+    together = build_levels(names, tmp_path / "together")
+    assert sorted(compiled) == ["linear.cpp"] * 5 + ["other.cpp"] * 3
+    for name, path in zip(names, together, strict=True):
+        assert path.name == f"headstart-{name}.so"
+        assert path.read_bytes() == build_cpu(name, tmp_path / "alone").read_bytes()
+
+
 def test_levels() -> None:
     assert CPU_LEVELS[0].requires == () and CPU_LEVELS[0].flags == ()
     for lower, higher in itertools.pairwise(CPU_LEVELS):
@@ -68,6 +100,32 @@ def test_levels() -> None:
     assert "portable" in [v.name for v in supported_levels()]
     with pytest.raises(ToolchainError, match="valid levels are portable"):
         build_cpu("sse9", CACHE)
+
+
+def macros(flags: tuple[str, ...]) -> set[str]:
+    command = [find_compiler(), *flags, "-dM", "-E", "-x", "c++", "/dev/null"]
+    defined = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {line.split()[1] for line in defined.splitlines()}
+
+
+def text_of(source: str, seen: set[str]) -> str:
+    """A source with all of our headers that it includes."""
+    seen.add(source)
+    text = (toolchain.SOURCES / source).read_text()
+    found = set(re.findall(r'#include "(.+?)"', text)) - seen
+    return text + "".join(text_of(name, seen) for name in found - seen)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the levels with a base are x86's")
+@pytest.mark.parametrize("of", [v for v in CPU_LEVELS if v.base], ids=lambda v: v.name)
+def test_shared_objects_know_nothing_of_what_a_level_adds(of: Level) -> None:
+    assert of.base is not None
+    added = macros(of.flags) - macros(level(of.base).flags)
+    assert added
+    sources = {p.name for p in toolchain.SOURCES.glob("*.cpp")}
+    for source in sorted(sources):
+        names = set(re.findall(r"\w+", text_of(source, set())))
+        assert bool(names & added) == (source in of.own), (source, names & added)
 
 
 def test_no_compiler_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
