@@ -154,10 +154,13 @@ class StreamingConfig:
 @dataclass(slots=True)
 class PeersConfig:
     """Ours against transformers, torch eager and llama.cpp, one model shape, random weights. A peer
-    that is not installed is skipped with a line that says so. `artifacts`: precision -> artifact of
-    ours, compiled on demand where missing."""
+    that is not installed is skipped with a line that says so. `checkpoint_dtype`: what the numbers
+    of the weights are rounded to, as a checkpoint published in it would hold them (auto: as the
+    shape is published); ours stores those of bfloat16 in half the bytes at fp32. `artifacts`:
+    precision -> artifact of ours, compiled on demand where missing."""
 
     model: str = "smollm-135m"
+    checkpoint_dtype: str = option("auto", choices=("auto", "float32", "bfloat16"))
     peers: list[str] = field(
         default_factory=lambda: ["headstart", "transformers", "torch", "llama.cpp"]
     )

@@ -25,11 +25,11 @@ from bench.peers.shape import Shape
 from bench.peers.table import Figures, render, result_lines
 from bench.peers.worker import PEERS
 from bench.peers.workloads import Workload, workloads
+from compiler.importer import published_dtype
 from conf.bench_schema import PeersConfig
 from conf.load import run
 
 PRECISIONS = ("fp32", "bf16", "int8", "int4")
-BITS = {"fp32": 32.0, "bf16": 16.0, "int8": 8.5, "int4": 4.5}  # with 16-bit scales of groups of 32
 
 
 def check(config: PeersConfig) -> None:
@@ -45,10 +45,10 @@ def check(config: PeersConfig) -> None:
 
 def measure(
     precision: str, config: PeersConfig, shape: Shape, threads: int
-) -> tuple[list[Figures], Rate]:
-    """All peers at one precision, and the read bandwidth of the same minutes."""
+) -> tuple[list[Figures], Rate, float]:
+    """All peers at one precision; the read bandwidth of the same minutes, over how many bytes."""
     todo = workloads(config)
-    buffer = Bandwidth(weight_bytes(shape, precision), threads)
+    buffer: Bandwidth | None = None
     workers: list[Worker] = []
     try:
         for peer in config.peers:
@@ -56,6 +56,10 @@ def measure(
                 workers.append(launch(peer, precision, config, shape, threads))
             except Skip as e:
                 print(f"# {precision}: {peer} skipped: {e}", file=sys.stderr)
+        if not workers:
+            raise BenchError(f"no peer can run {precision}: see the lines above")
+        ours = next((w for w in workers if w.peer == "headstart"), workers[0])
+        buffer = Bandwidth(int(ours.weight_bytes), threads)
         samples: dict[tuple[str, Workload], list[float]] = {}
         shares: dict[tuple[str, Workload], list[float]] = {}
         bar = tqdm(total=config.rounds * len(todo) * len(workers), file=sys.stderr, desc=precision)
@@ -66,8 +70,8 @@ def measure(
                     seconds = worker.run(workload, config.steps)
                     samples.setdefault((worker.peer, workload), []).extend(seconds)
                     if workload.batch:
-                        reads = read_bytes(shape, precision, worker, workload)
                         after = buffer.read()
+                        reads = read_bytes(worker, workload)
                         share = share_of_bound(reads, median(seconds), before, after)
                         shares.setdefault((worker.peer, workload), []).append(share)
                         before = after
@@ -76,10 +80,9 @@ def measure(
     finally:
         for worker in workers:
             worker.close()
-        rate = buffer.rate if workers else None
-        buffer.close()
-    if rate is None:
-        raise BenchError(f"no peer can run {precision}: see the lines above")
+        if buffer is not None:
+            rate = buffer.rate
+            buffer.close()
     peers = {worker.peer: worker for worker in workers}
     figures = [
         Figures(
@@ -89,46 +92,34 @@ def measure(
             seconds=median(seconds),
             best_seconds=min(seconds),
             version=peers[peer].version,
-            read_bytes=read_bytes(shape, precision, peers[peer], workload),
+            read_bytes=read_bytes(peers[peer], workload),
             share_of_bound=median(shares[peer, workload]) if workload.batch else None,
         )
         for (peer, workload), seconds in samples.items()
     ]
-    return figures, rate
+    return figures, rate, ours.weight_bytes
 
 
-def read_bytes(shape: Shape, precision: str, worker: Worker, workload: Workload) -> float:
+def read_bytes(worker: Worker, workload: Workload) -> float:
     """Bytes a decode step must read: all weights, and the contexts' keys and values."""
-    contexts = workload.batch * workload.context * worker.kv_token_bytes
-    return weight_bytes(shape, precision) + contexts
-
-
-def weight_bytes(shape: Shape, precision: str) -> int:
-    """Bytes a decode step reads of the weights: every matrix once (an untied embedding: a row)."""
-    matrices = [
-        a * b
-        for name, (a, *rest) in shape.tensors()
-        for b in rest
-        if shape.tied or not name.startswith("model.embed")
-    ]
-    return int(sum(matrices) * BITS[precision] / 8)
+    return worker.weight_bytes + workload.batch * workload.context * worker.kv_token_bytes
 
 
 def main(config: PeersConfig, sources: Mapping[str, str]) -> int:
     check(config)
     results.warn_if_busy()
     threads = config.threads or len(os.sched_getaffinity(0))
-    shape = Shape.load(config.model)
+    shape = Shape.load(config.model, config.checkpoint_dtype)
     Path(config.directory).mkdir(parents=True, exist_ok=True)
     everything: list[Figures] = []
     rates: dict[str, Rate] = {}
     for precision in config.precision:
-        figures, rates[precision] = measure(precision, config, shape, threads)
+        figures, rates[precision], size = measure(precision, config, shape, threads)
         everything += figures
-        reads = weight_bytes(shape, precision)
-        print(render(figures, rates[precision], reads, shape), flush=True)
+        print(render(figures, rates[precision], size, shape.name), flush=True)
     line = {
         "model": config.model,
+        "checkpoint_dtype": published_dtype(shape.config),
         "threads": threads,
         "rounds": config.rounds,
         "steps": config.steps,

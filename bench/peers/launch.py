@@ -16,7 +16,10 @@ from typing import Any
 from bench.errors import BenchError
 from bench.peers.shape import Shape
 from bench.peers.workloads import Workload
+from bench.static_batch import step_bytes
+from compiler.importer import published_dtype
 from conf.bench_schema import PeersConfig
+from runtime.artifact import Artifact
 
 ROOT = Path(__file__).resolve().parents[2]
 GGUF = {"fp32": "f32", "bf16": "bf16", "int8": "q8_0", "int4": "q4_0"}
@@ -28,15 +31,20 @@ OURS = {
 }
 
 
+BITS = {"fp32": 32.0, "bf16": 16.0, "int8": 8.5, "int4": 4.5}  # with 16-bit scales of groups of 32
+
+
 class Skip(Exception):
     """This peer does not take part; the message says why."""
 
 
 class Worker:
-    """One running peer."""
+    """One running peer. `weight_bytes`: what its decode steps read of the weights."""
 
-    def __init__(self, peer: str, python: str, setup: dict[str, Any], threads: int) -> None:
-        self.peer = peer
+    def __init__(
+        self, peer: str, python: str, setup: dict[str, Any], threads: int, weight_bytes: float
+    ) -> None:
+        self.peer, self.weight_bytes = peer, weight_bytes
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
         self._process = subprocess.Popen(
             [python, "-m", "bench.peers.worker", peer, json.dumps(setup)],
@@ -81,29 +89,44 @@ def launch(peer: str, precision: str, config: PeersConfig, shape: Shape, threads
     longest = max(*config.context, *config.prefill) + config.steps + 32
     sizes = {"threads": threads, "max_batch": max(config.batch), "context": longest}
     if peer == "headstart":
-        setup = {"path": _artifact(precision, config), **sizes}
-        return Worker(peer, sys.executable, setup, threads)
+        path = _artifact(precision, config, shape)
+        reads = step_bytes(Artifact.open(path), 0, 0)  # float32 may be stored as bfloat16
+        return Worker(peer, sys.executable, {"path": path, **sizes}, threads, reads)
+    reads = weight_bytes(shape, precision)
     if peer == "llama.cpp":
         python = Path(config.directory) / "venv" / "bin" / "python"
         if not python.exists():
             raise Skip(f"not installed in {config.directory} (make peers builds it)")
         setup = {"path": str(_gguf(precision, config, shape)), **sizes}
-        return Worker(peer, str(python), setup, threads)
+        return Worker(peer, str(python), setup, threads, reads)
     needed = ["torch", *(["transformers"] if peer == "transformers" else [])]
     needed += ["torchao"] if precision in ("int8", "int4") else []
     for package in needed:
         if importlib.util.find_spec(package) is None:
             raise Skip(f"{package} is not installed (make setup installs it)")
     setup = {"name": shape.name, "config": shape.config, "precision": precision, **sizes}
-    return Worker(peer, sys.executable, setup, threads)
+    return Worker(peer, sys.executable, setup, threads, reads)
 
 
-def _artifact(precision: str, config: PeersConfig) -> str:
+def weight_bytes(shape: Shape, precision: str) -> float:
+    """Bytes a decode step reads of the weights where all are stored in `precision`: every matrix
+    once (an untied embedding: a row)."""
+    matrices = [
+        a * b
+        for name, (a, *rest) in shape.tensors()
+        for b in rest
+        if shape.tied or not name.startswith("model.embed")
+    ]
+    return sum(matrices) * BITS[precision] / 8
+
+
+def _artifact(precision: str, config: PeersConfig, shape: Shape) -> str:
     """Ours: the given artifact, or a compile from random weights."""
     if precision in config.artifacts:
         return config.artifacts[precision]
     command = [sys.executable, "-m", "compiler", f"model={config.model}", "weights=random"]
-    command += [*OURS[precision], f"out={config.directory}/artifacts"]
+    command += [*OURS[precision], f"model.config.dtype={published_dtype(shape.config)}"]
+    command += [f"out={config.directory}/artifacts"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise BenchError(f"compile of {precision} failed: {done.stderr.strip()[-500:]}")

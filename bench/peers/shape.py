@@ -58,13 +58,15 @@ class Shape:
         )
 
     @classmethod
-    def load(cls, name: str) -> Shape:
-        """Of conf/model/<name>.yaml: the config written there, or that of its local checkpoint."""
+    def load(cls, name: str, dtype: str = "auto") -> Shape:
+        """Of conf/model/<name>.yaml: the config written there, or that of its local checkpoint;
+        published in `dtype` (auto: as it is)."""
         model = load(CompileConfig, "compile", [f"model={name}"]).config.model
-        if model.config:
-            return cls.of(name, dict(model.config))
-        folder = locate(model.source, model.revision)
-        return cls.of(name, json.loads((folder / "config.json").read_text("utf-8")))
+        config = dict(model.config)
+        if not config:
+            folder = locate(model.source, model.revision)
+            config = json.loads((folder / "config.json").read_text("utf-8"))
+        return cls.of(name, config if dtype == "auto" else config | {"dtype": dtype})
 
     @property
     def kv_width(self) -> int:

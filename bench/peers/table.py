@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.bandwidth import Rate
-from bench.peers.shape import Shape
 from bench.peers.workloads import Workload
 
 
@@ -28,12 +27,12 @@ class Figures:
         return self.workload.tokens / self.seconds
 
 
-def render(figures: list[Figures], rate: Rate, weight_bytes: int, shape: Shape) -> str:
-    """One block per precision; ratios are ours over the peer's."""
+def render(figures: list[Figures], rate: Rate, weight_bytes: float, name: str) -> str:
+    """One block per precision; `name` of the shape; ratios are ours over the peer's."""
     precision = figures[0].precision
     lines = [
         "",
-        f"{shape.name} {precision}: tokens/s, median of all steps; read bandwidth "
+        f"{name} {precision}: tokens/s, median of all steps; read bandwidth "
         f"{rate.best / 1e9:.1f} GB/s (median {rate.median / 1e9:.1f}) "
         f"over {weight_bytes / 1e6:.0f} MB",
         f"{'workload':<26}{'peer':<14}{'tok/s':>10}{'best':>10}{'% of bound':>12}{'ours/peer':>11}",

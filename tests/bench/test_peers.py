@@ -12,11 +12,12 @@ import pytest
 from bench.bandwidth import Rate
 from bench.errors import BenchError
 from bench.peers import __main__ as peers
-from bench.peers.launch import Skip, Worker, launch
+from bench.peers.launch import OURS, Skip, Worker, launch, weight_bytes
 from bench.peers.shape import Shape
 from bench.peers.table import Figures, render
 from bench.peers.workloads import Workload, workloads
 from bench.windows import windows
+from compiler.importer import published_dtype
 from conf.bench_schema import PeersConfig
 
 CONFIG = {
@@ -38,7 +39,9 @@ def test_shape_of_a_published_model() -> None:
     count = sum(int(np.prod(s)) for _, s in shape.tensors())
     assert count == 134_515_008  # the published number of parameters
     # Float32 bytes of the matrices: everything but 61 norm vectors of 576.
-    assert peers.weight_bytes(shape, "fp32") == 4 * (count - 61 * 576)
+    assert weight_bytes(shape, "fp32") == 4 * (count - 61 * 576)
+    assert published_dtype(shape.config) == "bfloat16"
+    assert published_dtype(Shape.load("smollm-135m", "float32").config) == "float32"
 
 
 def test_workloads() -> None:
@@ -113,7 +116,7 @@ def test_worker_runs_a_torch_peer() -> None:
         "max_batch": 2,
         "context": 32,
     }
-    worker = Worker("torch", sys.executable, setup, 1)
+    worker = Worker("torch", sys.executable, setup, 1, weight_bytes(TINY, "fp32"))
     try:
         assert worker.version.startswith("torch ")
         assert worker.kv_token_bytes == 2 * 2 * 32 * 4  # layers, k and v, two heads of 16, fp32
@@ -123,9 +126,27 @@ def test_worker_runs_a_torch_peer() -> None:
         worker.close()
 
 
+@pytest.mark.parametrize(("dtype", "bits"), [("bfloat16", 16), ("float32", 32)])
+def test_ours_reads_what_its_artifact_stores(tmp_path: Path, dtype: str, bits: int) -> None:
+    """Float32 arithmetic of both: half the bytes where the checkpoint holds bfloat16."""
+    config = PeersConfig(
+        model="tiny",
+        checkpoint_dtype=dtype,
+        directory=str(tmp_path),
+        batch=[1],
+        context=[8],
+        prefill=[8],
+    )
+    shape = Shape.load("tiny", dtype)
+    assert "dtype=float32" in OURS["fp32"]
+    worker = launch("headstart", "fp32", config, shape, 1)
+    worker.close()
+    assert worker.weight_bytes == pytest.approx(weight_bytes(shape, "fp32") * bits / 32, rel=0.05)
+
+
 def test_worker_that_fails_says_why() -> None:
     with pytest.raises(BenchError, match="torch ended with code 1"):
-        Worker("torch", sys.executable, {"nonsense": 1}, 1)
+        Worker("torch", sys.executable, {"nonsense": 1}, 1, 0)
 
 
 def test_torch_peer_is_a_llama() -> None:
@@ -176,7 +197,7 @@ def test_table() -> None:
         )
 
     rows = [figures("headstart", 0.02), figures("torch", 0.05)]
-    text = render(rows, Rate(best=100e9, median=90e9), 1_000_000_000, TINY).splitlines()
+    text = render(rows, Rate(best=100e9, median=90e9), 1e9, "toy").splitlines()
     assert text[-2].split()[-5:] == ["400.0", "800.0", "50", "%", "-"]
     assert text[-1].split() == ["torch", "160.0", "320.0", "20", "%", "2.50x"]
 
