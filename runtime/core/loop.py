@@ -69,6 +69,7 @@ class EngineLoop:
         self._in_flight: deque[tuple[Step, Ticket]] = deque()
         self._compiling: dict[int, tuple[Request, float]] = {}  # with its deadline
         self._drain: Control | None = None
+        self._flushes: list[Control] = []
         self._checked = True
         self._last_step_s = 0.0
 
@@ -115,11 +116,11 @@ class EngineLoop:
             self._drain = control
             self._finish_drain()
             return
+        if verb == "flush_cache":
+            self._flush(control)
+            return
         if verb == "shutdown":
             self.stopping = True
-        elif verb == "flush_cache":
-            ok = not self._in_flight and self.scheduler.flush()
-            message = "" if ok else "Requests are running; the cache is in use."
         elif verb != "stats":
             ok, message = False, f"unknown control verb {verb[:32]!r}"
         self.replies.append(ControlReply(id=control.id, ok=ok, message=message, stats=self.stats()))
@@ -155,6 +156,10 @@ class EngineLoop:
             scheduler.unconstrained = []
         if self._drain is not None:
             self._finish_drain()
+        if self._flushes:
+            waiting, self._flushes = self._flushes, []
+            for control in waiting:
+                self._flush(control)
         return events
 
     def _collect(self, step: Step, ticket: Ticket) -> list[Event]:
@@ -242,6 +247,18 @@ class EngineLoop:
         self.scheduler.count.aborted += 1
         finish = Finish(reason="abort", message=message, status=status)
         self.scheduler.outbox.append(Event(id=request, finish=finish))
+
+    def _flush(self, control: Control) -> None:
+        """Refused while there are requests; what has ended may still be in a step, which is waited
+        for."""
+        busy = bool(self.scheduler.live or self._compiling)
+        if self._in_flight and not busy:
+            self._flushes.append(control)
+            return
+        ok = not busy and self.scheduler.flush()
+        message = "" if ok else "Requests are running or waiting; the cache is in use."
+        reply = ControlReply(id=control.id, ok=ok, message=message, stats=self.stats())
+        self.replies.append(reply)
 
     def _finish_drain(self) -> None:
         if self._drain is not None and not self.has_work and self._drain.id >= 0:

@@ -58,10 +58,11 @@ async def metrics(server: Server, request: web.Request) -> web.StreamResponse:
 
 
 GET, POST = ("GET",), ("POST",)
+PROBE = ("GET", "HEAD")  # monitors that want no body
 
 ROUTES: tuple[Route, ...] = (
-    Route(methods=GET, path="/health", handler=native.health, scope=Scope.OPEN),
-    Route(methods=GET, path="/ready", handler=native.health, scope=Scope.OPEN),
+    Route(methods=PROBE, path="/health", handler=native.health, scope=Scope.OPEN),
+    Route(methods=PROBE, path="/ready", handler=native.health, scope=Scope.OPEN),
     Route(
         methods=GET,
         path="/health_generate",

@@ -16,7 +16,7 @@ from runtime.http.chat import chat_ids
 from runtime.http.openai_schema import ChatBody, read_body
 from runtime.http.replies import json_reply
 from runtime.http.server import Server
-from runtime.text.model import tokenize
+from runtime.text.model import check_ids
 from runtime.text.schema import convert
 
 
@@ -41,7 +41,7 @@ async def detokenize(server: Server, request: web.Request) -> web.StreamResponse
     if tokenizer is None:
         raise InvalidRequest("This model has no tokenizer.", param="tokens")
     if body.tokens:
-        tokenize(server.model, body.tokens)  # in range
+        check_ids(body.tokens, server.model.vocab, "tokens")
     skip = body.skip_special_tokens is not False
     return json_reply({"text": tokenizer.decode(body.tokens, skip_special_tokens=skip)})
 

@@ -79,12 +79,10 @@ def tokenize(model: TextModel, source: str | list[int]) -> list[int]:
     return model.tokenizer.encode(source)
 
 
-def check_ids(ids: list[int], vocab: int) -> None:
+def check_ids(ids: list[int], vocab: int, param: str = "input_ids") -> None:
     if min(ids) < 0 or max(ids) >= vocab:
         bad = next(i for i in ids if not 0 <= i < vocab)
-        raise InvalidRequest(
-            f"input_ids must be in [0, {vocab - 1}], got {show(bad)}.", param="input_ids"
-        )
+        raise InvalidRequest(f"{param} must be in [0, {vocab - 1}], got {show(bad)}.", param=param)
 
 
 def prompt_too_long(text: str, model: TextModel) -> bool:

@@ -77,6 +77,8 @@ def _refusal(text: str, where: str) -> InvalidRequest:
     if missing := _MISSING.search(text):
         param = f"{name}.{missing['name']}" if name else missing["name"]
         return InvalidRequest(f"Missing parameter: {param}.", param=param)
+    if text.startswith("Invalid enum value"):
+        return InvalidRequest(f"{name} is none of the values it may have.", param=name or None)
     if expected := _EXPECTED.search(text):
         got = f", got {expected['got']}" if expected["got"] else ""
         return InvalidRequest(

@@ -120,6 +120,8 @@ def test_no_cors(server: ServerProcess):
 def test_health_ready_and_generate_probe(server: ServerProcess):
     for path in ("/health", "/ready", "/health_generate"):
         assert server.get(path).status == 200
+    for path in ("/health", "/ready"):
+        assert server.request("HEAD", path).status == 200
 
 
 def test_info_routes(server: ServerProcess):

@@ -87,7 +87,7 @@ def test_openai_fields(server: ServerProcess):
         ),
         ("", {"sampling_params": {"json_schema": " " * 65537}}, "json_schema is 65537 bytes, over"),
         ("v1", {"regex": "a", "response_format": {"type": "json_object"}}, EXCLUSIVE),
-        ("v1", {"response_format": {"type": "yaml"}}, "response_format.type"),
+        ("v1", {"response_format": {"type": "yaml"}}, "response_format.type is none of the values"),
         ("v1", {"response_format": {"type": "structural_tag"}}, "structural_tag is refused: expec"),
     ],
 )

@@ -262,6 +262,11 @@ def test_refusals(server: ServerProcess, path: str, body: dict, message: str):
     assert (reply.status, reply.message) == (400, message)
 
 
+def test_ids_out_of_range_are_named_as_they_were_given(server: ServerProcess):
+    reply = server.post("/detokenize", {"tokens": [1, 384]})
+    assert (reply.status, reply.message) == (400, "tokens must be in [0, 383], got 384.")
+
+
 def test_unknown_model_is_404(server: ServerProcess):
     reply = server.post("/v1/completions", {"prompt": "a", "model": "gpt-4"})
     assert reply.status == 404 and reply.json["error"]["param"] == "model"

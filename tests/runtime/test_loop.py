@@ -83,6 +83,25 @@ def test_controls_are_answered_once() -> None:
     assert loop.replies[0].stats.pages_total == SMALL.pages
 
 
+def test_a_flush_waits_for_steps_of_what_has_ended_and_for_nothing_else() -> None:
+    loop = make_loop()
+    for busy in (0, 1):
+        loop.add(request(busy))
+        loop.step()
+        loop.control(Control(id=busy, verb="flush_cache"))
+        assert [(r.id, r.ok) for r in loop.replies] == [(busy, False)], "it runs"
+        loop.replies.clear()
+        loop.abort(busy)
+        loop.control(Control(id=10 + busy, verb="flush_cache"))
+        assert loop.replies == [], "its last step is on the device"
+        if busy:
+            loop.add(request(9))
+        while loop.has_work and not loop.replies:
+            loop.step()
+        assert [(r.id, r.ok) for r in loop.replies] == [(10 + busy, not busy)]
+        loop.replies.clear()
+
+
 def test_drain_refuses_new_work_and_reports_when_empty() -> None:
     loop = make_loop()
     loop.add(request(0))
