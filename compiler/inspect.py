@@ -30,7 +30,7 @@ from runtime.artifact import (
     encode_plan,
     plan_path,
 )
-from runtime.errors import DamagedArtifact, HeadstartError
+from runtime.errors import DamagedArtifact, HeadstartError, UsageError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.program:
             print(render(design(*inputs(artifacts[0].manifest)).program), end="")
         if options.plan:
+            buckets = [bucket.name for bucket in artifacts[0].manifest.buckets]
+            if options.plan not in buckets:
+                raise UsageError(f"--plan {options.plan}: the buckets are {', '.join(buckets)}")
             print("\n".join(show_plan(artifacts[0].plan(0, options.plan))))
     except HeadstartError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -93,6 +93,7 @@ class RequestMetrics:
         self.cached_tokens = 0
         self.generation_tokens = 0
         self.requests = 0
+        self.structured = 0  # of them, with a grammar
         self.aborted = 0
         self.http_requests: Counter[str] = Counter()  # by route
         self.http_responses: Counter[tuple[str, int]] = Counter()  # by route and status
@@ -100,6 +101,7 @@ class RequestMetrics:
 
     def received(self, seq: Sequence) -> None:
         self.requests += 1
+        self.structured += seq.request.sampling.grammar is not None
         self.prompt_tokens += len(seq.request.tokens)
         self.prompts.observe(len(seq.request.tokens))
 
@@ -158,6 +160,7 @@ class _Scrape(Collector):
             ("prompt_tokens", "Prompt tokens received.", m.prompt_tokens),
             ("generation_tokens", "Tokens generated.", m.generation_tokens),
             ("num_requests", "Requests received.", m.requests),
+            ("num_so_requests", "Requests with a grammar (structured output).", m.structured),
             ("num_aborted_requests", "Requests that did not end by themselves.", m.aborted),
         ):
             yield self._counter(name, text, value)

@@ -31,6 +31,13 @@ def test_show_program_and_plan(tiny_artifact: Path, capsys: pytest.CaptureFixtur
     assert "weights+0" in text
 
 
+def test_an_unknown_bucket_is_no_damage(
+    tiny_artifact: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert inspect.main(["show", str(tiny_artifact), "--plan", "t9"]) == 2
+    assert "--plan t9: the buckets are t1, t8" in capsys.readouterr().err
+
+
 def test_diff(
     tiny_artifact: Path, compile_artifact: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

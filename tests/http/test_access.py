@@ -155,6 +155,10 @@ def test_metrics_count_what_happened(server: ServerProcess):
     assert grown(f"headstart:prompt_tokens_total{label}") == 3
     assert grown(f"headstart:generation_tokens_total{label}") == 7
     assert grown(f"headstart:num_requests_total{label}") == 1
+    assert grown(f"headstart:num_so_requests_total{label}") == 0
+    assert server.generate(text="the", sampling_params={"regex": "[0-9]"}).status == 200
+    structured = f"headstart:num_so_requests_total{label}"
+    assert read()[structured] == before[structured] + 1
     assert grown(f"headstart:queue_time_seconds_count{label}") == 1
     assert 0 < grown(f"headstart:queue_time_seconds_sum{label}") < 60
     assert grown(f"headstart:time_to_first_token_seconds_count{label}") == 1
