@@ -92,7 +92,9 @@ def _valid(call: CallShape, config: SampleConfig) -> str | None:
     if splits > MOST_SPLITS:
         return f"{splits} chunks of {config.chunk} are more than {MOST_SPLITS}"
     each = config.chunk // (32 * config.warps)
-    return f"{each} logits per thread are more than 16" if each > 16 else None
+    if not 4 <= each <= 16:
+        return f"{config.chunk} logits on {config.warps} warps are {each} a thread: 4 to 16 fit"
+    return None
 
 
 def _default(call: CallShape) -> SampleConfig:

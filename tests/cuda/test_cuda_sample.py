@@ -66,7 +66,8 @@ def sample_of(kind: str, vocab: int) -> Sample:
 @pytest.mark.parametrize("kind", ["peaked", "even", "tied", "constant", "far", "apart"])
 def test_thresholds(kind: str, chunk: int, steps: int) -> None:
     case = make_case(OPS["sample"], sample_of(kind, 1500), "float32")
-    run_case(SAMPLE, case, sampling.SampleConfig(chunk=chunk, steps=steps, tile=256, warps=8))
+    warps = chunk // 256
+    run_case(SAMPLE, case, sampling.SampleConfig(chunk=chunk, steps=steps, tile=256, warps=warps))
     check_case(case)
 
 
@@ -112,7 +113,7 @@ def test_a_bad_row_with_a_filter_is_told() -> None:
     for r, value in enumerate((math.nan, math.inf, -math.inf, math.nan)):
         sample.args["logits"][r, 3 + 400 * (r % 2)] = value
     case = make_case(OPS["sample"], sample, "float32")
-    run_case(SAMPLE, case, sampling.SampleConfig(chunk=256, steps=2, tile=256, warps=8))
+    run_case(SAMPLE, case, sampling.SampleConfig(chunk=256, steps=2, tile=256, warps=1))
     check_case(case)
 
 
@@ -134,7 +135,7 @@ def test_more_candidates_than_room(kind: str, monkeypatch: pytest.MonkeyPatch) -
     """The row itself is searched."""
     monkeypatch.setattr(sampling, "ROOM", 2)
     case = make_case(OPS["sample"], sample_of(kind, 300), "float32")
-    run_case(SAMPLE, case, sampling.SampleConfig(chunk=256, steps=1, tile=256, warps=8))
+    run_case(SAMPLE, case, sampling.SampleConfig(chunk=256, steps=1, tile=256, warps=1))
     check_case(case)
 
 
