@@ -127,6 +127,10 @@ def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def _tiles(s: Sizes, block_n: int, block_m: int) -> int:
+    return _ceil(s.outputs, block_n) * _ceil(s.rows, block_m)
+
+
 def split_for(tiles: int, steps: int, wanted: int, least_steps: int) -> int:
     """Parts of the inputs so that `tiles` of them fill `wanted` programs, each with `least_steps`
     steps or more."""
@@ -134,6 +138,20 @@ def split_for(tiles: int, steps: int, wanted: int, least_steps: int) -> int:
     while best < 16 and tiles * best * 2 <= wanted and steps // (best * 2) >= least_steps:
         best *= 2
     return best
+
+
+def splits_to_try(tiles: int) -> list[int]:
+    """Parts of the inputs worth measuring where a processor holds one program: powers of two, and
+    where those leave more than a tenth of the processors idle the smallest that does not. It is no
+    choice of the heuristic: whether more partial sums through L2 cost less is not known."""
+
+    def busy(split: int) -> float:
+        return tiles * split / (_ceil(tiles * split, PROCESSORS) * PROCESSORS)
+
+    plain = [1, 2, 4]
+    if max(map(busy, plain)) >= 0.9:
+        return plain
+    return [*plain, *[split for split in range(3, 9) if busy(split) >= 0.9][:1]]
 
 
 def _product(call: CallShape, config: Any, s: Sizes, w: Weight) -> dict[str, Any]:
@@ -349,7 +367,7 @@ def _tile_valid(call: CallShape, config: TileConfig) -> str | None:
         return f"weights as {call.formats['w']} are decoded in registers, on the left"
     if config.x_left and config.block_m < 64:
         return f"block_m {config.block_m} on the left, 64 at least"
-    tiles = _ceil(s.outputs, config.block_n) * _ceil(s.rows, config.block_m)
+    tiles = _tiles(s, config.block_n, config.block_m)
     return _counters(tiles) if config.split > 1 else None
 
 
@@ -369,7 +387,7 @@ def _tile_default(call: CallShape) -> TileConfig:
             config = TileConfig(
                 block_n=64, block_m=32, block_k=block_k, warps=4, stages=2, tma=False
             )
-        tiles = _ceil(s.outputs, config.block_n) * _ceil(s.rows, config.block_m)
+        tiles = _tiles(s, config.block_n, config.block_m)
         return resplit(config, tiles, _ceil(s.k, block_k), 2 * PROCESSORS, 8)
     if s.rows <= 64:
         block_m = max(power(s.rows), 16)
@@ -469,7 +487,7 @@ def _tile_space(call: CallShape) -> list[TileConfig]:
         )
         for n, m in ((64, 128), (64, 256), (128, 128), (128, 256), (256, 128))
         for k in ((64, 128) if not w.bits else (128, 256))
-        for split in ((1, 2, 4) if s.rows <= 256 else (1,))
+        for split in (splits_to_try(_tiles(s, n, m)) if s.rows <= 256 else (1,))
         for stages in (3, 4)
         for programs in (0, PROCESSORS)
         for first in ((True, False) if fused else (False,))

@@ -3,6 +3,7 @@ real shapes."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import kernels.cuda.register  # noqa: F401
 from kernels.cuda.build import build_cuda
 from kernels.cuda.kernel import CudaKernel
 from kernels.cuda.linear import SHARED, TileConfig, VectorConfig
+from kernels.cuda.rows import PROCESSORS
 from kernels.kernel import KERNELS, CallShape
 from kernels.op import Sample
 from kernels.ops.linear_rope_kv import LINEAR_ROPE_KV
@@ -29,6 +31,7 @@ FORMATS = ("bfloat16", "int4g32", "fp8r")
 TILE = TileConfig(block_n=64, block_m=16, block_k=32, warps=4, stages=2)
 WAYS = {
     "split": replace(TILE, split=2),
+    "split unevenly": replace(TILE, split=3, block_k=16),
     "persistent": replace(TILE, programs=2),
     "rows first": replace(TILE, rows_first=True),
     "rows left": replace(TILE, x_left=True, block_m=64),
@@ -71,6 +74,15 @@ def test_rows_do_not_depend_on_the_batch() -> None:
     for case in (whole, few):
         run_case(TILES, case, replace(TILE, split=2))
     assert torch.equal(whole.memory["q"][:2], few.memory["q"][:2])
+
+
+@pytest.mark.parametrize("rows", [128, 256])
+def test_the_tuner_may_fill_the_processors(rows: int) -> None:
+    """48 tiles of 128 rows and columns, 96 with 256 rows: powers of two leave a quarter idle."""
+    one = call("llama3-8b", rows)
+    alone = (c for c in TILES.candidates(one) if not c.programs and not c.rows_first)
+    programs = {math.prod(TILES.launches(one, config)[0].grid) for config in alone}
+    assert max(n / (-(-n // PROCESSORS) * PROCESSORS) for n in programs) > 0.9
 
 
 def test_what_does_not_fit_takes_two_launches() -> None:
