@@ -3,8 +3,8 @@ or min-p only (code/sample_scan.py). Imported by kernels/cuda/register.py.
 
 Each launch ends with the work of one program per row, which has other registers than the reading of
 the logits: together they would take 180 to 190. With up to 8 logits per thread the limit of 128
-costs no spill, so two programs of 8 warps share a processor. What each has in flight does not
-depend on how many there are: three chunks are on their way through shared memory."""
+costs no spill, so two programs of 8 warps share a processor. That is enough for the memory: while
+one chunk is in registers, the next two of each are on their way through shared memory."""
 
 from __future__ import annotations
 

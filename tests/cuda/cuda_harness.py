@@ -146,8 +146,9 @@ def quick_config(kernel: CudaKernel, case: Case) -> Any:
     return min(kernel.candidates(case.call), key=lambda c: programs(kernel, case, c))
 
 
-def run_case(kernel: CudaKernel, case: Case, config: Any = None) -> None:
-    """Runs the launches on the case's memory; counters must be zero again at the end."""
+def run_case(kernel: CudaKernel, case: Case, config: Any = None) -> torch.Tensor:
+    """Runs the launches on the case's memory; counters must be zero again at the end. Returns the
+    scratch as it is left."""
     config = quick_config(kernel, case) if config is None else config
     reason = kernel.valid(case.call, config)
     assert reason is None, f"{kernel.name}: {config} is not valid: {reason}"
@@ -162,6 +163,7 @@ def run_case(kernel: CudaKernel, case: Case, config: Any = None) -> None:
     for launch in kernel.launches(case.call, config):
         run(launch, address)
     assert not zeros.any(), f"{kernel.name} leaves counters that are not zero"
+    return scratch
 
 
 def live_rows(case: Case) -> int:

@@ -107,6 +107,41 @@ def test_rows_are_read_once_and_filtered_ones_twice(monkeypatch: pytest.MonkeyPa
         assert passes * 9001 <= row.sum() <= passes * 9001 + beyond
 
 
+@pytest.mark.parametrize("k", [15, 16, 40, 60, 61])
+def test_few_best_of_a_mask(k: int) -> None:
+    """60 tokens in 15 fours: their maxima alone do not say whether there are k."""
+    rows: list[dict[str, float]] = [
+        {"top_k": k, "seed": 1.0},
+        {"top_k": k, "seed": 2.0, "top_p": 0.7, "temperature": 2.0},
+        {"top_k": k, "seed": 3.0, "top_p": 0.95, "min_p": 0.05},
+    ]
+    sample = make_sample("few", [{**row, "row_mask": 0} for row in rows], vocab=1500, columns=1500)
+    sample.args["masks"][0] = 0
+    sample.args["masks"][0, 9:11] = torch.tensor([-1, (1 << 28) - 1])  # 288 to 347
+    case = make_case(OPS["sample"], sample, "float32")
+    run_case(SAMPLE, case, sampling.SampleConfig(chunk=256, steps=2, tile=256, warps=1))
+    check_case(case)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_candidates_are_few_in_a_large_vocabulary(temperature: float) -> None:
+    """Where the bins leave more than there is room for, the row itself would be searched."""
+    rows: list[dict[str, float]] = [
+        {"top_p": 0.9}, {"top_p": 0.5}, {"top_p": 0.99}, {"top_k": 50, "top_p": 0.9},
+        {"top_k": 5000, "top_p": 0.9}, {"top_k": 2000}, {"min_p": 0.05},
+    ]  # fmt: skip
+    given = [{**row, "seed": 1.0, "temperature": temperature} for row in rows]
+    sample = make_sample("large", given, vocab=128256, columns=128256)
+    case = make_case(OPS["sample"], sample, "float32")
+    config = sampling.SampleConfig(chunk=4096, steps=16, tile=1024, warps=8)
+    scratch = run_case(SAMPLE, case, config)
+    check_case(case)
+    start = sampling._place(case.call, config)[0]["words_ptr"].offset
+    words = scratch[start : start + 4 * sampling.WORDS * len(rows)].view(torch.int32)
+    candidates = words.reshape(-1, sampling.WORDS)[:, 6]
+    assert int(candidates.max()) <= sampling.ROOM and int(candidates[0]) > 0
+
+
 def test_a_bad_row_with_a_filter_is_told() -> None:
     rows = [{**f, "seed": 1.0} for f in FILTERS]
     sample = make_sample("bad", rows, vocab=1500, columns=1500)

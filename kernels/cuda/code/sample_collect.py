@@ -11,6 +11,7 @@ from kernels.cuda.code.sampling import (
     BEST,
     BEST_ID,
     BIN_K,
+    BIN_K_TOP,
     BIN_LOW,
     BIN_TOP,
     CANDIDATES,
@@ -97,6 +98,7 @@ def collect_kernel(
         )
         best_id = tl.load(words_ptr + r * WORDS + BEST_ID)
         bin_k = tl.load(words_ptr + r * WORDS + BIN_K)
+        bin_k_top = tl.load(words_ptr + r * WORDS + BIN_K_TOP)
         bin_top = tl.load(words_ptr + r * WORDS + BIN_TOP)
         bin_low = tl.load(words_ptr + r * WORDS + BIN_LOW)
         best = tl.load(reals_ptr + r * REALS + BEST)
@@ -114,16 +116,17 @@ def collect_kernel(
             e = tl.exp((z - best) * inverse)
             weight = tl.where(inside, fixed(e), 0)
             above = b > bin_top
-            if has_p:
+            if has_p & (bin_top < BINS - 1):
                 # Four at a time, in the thread that holds them
-                here = tl.where(b > bin_k, weight, 0).reshape(CHUNK // 4, 4)
+                here = tl.where(b > bin_k_top, weight, 0).reshape(CHUNK // 4, 4)
                 above_k += tl.sum(here, axis=1)
                 here = tl.where(above, weight, 0).reshape(CHUNK // 4, 4)
                 above_top += tl.sum(here, axis=1)
             sure = above & ((e >= min_p) | (column == best_id))
             tl.store(sure_ptr + r * SPLITS + c, tl.sum(tl.where(sure, weight, 0), axis=0))
             among = inside & (z > float("-inf"))
-            among = among & (((b >= bin_low) & (b <= bin_top)) | (b == bin_k))
+            at_k = (b >= bin_k) & (b <= bin_k_top)
+            among = among & (((b >= bin_low) & (b <= bin_top)) | at_k)
             # A thread with any takes places for its own: no sum over the chunk, no barrier.
             fours = among.to(tl.int32).reshape(CHUNK // 4, 4)
             count = tl.sum(fours, axis=1)
@@ -148,6 +151,7 @@ def collect_kernel(
                 scale,
                 own_ptr,
                 bin_k,
+                bin_k_top,
                 bin_top,
                 bin_low,
                 row_token_ptr,

@@ -150,6 +150,7 @@ def draw(
     scale,
     own_ptr,
     bin_k,
+    bin_k_top,
     bin_top,
     bin_low,
     row_token_ptr,
@@ -178,7 +179,6 @@ def draw(
     SPLIT_TILE: tl.constexpr = triton.next_power_of_2(SPLITS)
     k = tl.load(top_k_ptr + r)
     top_p = tl.load(top_p_ptr + r)
-    has_k = bin_k > 0
     has_p = top_p < 1.0
     s = tl.arange(0, SPLIT_TILE)
     all_masses = masses_ptr + (r * PROGRAMS + s) * 2
@@ -187,6 +187,8 @@ def draw(
     own_sure = sure_ptr + r * SPLITS
     items = tl.load(words_ptr + r * WORDS + CANDIDATES)
     better_k = tl.load(words_ptr + r * WORDS + ABOVE_K)
+    # Of a few best values there may be less than k: those that a mask leaves.
+    has_k = (bin_k > 0) & (items + better_k >= k)
     whole = items > ROOM
     searching = items >= 0
     pivot = best_id.to(tl.int64) * 0 + LOWEST
@@ -207,14 +209,14 @@ def draw(
                 whole,
                 items,
                 tl.where(whole, 0, bin_k),
-                tl.where(whole, BINS, bin_k),
+                tl.where(whole, BINS, bin_k_top),
                 (k - tl.where(whole, 0, better_k)).to(tl.int64),
                 True,
                 BINS,
                 TILE,
             )
         if has_p:
-            if has_k | whole:
+            if (bin_k > 0) | whole:
                 _count, kept, _least, _most = tally(
                     row,
                     inverse,
@@ -226,7 +228,7 @@ def draw(
                     items,
                     pivot,
                     tl.where(whole, 0, bin_k),
-                    tl.where(whole, BINS, bin_k),
+                    tl.where(whole, BINS, bin_k_top),
                     BINS,
                     TILE,
                 )

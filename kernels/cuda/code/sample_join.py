@@ -11,6 +11,7 @@ from kernels.cuda.code.sampling import (
     BEST,
     BEST_ID,
     BIN_K,
+    BIN_K_TOP,
     BIN_LOW,
     BIN_TOP,
     CANDIDATES,
@@ -27,6 +28,7 @@ from kernels.cuda.code.sampling import (
     TOP_TILE,
     WORDS,
     emit,
+    few_of,
     pick,
     uniform,
     unpack,
@@ -52,11 +54,14 @@ def find_bins(
     mass_ptr,
     words_ptr,
     reals_ptr,
+    VOCAB: tl.constexpr,
     PROGRAMS: tl.constexpr,
     BINS: tl.constexpr,
     ROOM: tl.constexpr,
 ):
-    """The bin of the k-th value, exactly, and the bins that can hold the last value of top-p. A
+    """The bins that can hold the k-th value and the last value of top-p. Of a few best values only
+    the lowest bin is looked for, and all values from there on are candidates. Otherwise the bin of
+    the k-th value is known exactly, and that of top-p's last bounded: a
     bin's edges bound its weights, so its values and those above it weigh between the sums of the
     bounds, and between what the bounds of the values below it leave of the row's weight.
     Where more than ROOM / 2 candidates are between, the weights at the bins' centres say nearer."""
@@ -70,13 +75,16 @@ def find_bins(
     n = tl.where(b > 0, n, 0)
     reference = tl.load(reals_ptr + r * REALS + REFERENCE)
     scale = tl.load(reals_ptr + r * REALS + SCALE)
-    # 0, and no limit, where there are no k values
+    # 0, and no limit, where there are no k values; but k of less than k fours there may be
+    few = few_of(k, VOCAB, ROOM)
     bin_k = tl.where(has_k, tl.max(tl.where(from_here(n) >= k, b, 0), axis=0), 0)
+    bin_k = tl.where(few, tl.maximum(bin_k, 1), bin_k)
     has_k = bin_k > 0
-    above_k = tl.sum(tl.where(b > bin_k, n, 0), axis=0)
-    bin_top = bin_k
+    bin_k_top = tl.where(few, BINS - 1, bin_k)
+    above_k = tl.sum(tl.where(b > bin_k_top, n, 0), axis=0)
+    bin_top = bin_k_top
     bin_low = tl.where(has_k, bin_k, 1)
-    if has_p:
+    if has_p & (few == 0):
         # Of a bin only partly in top-k, the part is known.
         kept = tl.where(b > bin_k, n, tl.where(has_k & (b == bin_k), k - above_k, 0))
         left = (n - kept).to(tl.float32)
@@ -118,6 +126,7 @@ def find_bins(
             nearer = tl.max(tl.where(share <= rest * (1.0 - ESTIMATE), b, floor), axis=0)
             bin_low = tl.maximum(bin_low, nearer)
     tl.store(words_ptr + r * WORDS + BIN_K, bin_k)
+    tl.store(words_ptr + r * WORDS + BIN_K_TOP, bin_k_top)
     tl.store(words_ptr + r * WORDS + BIN_TOP, bin_top)
     tl.store(words_ptr + r * WORDS + BIN_LOW, bin_low)
     tl.store(words_ptr + r * WORDS + ABOVE_K, above_k)
@@ -233,6 +242,7 @@ def join(
             mass_ptr,
             words_ptr,
             reals_ptr,
+            VOCAB,
             PROGRAMS,
             BINS,
             ROOM,

@@ -2,10 +2,11 @@
 (kernels/ops/sample.py says what is computed):
 
 sample_scan     reads every chunk of every row once: best value, sums, finiteness, best tokens; of
-                rows with top-k, top-p or min-p also how many values fall in each of 256 bins. The
-                last program of a row joins them (sample_join): rows that are greedy, given or drawn
-                without filters are done. Of the others the bins tell that of the k-th value
-                exactly, and those that can hold the last value of top-p
+                rows with top-k, top-p or min-p also how many values fall in each of 256 bins; with
+                a small k the largest of every four, of which k are k values too. The last program
+                of a row joins them (sample_join): rows that are greedy, given or drawn without
+                filters are done. Of the others the bins tell that of the k-th value exactly, or
+                one below it, and those that can hold the last value of top-p
 sample_collect  reads the others again: exact masses above those bins, and the few candidates
                 within. The last program of a row searches the threshold among the candidates and
                 draws (sample_draw). Should they be too many, or the estimate have missed, it
@@ -40,12 +41,20 @@ from kernels.cuda.code.sampling import (
     TOP,
     TOP_TILE,
     bin_of,
+    few_of,
     fixed,
     pack,
     place_bins,
     row_of,
     row_values,
 )
+
+
+@triton.jit
+def count_bins(z, reference, scale, BINS: tl.constexpr):
+    """How many are in each bin; those that are -inf in the first, which is no bin."""
+    bin = tl.where(z > float("-inf"), bin_of(z, reference, scale, BINS), 0)
+    return tl.histogram(bin, BINS)
 
 
 @triton.jit
@@ -118,6 +127,7 @@ def scan_kernel(
         filtered = ((k > 0) & (k < VOCAB)) | has_p | (tl.load(min_p_ptr + r) > 0.0)
         limited = drawn & filtered
         plain = drawn & (filtered == 0)
+        few = few_of(k, VOCAB, ROOM)
         wants_sum = ((flags & LOGPROB) != 0) | (sampled == 0) | (top > 0)
         row = row_of(
             r,
@@ -169,9 +179,10 @@ def scan_kernel(
                 e = tl.where(z > float("-inf"), tl.exp((z - best) * inverse), 0.0)
                 tl.store(chunk_best_ptr + r * SPLITS + c, best)
                 tl.store(weight_ptr + r * SPLITS + c, tl.sum(fixed(e), axis=0))
-            if limited:
-                bin = tl.where(z > float("-inf"), bin_of(z, reference, scale, BINS), 0)
-                n += tl.histogram(bin, BINS)
+            if limited & few:
+                n += count_bins(tl.max(z.reshape(CHUNK // 4, 4), axis=1), reference, scale, BINS)
+            elif limited:
+                n += count_bins(z, reference, scale, BINS)
                 if has_p:
                     e = tl.exp(tl.minimum((z - reference) * inverse, MOST_EXPONENT))
                     mass += tl.sum(e.reshape(CHUNK // 4, 4), axis=1)

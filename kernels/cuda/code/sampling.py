@@ -30,6 +30,7 @@ BIN_TOP = tl.constexpr(3)
 BIN_LOW = tl.constexpr(4)
 ABOVE_K = tl.constexpr(5)
 CANDIDATES = tl.constexpr(6)
+BIN_K_TOP = tl.constexpr(7)
 WORDS = tl.constexpr(8)
 BEST = tl.constexpr(0)
 LOG_SUM = tl.constexpr(1)
@@ -123,6 +124,12 @@ def row_values(row, column, inside):
 @triton.jit
 def fixed(e):
     return (e * UNIT).to(tl.int64)
+
+
+@triton.jit
+def few_of(k, VOCAB: tl.constexpr, ROOM: tl.constexpr):
+    """Whether top-k keeps so few that they all may be candidates."""
+    return (k > 0) & (k < VOCAB) & (k <= ROOM // 4)
 
 
 @triton.jit
