@@ -305,7 +305,7 @@ VECTOR = register(
         default=_vector_default,
         valid=_vector_valid,
         launches=lambda call, config: (
-            vector_launch(call, config, "linear.vector_kernel", _ends(call)),
+            vector_launch(call, config, "linear_vector.vector_kernel", _ends(call)),
         ),
         workspace=_vector_workspace,
     )
@@ -509,7 +509,7 @@ def tile_launches(
     if config.rows_first:
         launches = (
             launch(
-                "linear.rows_kernel",
+                "linear_tiles.rows_kernel",
                 (s.rows, 1, 1),
                 warps=4,
                 live_ptr=live,
@@ -594,7 +594,7 @@ TILES = register(
         default=_tile_default,
         valid=_tile_valid,
         launches=lambda call, config: tile_launches(
-            call, config, "linear.tiles_kernel", _ends(call)
+            call, config, "linear_tiles.tiles_kernel", _ends(call)
         ),
         workspace=_tile_workspace,
     )

@@ -158,7 +158,7 @@ def _first(call: CallShape, s: Sizes) -> Launch:
     if _fp8(call):
         return rows_launch(call, s)
     return launch(
-        "linear.rows_kernel",
+        "linear_tiles.rows_kernel",
         (s.rows, 1, 1),
         live_ptr=pointer(call, "live"),
         x_ptr=pointer(call, "x"),

@@ -117,7 +117,7 @@ def test_what_is_refused_and_why() -> None:
 def test_grid_and_boxes_cover_the_call() -> None:
     shape = call(512, 2 * 3072, 1024, act="swiglu", norm=True)
     first, second = KERNEL.launches(shape, KERNEL.default(shape))
-    assert first.source is not None and first.source.function == "linear.rows_kernel"
+    assert first.source is not None and first.source.function == "linear_tiles.rows_kernel"
     assert KERNEL.workspace(shape, KERNEL.default(shape)) == 512 * 1024 * 2
     x, w = second.slots["x"], second.slots["w"]
     assert isinstance(x, Descriptor) and isinstance(w, Descriptor)

@@ -20,8 +20,9 @@ import triton.language as tl
 
 from kernels.cuda.code import pdl
 from kernels.cuda.code.amax import load_maxima, store_maxima
-from kernels.cuda.code.linear import ahead, corner, reduce, store
-from kernels.cuda.code.product import fetch
+from kernels.cuda.code.linear_ends import reduce, store
+from kernels.cuda.code.linear_tiles import corner
+from kernels.cuda.code.product import ahead, fetch
 
 
 @triton.jit

@@ -11,7 +11,10 @@ import triton.language as tl
 
 from kernels.cuda.code import pdl
 from kernels.cuda.code.kv_write import load_head, write_heads
-from kernels.cuda.code.linear import ahead, finish, tile_sums, vector_sums
+from kernels.cuda.code.linear_ends import finish
+from kernels.cuda.code.linear_tiles import tile_sums
+from kernels.cuda.code.linear_vector import vector_sums
+from kernels.cuda.code.product import ahead
 
 
 @triton.jit
@@ -221,7 +224,7 @@ def tiles_kernel(
     PROGRAMS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """As `linear.tiles_kernel`; BLOCK_N is a multiple of DIM. The rows of a tile are finished in
+    """As `linear_tiles`; BLOCK_N is a multiple of DIM. The rows of a tile are finished in
     PIECES, 1 or 2."""
     TYPE: tl.constexpr = tl.bfloat16 if HALF else tl.float32
     TILES_N: tl.constexpr = (OUTPUTS + BLOCK_N - 1) // BLOCK_N
@@ -373,7 +376,7 @@ def vector_kernel(
     AHEAD: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One row, as `linear.vector_kernel`; DIM is a multiple of BLOCK_N. row_ptr: [OUTPUTS] float32,
+    """One row, as `linear_vector`; DIM is a multiple of BLOCK_N. row_ptr: [OUTPUTS] float32,
     where the tiles of a head meet. Counters: one per tile with SPLIT, then one per head."""
     program = tl.program_id(0)
     if AHEAD:

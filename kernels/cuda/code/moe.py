@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from kernels.cuda.code import pdl
-from kernels.cuda.code.linear import store
+from kernels.cuda.code.linear_ends import store
 from kernels.cuda.code.product import product
 
 

@@ -284,3 +284,27 @@ def product(
         acc = tl.trans(acc)
         acc_up = tl.trans(acc_up)
     return acc, acc_up, square
+
+
+@triton.jit
+def ahead(
+    w_ptr,
+    program,
+    OUTPUTS: tl.constexpr,
+    K: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
+    GATED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """Warms the first steps of a program whose unit is (tile of outputs, split)."""
+    STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    STEP_BYTES: tl.constexpr = ROW_BYTES * BLOCK_K // K
+    n0 = program // SPLIT * BLOCK_N
+    at = program % SPLIT * ((STEPS + SPLIT - 1) // SPLIT) * STEP_BYTES
+    for _ in tl.static_range(2):
+        warm(w_ptr, n0, OUTPUTS, at, ROW_BYTES, STEP_BYTES, BLOCK_N)
+        if GATED:
+            warm(w_ptr, OUTPUTS + n0, 2 * OUTPUTS, at, ROW_BYTES, STEP_BYTES, BLOCK_N)
+        at += STEP_BYTES
