@@ -25,27 +25,19 @@ WIDTH = 64  # AMAX_WIDTH of kernels/cuda/rows.py
 X_AMAX = Arg(name="x_amax", role="input", dims=("x_rows", "P"), dtypes=("float32",), optional=True)
 
 
+def amax_norm(columns: str) -> Arg:
+    return Arg(name="amax_norm", role="weight", dims=(columns,), dtypes=("float",), optional=True)
+
+
+def out_amax(rows: str, parts: str = "Q") -> Arg:
+    return Arg(
+        name="out_amax", role="output", dims=(rows, parts), dtypes=("float32",), optional=True
+    )
+
+
 def parts(columns: int, width: int = WIDTH) -> int:
     """Parts of a row."""
     return -(-columns // width)
-
-
-def amax_args(rows: str, columns: str | None = None, count: str = "Q") -> tuple[Arg, ...]:
-    """`out_amax` [rows, count] and, for rows of `columns` that a norm may follow, `amax_norm`."""
-    norm = () if columns is None else (columns,)
-    return (
-        *(
-            Arg(name="amax_norm", role="weight", dims=(c,), dtypes=("float",), optional=True)
-            for c in norm
-        ),
-        Arg(
-            name="out_amax",
-            role="output",
-            dims=(rows, count),
-            dtypes=("float32",),
-            optional=True,
-        ),
-    )
 
 
 def part_maxima(out: Tensor, args: dict[str, Any], width: int = WIDTH) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from kernels.op import Arg, Cost, Op, Sample, register
-from kernels.ops.amax import amax_args, part_maxima
+from kernels.ops.amax import out_amax, part_maxima
 from kernels.ops.embed import LIVE, live_count
 from kernels.ops.kv import KV_ATTRS, KvState, layer_bytes, stored
 from kernels.ops.samples import (
@@ -397,7 +397,7 @@ ATTENTION = register(
             Arg(name="sinks", role="weight", dims=("H",), dtypes=("float",), optional=True),
             Arg(name="alibi", role="weight", dims=("H",), dtypes=("float",), optional=True),
             Arg(name="out", role="output", dims=("tokens", "H*V"), dtypes=("float",)),
-            *amax_args("tokens", count="H"),
+            out_amax("tokens", "H"),
         ),
         attrs={
             "heads": int,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.op import Arg, Cost, Op, Sample, register
-from kernels.ops.amax import amax_args, part_maxima
+from kernels.ops.amax import amax_norm, out_amax, part_maxima
 from kernels.ops.samples import floats, generator, live, padded
 
 LIVE = Arg(name="live", role="input", dims=("8",), dtypes=("int32",))
@@ -86,7 +86,8 @@ EMBED = register(
             Arg(name="last_token", role="state", dims=("slots",), dtypes=("int32",)),
             Arg(name="table", role="weight", dims=("V", "D"), dtypes=("float",)),
             Arg(name="out", role="output", dims=("tokens", "D"), dtypes=("float",)),
-            *amax_args("tokens", "D"),
+            amax_norm("D"),
+            out_amax("tokens"),
         ),
         attrs={"scale": float},
         reference=embed_reference,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kernels.op import Arg, Cost, Op, Sample, register
-from kernels.ops.amax import X_AMAX, amax_args, part_maxima
+from kernels.ops.amax import X_AMAX, amax_norm, out_amax, part_maxima
 from kernels.ops.embed import LIVE, live_rows
 from kernels.ops.mlp import ACTIVATIONS, GATED
 from kernels.ops.norm import normalized
@@ -269,7 +269,8 @@ LINEAR = register(
                 optional=True,
             ),
             Arg(name="out", role="output", dims=("R", "O"), dtypes=("float",)),
-            *amax_args("R", "O"),
+            amax_norm("O"),
+            out_amax("R"),
         ),
         attrs={
             "eps": float,

@@ -171,6 +171,9 @@ def test_quantized_activations_are_the_references_in_every_batch(
     monkeypatch.setattr(maxima, "MAXIMA_TOKENS", tokens)
     toy_models.save(toy_models.RECIPES["llama"][0], tmp_path / "source")
     artifact = compiled(tmp_path / "source", tmp_path, "h200", "float32", "quant=fp8dq")
+    for bucket in artifact.manifest.buckets:
+        plan = artifact.plan(0, bucket.name)
+        assert (plan.nodes["flags"][1:] & FLAG_PROGRAMMATIC).all()
     made = design(*inputs(artifact.manifest))
     source = load(CompileConfig, "compile", ["model=hf", f"model.source={tmp_path / 'source'}"])
     measured = measure(made, import_model(source.config).weights)

@@ -62,6 +62,28 @@ def test_a_record_chooses_and_is_read_back(tmp_path: Path) -> None:
     assert node.guessed and not node.measured
 
 
+def test_a_record_says_where_codes_are_made() -> None:
+    """Of a product that knows its rows' maxima both ways are measured, and either is taken."""
+    config = cuda_config()
+    config.quant.scheme, config.shape.max_seqs, config.shape.max_tokens = "fp8dq", 64, 64
+    base = draft(toy("llama"), config)
+    bucket = next(b for b in base.buckets if b.name == "d64")
+
+    def product(records: Records) -> Node:
+        found = nodes_of(base.program, base.weights, bucket, "cuda", records)
+        return next(n for n in found if n.shape.op == "linear" and "x_amax" in n.shape.shapes)
+
+    node = product(Records())
+    assert not node.config.rows_first and len(node.launches) == 1
+    task = next(t for t in tasks(base, [bucket]) if t.key == call_key(node.shape))
+    for way in ((False, False), (False, True), (True, False)):
+        (one, *_) = [c for c in task.candidates if (c.config.rows_first, c.config.x_left) == way]
+        entries = {task.key: one.entry(1e-6)}
+        chosen = product(Records(gpu="h200", entries=entries))
+        assert chosen.measured and chosen.config == one.config
+        assert len(chosen.launches) == (2 if one.config.rows_first else 1)
+
+
 def test_a_record_of_a_configuration_that_is_gone_is_no_choice() -> None:
     node = next(n for n in nodes() if n.shape.op == "linear")
     for entry in (
