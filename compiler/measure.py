@@ -48,7 +48,7 @@ TIMED_S = 0.05  # of all its replays, at most
 LEAST_ROUNDS = 5
 FAR, FAR_S = 2.0, 10e-6  # times the best, and a launch's own time: not worth more replays
 COMPARED = 4 << 20  # bytes of an output that are compared at its start, middle and end
-# Inputs that tell of others: the largest of a row of `_numbers`, not less than it is.
+# Inputs that say something of other ones, so no random numbers: no row of `_numbers` has larger.
 TOLD = {"x_amax": 0.25}
 
 
