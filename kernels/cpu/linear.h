@@ -1,7 +1,7 @@
 // Packed weights of the linear kernels: what kernels/cpu/layout.py writes and every micro-kernel reads.
 //
 // W[N,K] is cut in tiles of 32 outputs, each contiguous along K; N is padded with zero rows to a whole tile. So a thread reads one
-// stream of memory (two side by side cost a tenth of the bandwidth) and has two sums of 16 lanes to add to in turn.
+// stream of memory (two where that is not enough work: linear_float.h) and has two sums of 16 lanes to add to in turn.
 //   float32   data f32 [N/32][K][32]
 //   bfloat16  data u16 [N/32][Kp/2][32][2]            Kp = K rounded up to 32 (zeros)
 //   bfloat16_widened   the same; multiplied in float32 at every level, where bfloat16 may round the other operand

@@ -163,14 +163,14 @@ HS_INLINE const float* prologue(const Linear& c, int64_t r, float* buffer) {
     return buffer;
 }
 
-// A tile, and where its thread reads on after its end (for the prefetch).
+// A tile, and where its thread reads on after its end (for the prefetch), `step` tiles later.
 struct Stream {
     const uint8_t* tile;
     const uint8_t* next;
 };
 
-static inline Stream stream(const Linear& c, int64_t tile, int64_t end) {
-    return {c.w.tile(tile), c.w.tile(tile + 1 < end ? tile + 1 : tile)};
+static inline Stream stream(const Linear& c, int64_t tile, int64_t end, int64_t step = 1) {
+    return {c.w.tile(tile), c.w.tile(tile + step < end ? tile + step : tile)};
 }
 
 // Rows up to this many are prepared by every share for itself: cheaper than a phase. More are prepared together, in
