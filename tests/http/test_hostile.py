@@ -147,7 +147,10 @@ def test_slow_head_slow_body_and_idle_reader_are_closed(toy_artifact):
         assert b"200 OK" in second.recv(65536)
         silent, half = server.connect(), server.connect()
         half.sendall(b"GET /health HTTP/1.1\r\nHost: loc")
-        check_error(half.recv(65536), 408)
+        answer = half.recv(65536)
+        check_error(answer, 408)
+        assert answer.startswith(b"HTTP/1.1 408 Request Timeout\r\n")
+        assert b"Retry-After" not in answer and b"Connection: close" in answer
         assert silent.recv(65536).startswith(b"HTTP/1.1 408")
         second.sendall(b"GET /hea")  # a kept connection owes a whole head too
         assert second.recv(65536).startswith(b"HTTP/1.1 408")
@@ -184,7 +187,9 @@ def test_connection_caps(toy_artifact):
     with serving(toy_artifact, "limits.connections_per_address=5") as server:
         held = [server.connect() for _ in range(5)]
         time.sleep(0.2)
-        check_error(raw_refused(server), 429)
+        answer = raw_refused(server)
+        check_error(answer, 429)
+        assert b"Retry-After: 1\r\n" in answer
         for sock in held:
             sock.close()
         wait_until(lambda: server.get("/health").status == 200)
