@@ -170,7 +170,7 @@ def test_what_cannot_be_cut_says_so() -> None:
     _, spec = read_shape("qwen2-7b")
     with pytest.raises(CompileError, match="28 heads cannot be cut into 8 equal parts"):
         rank_spec(spec, 8)
-    options = ("target=cpu", "shape.context=64", "quant.head=false")
+    options = ("target=cpu", "shape.context=64")
     lines = fit("qwen2-0.5b", options).splitlines()
     _, small = read_shape("qwen2-0.5b")
     assert lines[2] == f"tp 2  {report.arenas(rank_fit(small, config_for(small), 2))}"
