@@ -56,7 +56,6 @@ class Laps:
         self._last = now
 
     def restart(self) -> None:
-        self.seconds.clear()
         self._last = time.perf_counter()
 
 
@@ -72,19 +71,17 @@ def profile(
     times: list[dict[str, PlanTimes]] = []
     rates: list[Rate] = []
     with session.profiling() as read:
+        unheard = static.loop.mark
 
-        def pause() -> None:
-            times.append(read())
-            if not rates:
-                rates.append(buffer.read())
-                laps.restart()
-
-        unheard, static.loop.mark = static.loop.mark, laps.mark
-        try:
-            done = static.run(prompts, output_len, pause, every=output_len)
-        finally:
+        def pause() -> None:  # before and after the decode
             static.loop.mark = unheard
-    rates.append(buffer.read())
+            times.append(read())
+            rates.append(buffer.read())
+            if len(rates) == 1:
+                laps.restart()
+                static.loop.mark = laps.mark
+
+        done = static.run(prompts, output_len, pause, every=output_len)
     phases = {name: mean(seconds[WARM_STEPS:]) for name, seconds in laps.seconds.items()}
     context = len(prompts[0]) + output_len / 2
     nodes, native, steps = by_kind(artifact, times[0], times[-1], len(prompts), context)

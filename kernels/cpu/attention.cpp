@@ -5,8 +5,8 @@
 // chunk, batch or thread it is computed in, and blocks of one long sequence can be computed by different threads.
 //
 // Work items: (sequence, KV head, up to 24 query rows), where the rows of a sequence are its tokens times the query heads of the
-// KV head: keys and values are read once for all of them. A sequence with a single such item and several blocks is split by block;
-// the pieces are merged in a second phase.
+// KV head: keys and values are read once for all of them. Where threads would wait for a long one, a sequence with a single such item
+// is split by block; the pieces are merged in a second phase.
 #include "abi.h"
 #include "kv_page.h"
 #include "softmax.h"
@@ -19,6 +19,7 @@ constexpr int BLOCK = 128;                // keys
 constexpr int PAGES = BLOCK / PAGE;       // pages of a block
 constexpr int ROWS = 24;                  // query rows of a work item
 constexpr int MAX_DIM = 256;
+constexpr int WHOLE = 4;                  // items of a thread from which on none is split
 
 // Register tiles: MR rows x (KP pages of keys | NV vectors of values). 32 vector registers with AVX-512, 16 elsewhere.
 constexpr int MR = VL == 16 ? 6 : VL == 8 ? 6 : 3;
@@ -270,7 +271,9 @@ void run_block(const Call& c, const Item& item, int64_t block, const Item* next,
         first = first < 0 ? 0 : first < BLOCK ? first : BLOCK;
         if (c.softcap != 0.0f || c.alibi)
             bend(b.scores + r * BLOCK, padded, c.softcap, c.alibi ? c.alibi[head_of(c, item, r)] : 0, start - position);
-        soften(b.scores + r * BLOCK, padded, (int)first, (int)last, b.max + r, b.sum + r);
+        Ahead ahead;
+        if (AHEAD + r < pages) ahead = {(const char*)stream[pages + AHEAD + r], PAGE * c.v_dim * (int64_t)sizeof(T)};
+        soften(b.scores + r * BLOCK, padded, (int)first, (int)last, b.max + r, b.sum + r, ahead);
     }
 
     const T* const* v = stream + pages;
@@ -333,8 +336,9 @@ void merge_parts(const Call& c, const Job& job, Buffers& b) {
 // Calls visit(job) for every (sequence, KV head, rows), the whole range of key blocks in one job; those that may be split by block
 // have their place in `partial`. Every thread walks the same list.
 template <class F>
-void each_job(const Call& c, F visit) {
-    int64_t used = 0;
+void each_job(const Call& c, int threads, F visit) {
+    int64_t used = 0, all = 0;  // all: blocks of every sequence and KV head
+    for (int64_t s = 0; s < c.live[1]; s++) all += (c.seq_len[s] + BLOCK - 1) / BLOCK * c.kv_heads;
     for (int64_t s = 0; s < c.live[1]; s++) {
         int64_t tokens = c.seq_start[s + 1] - c.seq_start[s], rows = tokens * c.group;
         for (int64_t row = 0; row < rows; row += ROWS) {
@@ -343,8 +347,8 @@ void each_job(const Call& c, F visit) {
             int64_t low = c.window ? job.item.position(0, c.group) - c.window + 1 : 0;
             job.first = (low > 0 ? low : 0) / BLOCK;
             job.end = (job.item.end(job.item.rows - 1, c) - 1) / BLOCK + 1;
-            int64_t parts = (job.end - job.first) * job.item.rows;
-            bool split = rows <= ROWS && job.end - job.first > 1 && used + parts * c.kv_heads <= c.room;
+            int64_t blocks = job.end - job.first, parts = blocks * job.item.rows;
+            bool split = rows <= ROWS && blocks > 1 && blocks * threads * WHOLE > all && used + parts * c.kv_heads <= c.room;
             for (; job.item.kv_head < c.kv_heads; job.item.kv_head++) {
                 job.at = split ? used : -1;
                 used += split ? parts : 0;
@@ -388,7 +392,7 @@ void attention(const hs_ctx* ctx, const hs_arg* a) {
     Buffers b;
     int64_t mine = hs_next(ctx), seen = 0;
     if (ctx->phase == 1)
-        return each_job(c, [&](const Job& job) {
+        return each_job(c, ctx->threads, [&](const Job& job) {
             if (job.at < 0 || seen++ != mine) return;
             mine = hs_next(ctx);
             merge_parts(c, job, b);
@@ -402,7 +406,7 @@ void attention(const hs_ctx* ctx, const hs_arg* a) {
         held = job;
         holding = true;
     };
-    each_job(c, [&](Job job) {
+    each_job(c, ctx->threads, [&](Job job) {
         if (job.at < 0) return take(job);
         parts = true;
         for (int64_t end = job.end; job.first < end; job.first++, job.at += job.item.rows) {

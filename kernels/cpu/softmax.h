@@ -6,8 +6,22 @@ namespace hs {
 
 constexpr float LOWEST = -3e38f;  // below every score; finite, so that differences are never NaN
 
-// Scores -> weights of the keys first..last-1 of `padded`, zero elsewhere; their largest score and their sum.
-static __attribute__((noinline)) void soften(float* scores, int64_t padded, int first, int last, float* max, float* sum) {
+// What is read next: `bytes`, whole lines, or none.
+struct Ahead {
+    const char* p = nullptr;
+    int64_t bytes = 0;
+};
+
+// Scores -> weights of the keys first..last-1 of `padded`, zero elsewhere; their largest score and their sum. Memory would rest
+// meanwhile: `ahead` is prefetched, 256 bytes with each vector.
+static __attribute__((noinline)) void soften(float* scores, int64_t padded, int first, int last, float* max, float* sum,
+                                             Ahead ahead = {}) {
+    int64_t fetched = 0;
+    auto fetch = [&]() __attribute__((always_inline)) {
+        if (fetched >= ahead.bytes) return;
+        HS_UNROLL for (int i = 0; i < 4; i++) prefetch(ahead.p + fetched + i * 64);
+        fetched += 256;
+    };
     vi lane;
     for (int i = 0; i < VL; i++) lane[i] = i;
     vf top = splat(LOWEST);
@@ -17,6 +31,7 @@ static __attribute__((noinline)) void soften(float* scores, int64_t padded, int 
         vf s = select(visible, loadf(scores + j), splat(LOWEST));
         store(scores + j, s);
         top = vmax(s, top);
+        fetch();
     }
     *max = hmax(top);
     vf total{};
@@ -26,6 +41,7 @@ static __attribute__((noinline)) void soften(float* scores, int64_t padded, int 
         vf w = select(visible, vexp(loadf(scores + j) - *max), vf{});
         store(scores + j, w);
         total += w;
+        fetch();
     }
     *sum = hsum(total);
 }
