@@ -25,7 +25,16 @@ from kernels.launch import Binary, Constant, Descriptor, Number, Pointer, Slot, 
 from runtime.artifact import PARAM_TENSORMAP, Artifact, LaunchPlan
 from runtime.device.arena import Arena
 from runtime.device.base import StepInput, StepOutput, Ticket
-from runtime.device.staging import DEPTH, PlanIo, arena_sizes, by_cost, capacity, demand, relocate
+from runtime.device.staging import (
+    DEPTH,
+    Held,
+    PlanIo,
+    arena_sizes,
+    by_cost,
+    capacity,
+    demand,
+    relocate,
+)
 
 
 class InterpretedSession:
@@ -46,12 +55,13 @@ class InterpretedSession:
         staging = [np.zeros(manifest.io_bytes, np.uint8) for _ in range(DEPTH)]
         received = [np.zeros(manifest.io_bytes, np.uint8) for _ in range(DEPTH)]
         self._staging, self._received = staging, received
+        held: list[Held | None] = [None] * DEPTH
         self._plans: dict[str, tuple[LaunchPlan, PlanIo, npt.NDArray[np.uint64]]] = {}
         bases = [arena.address for arena in self._arenas]
         for bucket in manifest.buckets:
             plan = artifact.plan(0, bucket.name)
             values = relocate(artifact, plan, bases, sizes, maps=True)
-            self._plans[bucket.name] = plan, PlanIo(plan.header, staging, received), values
+            self._plans[bucket.name] = plan, PlanIo(plan.header, staging, received, held), values
         self._steps = 0
         self._done: dict[Ticket, StepOutput] = {}
 

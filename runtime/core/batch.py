@@ -41,6 +41,7 @@ def build(step: Step, slots: Slots) -> StepInput:
         row_token=rows.starts[:-1],
         rope_variant=slots.rope_variants(rows.slots, positions),
         edits=edits,
+        kept=rows.params,
         **rows.params,  # type: ignore[arg-type]
     )
 

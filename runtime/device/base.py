@@ -70,6 +70,9 @@ class StepInput:
                    kind 0 clear the slot's counts and bias; 1 mark token as seen in the prompt;
                    2 add value to its output count; 3 set its bias to the float32 whose bits are
                    value
+    kept           steps with the same object here (None: with no other) have equal tokens,
+                   seq_start, row_* and sampling fields, and equal pages where `pages` is the same
+                   object too: a session need not write them again
     """
 
     tokens: I32
@@ -95,6 +98,7 @@ class StepInput:
     row_mask: I32 | None = None
     masks: I32 | None = None
     rope_variant: I32 | None = None
+    kept: object = None
 
 
 @dataclass(slots=True, kw_only=True)

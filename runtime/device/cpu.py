@@ -25,6 +25,7 @@ from runtime.device.native import choose_library, open_library, symbol
 from runtime.device.staging import (
     DEPTH,
     Demand,
+    Held,
     PlanIo,
     arena_sizes,
     by_cost,
@@ -81,6 +82,7 @@ class CpuSession:
             raise NoSpace(f"cannot start {self.threads} kernel threads; lower threads")
         self._arenas = tuple(Arena(size) for size in arena_sizes(manifest, pages))
         self._staging = tuple(np.zeros(manifest.io_bytes, np.uint8) for _ in range(DEPTH))
+        self._held: list[Held | None] = [None] * DEPTH
         self._received = tuple(np.zeros(manifest.io_bytes, np.uint8) for _ in range(DEPTH))
         self._load_weights()
         mark("weights")
@@ -237,7 +239,7 @@ class CpuSession:
             bucket=header.bucket,
             handle=handle,
             nodes=len(plan.nodes),
-            io=PlanIo(header, self._staging, self._received),
+            io=PlanIo(header, self._staging, self._received, self._held),
             values=values,
         )
 

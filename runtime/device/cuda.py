@@ -31,7 +31,7 @@ from runtime.device.gpu_memory import (
 )
 from runtime.device.gpu_plans import GpuPlan, PlanSet
 from runtime.device.gpu_weights import load_weights
-from runtime.device.staging import DEPTH, PlanIo, arena_sizes, capacity, demand
+from runtime.device.staging import DEPTH, Held, PlanIo, arena_sizes, capacity, demand
 from runtime.errors import HeadstartError, IncompatibleTarget, NoSpace
 
 # Left free for what the driver allocates itself: graphs, code, the local memory of kernels.
@@ -187,6 +187,8 @@ class CudaSession:
         stack.callback(code.close)
         background = make_stream(driver, stack)
 
+        held: list[Held | None] = [None] * DEPTH
+
         def make(bucket: Bucket) -> GpuPlan:
             plan = artifact.plan(0, bucket.name)
             graph = plan_graph(driver, artifact, plan, code, self._bases, sizes)
@@ -197,7 +199,7 @@ class CudaSession:
                 raise
             staging = [side.bytes for side in self._staging]
             received = [side.bytes for side in self._received]
-            io = PlanIo(plan.header, staging, received)
+            io = PlanIo(plan.header, staging, received, held)
             return GpuPlan(bucket=bucket, graph=graph, io=io)
 
         self._plans = PlanSet(

@@ -34,7 +34,6 @@ EDIT_BYTES = 16
 Buffer = npt.NDArray[np.uint8]
 Views = dict[str, npt.NDArray[np.generic]]
 
-TOKEN_FIELDS = ("tokens", "positions", "kv_slots")
 ROW_FIELDS = (
     *("row_token", "row_slot", "row_target", "row_flags", "row_top", "seed"),
     *("temperature", "top_k", "top_p", "min_p", "frequency", "presence", "repetition"),
@@ -110,16 +109,42 @@ def none_fits(step: Demand, buckets: Sequence[Bucket]) -> ValueError:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Of a step in a staging buffer: its plan, and the objects by which a later one tells that it
+    has the same rows and pages."""
+
+    plan: PlanIo
+    kept: object
+    pages: object
+
+    def is_in(self, was: Held | None) -> bool:
+        """Whether the step written before left everything that this one keeps."""
+        return (
+            was is not None
+            and self.kept is not None
+            and was.plan is self.plan
+            and was.kept is self.kept
+            and was.pages is self.pages
+        )
+
+
 class PlanIo:
     """A plan's io block in staging memory. `start`, `size`: the part that is downloaded.
 
     `staging[i]` and `received[i]` are the host's two sides of step i, i + DEPTH, …; a received
-    buffer begins with the first output.
+    buffer begins with the first output. `held[i]`, shared by the plans of a session: what the
+    staging buffer holds of a step that was written last, if a later one may keep it.
     """
 
     def __init__(
-        self, header: PlanHeader, staging: Sequence[Buffer], received: Sequence[Buffer]
+        self,
+        header: PlanHeader,
+        staging: Sequence[Buffer],
+        received: Sequence[Buffer],
+        held: list[Held | None],
     ) -> None:
+        self._held = held
         inputs = [f for f in header.io if not f.output]
         outputs = [f for f in header.io if f.output]
         self.start = min(f.offset for f in outputs)
@@ -135,33 +160,26 @@ class PlanIo:
     def fill(self, side: int, step: StepInput) -> tuple[int, int]:
         """Writes the step into a staging buffer; where the bytes to upload begin, and how many
         they are."""
-        fields = self._fields[side]
+        fields, held = self._fields[side], Held(self, step.kept, step.pages)
         n, s, r, e = len(step.tokens), len(step.seq_len), len(step.row_token), len(step.edits)
         fields["live"][:4] = n, s, r, e
-        for name in TOKEN_FIELDS:
-            fields[name][:n] = getattr(step, name)
+        fields["positions"][:n] = step.positions
+        fields["kv_slots"][:n] = step.kv_slots
+        fields["seq_len"][:s] = step.seq_len
         if "rope_variant" in fields:
             assert step.rope_variant is not None, "the capacity has a rope_rule"
             fields["rope_variant"][:n] = step.rope_variant
-        for name in ROW_FIELDS if r else ():
-            fields[name][:r] = getattr(step, name)
+        if not held.is_in(self._held[side]):
+            _fill_kept(fields, step, n, s, r)
+        self._held[side] = held
         first, row_mask = self._first, step.row_mask
-        if r:
-            fields["row_mask"][:r] = -1
         if row_mask is not None and step.masks is not None and len(step.masks):
             table = fields["masks"]
             unused = len(table) - len(step.masks)
             table[unused:] = step.masks
             fields["row_mask"][:r] = np.where(row_mask < 0, -1, row_mask + unused)
             first = self._masks + unused * table.strides[0]
-        fields["seq_start"][: s + 1] = step.seq_start
-        fields["seq_len"][:s] = step.seq_len
-        table = fields["pages"]
-        if isinstance(step.pages, np.ndarray):
-            table[:s, : step.pages.shape[1]] = step.pages
-        else:
-            for row, pages in zip(table, step.pages, strict=False):
-                row[: len(pages)] = pages
+            self._held[side] = None
         if e:
             fields["edits"][:e] = step.edits
         return first, self._upload + e * EDIT_BYTES - first
@@ -170,6 +188,22 @@ class PlanIo:
         """Copies of what a finished step left in its received buffer."""
         out = {name: view[:rows].copy() for name, view in self._outputs[side].items()}
         return StepOutput(seconds=seconds, **out)  # type: ignore[arg-type]
+
+
+def _fill_kept(fields: Views, step: StepInput, n: int, s: int, r: int) -> None:
+    """What `StepInput.kept` speaks of, and that no row is masked."""
+    fields["tokens"][:n] = step.tokens
+    for name in ROW_FIELDS if r else ():
+        fields[name][:r] = getattr(step, name)
+    if r:
+        fields["row_mask"][:r] = -1
+    fields["seq_start"][: s + 1] = step.seq_start
+    table = fields["pages"]
+    if isinstance(step.pages, np.ndarray):
+        table[:s, : step.pages.shape[1]] = step.pages
+    else:
+        for row, pages in zip(table, step.pages, strict=False):
+            row[: len(pages)] = pages
 
 
 def _view(buffer: Buffer, field: IoField, base: int) -> npt.NDArray[np.generic]:

@@ -22,7 +22,7 @@ from runtime.device.arena import Arena, kv_pages
 from runtime.device.base import check_trust, open_session
 from runtime.device.cpu import CpuSession
 from runtime.device.machine import available_memory, cores, cpu_features, cpus
-from runtime.device.staging import arena_sizes, relocate
+from runtime.device.staging import PlanIo, arena_sizes, relocate
 from runtime.errors import DamagedArtifact, IncompatibleTarget, NoSpace, UsageError
 from runtime.request import Request, SamplingParams
 
@@ -247,3 +247,42 @@ def test_a_profile_counts_every_node_of_every_step(artifact: Artifact) -> None:
 def test_options_of_other_devices_are_refused(tiny_artifact: Path, option: str, value: float):
     with pytest.raises(UsageError, match=f"{option}={value} has no effect: .*; leave it out"):
         open_session(Artifact.open(tiny_artifact), **{option: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_what_a_step_keeps_is_what_would_be_written(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch, overlap: bool
+) -> None:
+    """Prompts that come late, sequences that grow over pages and end: every upload is that of
+    steps which keep nothing."""
+    written = []
+
+    class Twice(PlanIo):
+        def __init__(self, header, staging, received, held) -> None:
+            super().__init__(header, staging, received, held)
+            plain = shadows.setdefault(id(staging), [np.zeros_like(b) for b in staging])
+            self.shadow, self.plain = PlanIo(header, plain, received, [None, None]), plain
+            self.real = staging
+
+        def fill(self, side, step):
+            first, size = super().fill(side, step)
+            assert self.shadow.fill(side, replace(step, kept=None)) == (first, size)
+            both = [s[side][first : first + size] for s in (self.real, self.plain)]
+            np.testing.assert_array_equal(*both)
+            written.append(step.kept)
+            return first, size
+
+    shadows: dict[int, list[np.ndarray]] = {}
+    monkeypatch.setattr(cpu, "PlanIo", Twice)
+    session = open_session(artifact, threads=1, kv_tokens=4096)
+    loop = EngineLoop(session, EngineOptions(artifact="", overlap=overlap), eos=())
+    for i, most in enumerate((40, 5, 70)):
+        sampling = SamplingParams(max_new_tokens=most, temperature=i / 2, ignore_eos=True)
+        loop.add(Request(id=i, tokens=[1, 2, 3 + i], sampling=sampling))
+        for _ in range(7):
+            loop.step()
+    while loop.has_work:
+        loop.step()
+    loop.close()
+    kept = [a is b for a, b in zip(written, written[2:], strict=False) if a is not None]
+    assert sum(kept) > 40
