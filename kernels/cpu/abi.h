@@ -36,3 +36,8 @@ void hs_again(const hs_ctx*);
 // The next piece nobody has taken yet: 0, 1, 2, … counted from the start of the phase. A thread whose core is
 // shared with another process then holds up only the piece it works on.
 int64_t hs_next(const hs_ctx*);
+
+// Work in several parts, each done by whoever takes it: counts one more of `item` as done, and is true for the last of
+// `parts`, who sees what the others wrote. All parts of an item belong to one phase; items are 0 .. HS_ITEMS-1.
+#define HS_ITEMS 1024
+bool hs_last(const hs_ctx*, int64_t item, int64_t parts);

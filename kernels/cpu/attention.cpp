@@ -6,7 +6,7 @@
 //
 // Work items: (sequence, KV head, up to 24 query rows), where the rows of a sequence are its tokens times the query heads of the
 // KV head: keys and values are read once for all of them. Where threads would wait for a long one, a sequence with a single such item
-// is split by block; the pieces are merged in a second phase.
+// is split by block; who finishes the last piece merges them.
 #include "abi.h"
 #include "kv_page.h"
 #include "softmax.h"
@@ -214,10 +214,13 @@ void finish(const Call& c, const Item& item, int64_t r, const float* total, floa
     for (int64_t i = 0; i < c.v_dim; i += VL) store(out + i, loadf(total + i) * kept / sum);
 }
 
-// Key blocks first..end-1 of an item, the work of one thread at a time. `at` >= 0: the results go to partial[at] on.
+// Key blocks first..end-1 of an item, the work of one thread at a time.
 struct Job {
     Item item;
-    int64_t first, end, at;
+    int64_t first, end;
+    int64_t number = -1;  // among the items that are split; -1: this one is whole
+    int64_t parts, base;  // blocks of the item; where in `partial` their results begin, `rows` for each
+    int64_t part = 0;     // of which this is one
 };
 
 // Keys of a block that the last row of an item sees.
@@ -295,49 +298,60 @@ void load_queries(const Call& c, const Item& item, Buffers& b) {
     }
 }
 
-template <class T>
-void run(const Call& c, const Job& job, const Job* next, Buffers& b) {
-    const Item& item = job.item;
-    load_queries(c, item, b);
-    for (int64_t r = 0; r < item.rows; r++) b.total_max[r] = LOWEST, b.total_sum[r] = 0;
-    memset(b.total, 0, item.rows * c.v_dim * sizeof(float));
-    for (int64_t block = job.first; block < job.end; block++) {
-        bool last = block + 1 == job.end;
-        run_block<T>(c, item, block, !last ? &item : next ? &next->item : nullptr, !last ? block + 1 : next ? next->first : 0, b);
-        for (int64_t r = 0; r < item.rows; r++) {
-            const float* values = b.values + r * c.v_dim;
-            if (job.at < 0) {
-                merge(b.total + r * c.v_dim, b.total_max + r, b.total_sum + r, values, b.max[r], b.sum[r], c.v_dim);
-                continue;
-            }
-            float* part = c.partial + (job.at + (block - job.first) * item.rows + r) * c.partial_size();
-            memcpy(part, values, c.v_dim * sizeof(float));
-            part[c.v_dim] = b.max[r];
-            part[c.v_dim + 1] = b.sum[r];
-        }
-    }
-    for (int64_t r = 0; r < item.rows && job.at < 0; r++)
-        finish(c, item, r, b.total + r * c.v_dim, b.total_max[r], b.total_sum[r]);
-}
-
 void merge_parts(const Call& c, const Job& job, Buffers& b) {
     const Item& item = job.item;
     for (int64_t r = 0; r < item.rows; r++) {
         float max = LOWEST, sum = 0;
         memset(b.total, 0, c.v_dim * sizeof(float));
-        for (int64_t i = 0; i < job.end - job.first; i++) {
-            const float* p = c.partial + (job.at + i * item.rows + r) * c.partial_size();
+        for (int64_t i = 0; i < job.parts; i++) {
+            const float* p = c.partial + (job.base + i * item.rows + r) * c.partial_size();
             merge(b.total, &max, &sum, p, p[c.v_dim], p[c.v_dim + 1], c.v_dim);
         }
         finish(c, item, r, b.total, max, sum);
     }
 }
 
-// Calls visit(job) for every (sequence, KV head, rows), the whole range of key blocks in one job; those that may be split by block
-// have their place in `partial`. Every thread walks the same list.
+template <class T>
+void run_part(const hs_ctx* ctx, const Call& c, const Job& job, const Job* next, Buffers& b) {
+    const Item& item = job.item;
+    run_block<T>(c, item, job.first, next ? &next->item : nullptr, next ? next->first : 0, b);
+    for (int64_t r = 0; r < item.rows; r++) {
+        float* part = c.partial + (job.base + job.part * item.rows + r) * c.partial_size();
+        memcpy(part, b.values + r * c.v_dim, c.v_dim * sizeof(float));
+        part[c.v_dim] = b.max[r];
+        part[c.v_dim + 1] = b.sum[r];
+    }
+    if (hs_last(ctx, job.number, job.parts)) merge_parts(c, job, b);
+}
+
+template <class T>
+void run_whole(const Call& c, const Job& job, const Job* next, Buffers& b) {
+    const Item& item = job.item;
+    for (int64_t r = 0; r < item.rows; r++) b.total_max[r] = LOWEST, b.total_sum[r] = 0;
+    memset(b.total, 0, item.rows * c.v_dim * sizeof(float));
+    for (int64_t block = job.first; block < job.end; block++) {
+        bool last = block + 1 == job.end;
+        run_block<T>(c, item, block, !last ? &item : next ? &next->item : nullptr, !last ? block + 1 : next ? next->first : 0, b);
+        for (int64_t r = 0; r < item.rows; r++)
+            merge(b.total + r * c.v_dim, b.total_max + r, b.total_sum + r, b.values + r * c.v_dim, b.max[r], b.sum[r], c.v_dim);
+    }
+    for (int64_t r = 0; r < item.rows; r++) finish(c, item, r, b.total + r * c.v_dim, b.total_max[r], b.total_sum[r]);
+}
+
+template <class T>
+void run(const hs_ctx* ctx, const Call& c, const Job& job, const Job* next, Buffers& b) {
+    load_queries(c, job.item, b);
+    if (job.number < 0)
+        run_whole<T>(c, job, next, b);
+    else
+        run_part<T>(ctx, c, job, next, b);
+}
+
+// Calls visit(job) for every (sequence, KV head, rows), one key block at a time for those that are split. Every thread walks the
+// same list.
 template <class F>
 void each_job(const Call& c, int threads, F visit) {
-    int64_t used = 0, all = 0;  // all: blocks of every sequence and KV head
+    int64_t used = 0, numbers = 0, all = 0;  // all: blocks of every sequence and KV head
     for (int64_t s = 0; s < c.live[1]; s++) all += (c.seq_len[s] + BLOCK - 1) / BLOCK * c.kv_heads;
     for (int64_t s = 0; s < c.live[1]; s++) {
         int64_t tokens = c.seq_start[s + 1] - c.seq_start[s], rows = tokens * c.group;
@@ -345,14 +359,24 @@ void each_job(const Call& c, int threads, F visit) {
             Job job;
             job.item = {s, 0, row, rows - row < ROWS ? rows - row : ROWS, c.seq_len[s] - tokens, c.seq_len[s]};
             int64_t low = c.window ? job.item.position(0, c.group) - c.window + 1 : 0;
-            job.first = (low > 0 ? low : 0) / BLOCK;
-            job.end = (job.item.end(job.item.rows - 1, c) - 1) / BLOCK + 1;
-            int64_t blocks = job.end - job.first, parts = blocks * job.item.rows;
-            bool split = rows <= ROWS && blocks > 1 && blocks * threads * WHOLE > all && used + parts * c.kv_heads <= c.room;
+            const int64_t first = (low > 0 ? low : 0) / BLOCK, end = (job.item.end(job.item.rows - 1, c) - 1) / BLOCK + 1;
+            job.parts = end - first;
+            const int64_t room = job.parts * job.item.rows;
+            const bool split = rows <= ROWS && job.parts > 1 && job.parts * threads * WHOLE > all &&
+                               used + room * c.kv_heads <= c.room && numbers + c.kv_heads <= HS_ITEMS;
             for (; job.item.kv_head < c.kv_heads; job.item.kv_head++) {
-                job.at = split ? used : -1;
-                used += split ? parts : 0;
-                visit(job);
+                job.first = first, job.end = end;
+                if (!split) {
+                    visit(job);
+                    continue;
+                }
+                job.number = numbers++;
+                job.base = used;
+                used += room;
+                for (job.part = 0; job.part < job.parts; job.part++) {
+                    job.first = first + job.part, job.end = job.first + 1;
+                    visit(job);
+                }
             }
         }
     }
@@ -391,31 +415,16 @@ void attention(const hs_ctx* ctx, const hs_arg* a) {
 
     Buffers b;
     int64_t mine = hs_next(ctx), seen = 0;
-    if (ctx->phase == 1)
-        return each_job(c, ctx->threads, [&](const Job& job) {
-            if (job.at < 0 || seen++ != mine) return;
-            mine = hs_next(ctx);
-            merge_parts(c, job, b);
-        });
     Job held;  // ours, but run only when the one after it is known, so that its first keys can be prefetched
-    bool holding = false, parts = false;
-    auto take = [&](const Job& job) {
+    bool holding = false;
+    each_job(c, ctx->threads, [&](const Job& job) {
         if (seen++ != mine) return;
         mine = hs_next(ctx);
-        if (holding) run<T>(c, held, &job, b);
+        if (holding) run<T>(ctx, c, held, &job, b);
         held = job;
         holding = true;
-    };
-    each_job(c, ctx->threads, [&](Job job) {
-        if (job.at < 0) return take(job);
-        parts = true;
-        for (int64_t end = job.end; job.first < end; job.first++, job.at += job.item.rows) {
-            job.end = job.first + 1;
-            take(job);
-        }
     });
-    if (holding) run<T>(c, held, nullptr, b);
-    if (parts) hs_again(ctx);
+    if (holding) run<T>(ctx, c, held, nullptr, b);
 }
 
 }  // namespace

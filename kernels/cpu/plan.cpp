@@ -14,6 +14,13 @@ void hs_again(const hs_ctx* ctx) { ctx->team->again.store(true, std::memory_orde
 
 int64_t hs_next(const hs_ctx* ctx) { return ctx->team->next.fetch_add(1, std::memory_order_relaxed); }
 
+bool hs_last(const hs_ctx* ctx, int64_t item, int64_t parts) {
+    std::atomic<int64_t>& done = ctx->team->parts[item];
+    if (done.fetch_add(1, std::memory_order_acq_rel) + 1 < parts) return false;
+    done.store(0, std::memory_order_relaxed);
+    return true;
+}
+
 namespace {
 
 double now() {

@@ -59,6 +59,7 @@ struct hs_team {
     alignas(64) std::atomic<int> finished{0};  // shares of this phase
     alignas(64) std::atomic<int64_t> next{0};
     std::atomic<bool> again{false};
+    alignas(64) std::atomic<int64_t> parts[HS_ITEMS] = {};  // done, of items that are not: zero between phases
 
     // The position: written by who finished a phase, before the epoch; read by who took a share of it.
     alignas(64) hs_job job;
