@@ -59,12 +59,12 @@ def find_bins(
     BINS: tl.constexpr,
     ROOM: tl.constexpr,
 ):
-    """The bins that can hold the k-th value and the last value of top-p. Of a few best values only
-    the lowest bin is looked for, and all values from there on are candidates. Otherwise the bin of
-    the k-th value is known exactly, and that of top-p's last bounded: a
-    bin's edges bound its weights, so its values and those above it weigh between the sums of the
-    bounds, and between what the bounds of the values below it leave of the row's weight.
-    Where more than ROOM / 2 candidates are between, the weights at the bins' centres say nearer."""
+    """The bins that can hold the k-th value and the last value of top-p. Where k is small only the
+    lowest is looked for, and all values from there on are candidates. Otherwise the bin of the k-th
+    value is known exactly, and that of top-p's last bounded: a bin's edges bound its weights, so
+    its values and those above it weigh between the sums of the bounds, and between what the bounds
+    of the values below it leave of the row's weight. Where more than ROOM / 2 candidates are
+    between, the weights at the bins' centres say nearer."""
     s = tl.arange(0, triton.next_power_of_2(PROGRAMS))
     b = tl.arange(0, BINS)
     n = tl.zeros((BINS,), tl.int32)
@@ -75,7 +75,7 @@ def find_bins(
     n = tl.where(b > 0, n, 0)
     reference = tl.load(reals_ptr + r * REALS + REFERENCE)
     scale = tl.load(reals_ptr + r * REALS + SCALE)
-    # 0, and no limit, where there are no k values; but k of less than k fours there may be
+    # 0, and no limit, where there are no k values. Fewer than k fours may still hold k.
     few = few_of(k, VOCAB, ROOM)
     bin_k = tl.where(has_k, tl.max(tl.where(from_here(n) >= k, b, 0), axis=0), 0)
     bin_k = tl.where(few, tl.maximum(bin_k, 1), bin_k)
