@@ -8,7 +8,8 @@ it again with what the manifest says and compares. Called by the pipeline.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from compiler import report
 from compiler.check_plan import ArenaSizes, check_plan
 from compiler.families.spec import ModelSpec
 from compiler.fuse import fuse
-from compiler.lower import Node, lower
+from compiler.lower import Node, label, lower
 from compiler.maxima import bucket_program, hand_on_maxima
 from compiler.memory import state_layout, weights_layout
 from compiler.model import StepShape, build
@@ -41,8 +42,8 @@ EDITS_BEYOND_CONTEXT = 2048  # per step: a whole prompt marked as seen, and a fu
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Design:
     """`tensors` have offsets but no checksums yet. `binaries` and `images` are empty on CPU, where
-    the native libraries hold every kernel. `fallbacks`: calls of a CUDA target that no tuning
-    record covers, chosen by heuristic."""
+    the native libraries hold every kernel. `fallbacks`: label (layers as `*`) and bucket of the
+    calls of a CUDA target that no tuning record covers, chosen by heuristic."""
 
     spec: ModelSpec
     shape: StepShape
@@ -60,7 +61,7 @@ class Design:
     target: str
     binaries: Mapping[Source, Binary]
     images: Mapping[str, bytes]  # sha256 -> cubin
-    fallbacks: tuple[str, ...]
+    fallbacks: tuple[tuple[str, str], ...]
 
     @property
     def weights_bytes(self) -> int:
@@ -172,18 +173,23 @@ def design(spec: ModelSpec, config: CompileConfig, in_bfloat16: InBfloat16 = unk
         target=target,
         binaries=binaries,
         images=images,
-        fallbacks=tuple(
-            dict.fromkeys(
-                f"{node.shape.op} {name}: {node.kernel.name}"
-                for name, made in nodes.items()
-                for node in made
-                if node.guessed
-            )
-        ),
+        fallbacks=guessed(nodes),
     )
     for bucket in buckets:
         check_plan(plans[bucket.name], program, nodes[bucket.name], arena_sizes(made), binaries)
     return made
+
+
+def guessed(nodes: Mapping[str, Sequence[Node]]) -> tuple[tuple[str, str], ...]:
+    """`Design.fallbacks` of the nodes of every bucket."""
+    return tuple(
+        dict.fromkeys(
+            (re.sub(r"\d+", "*", label(node.call)), bucket)
+            for bucket, made in nodes.items()
+            for node in made
+            if node.guessed
+        )
+    )
 
 
 def nodes_of(

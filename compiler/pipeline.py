@@ -129,10 +129,7 @@ def code_report(made: Design, manifest: Manifest, measured: bool) -> str:
     lines = [report.binaries(manifest.kernels)]
     if made.fallbacks:
         gpu = manifest.target.levels[0]
-        lines.append(
-            f"tuning  {len(made.fallbacks)} calls have no record for {gpu} and take the "
-            f"heuristic's choice (python -m compiler.tune on the GPU measures them)"
-        )
+        lines.append(report.fallbacks(made.fallbacks, len(made.buckets), gpu))
     if measured and not manifest.golden:
         lines.append(
             f"verify  not run: this machine has no {manifest.target.levels[0]}, so no golden "

@@ -127,6 +127,22 @@ def binaries(kernels: Sequence[CudaBinary]) -> str:
     )
 
 
+def fallbacks(calls: Sequence[tuple[str, str]], buckets: int, gpu: str) -> str:
+    """Which calls, as (label, bucket), have no tuning record; `buckets`: how many there are."""
+    by_label: dict[str, list[str]] = {}
+    for label, bucket in calls:
+        by_label.setdefault(label, []).append(bucket)
+    width = max(map(len, by_label))
+    lines = [
+        f"tuning  {len(calls)} calls have no record for {gpu} and take the heuristic's choice "
+        "(python -m compiler.tune on the GPU measures them):"
+    ]
+    for label, names in by_label.items():
+        where = "all buckets" if len(names) == buckets else " ".join(names)
+        lines.append(f"        {label:<{width}}  {where}")
+    return "\n".join(lines)
+
+
 def read_bandwidth(threads: int, size: int = 128 << 20) -> float:
     """Bytes per second that `threads` threads read here, best of three."""
     data = np.ones(aligned(size, 8 * threads) // 8, np.int64)

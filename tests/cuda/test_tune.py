@@ -18,8 +18,9 @@ import pytest
 from cuda_stub import environment, load
 from toy_specs import toy, toy_config
 
+from compiler import report
 from compiler.asked_process import Lost, Process
-from compiler.design import draft, nodes_of
+from compiler.design import draft, guessed, nodes_of
 from compiler.errors import CompileError
 from compiler.lower import Node
 from compiler.measure import BLOCK, TOLD, Candidate, Meter, Task, _numbers, _widened, tasks
@@ -92,6 +93,38 @@ def test_a_record_of_a_configuration_that_is_gone_is_no_choice() -> None:
     ):
         same = nodes(Records(gpu="h200", entries={call_key(node.shape): entry}))
         assert next(n for n in same if n.shape == node.shape).config == node.config
+
+
+def test_a_compile_says_which_calls_fell_back(tmp_path: Path) -> None:
+    """Records of one bucket's calls: the report names the calls of the others."""
+    config = cuda_config()
+    base = draft(toy("llama"), config)
+    first, *others = base.buckets
+    entries = {
+        call_key(node.shape): Candidate.of(node).entry(1e-6)
+        for node in nodes_of(base.program, base.weights, first, "cuda", Records())
+        if node.guessed
+    }
+    save_records(Records(gpu="h200", entries=entries), tmp_path)
+    config.records = str(tmp_path)
+    found = fallbacks_of(config)
+    assert found and not any(bucket == first.name for _, bucket in found)
+    assert {bucket for _, bucket in found} == {bucket.name for bucket in others}
+    text = report.fallbacks(found, len(base.buckets), "h200")
+    assert f"{len(found)} calls have no record for h200" in text
+    (line,) = (line.split() for line in text.splitlines() if line.strip().startswith("attention"))
+    assert line[2:] == [bucket.name for bucket in others]
+    everything = report.fallbacks([("a", "x"), ("a", "y"), ("b", "y")], 2, "h200").splitlines()
+    assert [line.split() for line in everything[1:]] == [["a", "all", "buckets"], ["b", "y"]]
+
+
+def fallbacks_of(config: CompileConfig) -> tuple[tuple[str, str], ...]:
+    """As a design names them, without building anything."""
+    base = draft(toy("llama"), config)
+    records = load_records("h200", config.records)
+    return guessed(
+        {b.name: nodes_of(base.program, base.weights, b, "cuda", records) for b in base.buckets}
+    )
 
 
 def test_damaged_records_are_named(tmp_path: Path) -> None:
