@@ -84,6 +84,8 @@ class CpuSession:
         self._staging = tuple(np.zeros(manifest.io_bytes, np.uint8) for _ in range(DEPTH))
         self._held: list[Held | None] = [None] * DEPTH
         self._received = tuple(np.zeros(manifest.io_bytes, np.uint8) for _ in range(DEPTH))
+        sides = zip(self._staging, self._received, strict=True)
+        self._addresses = tuple((out.ctypes.data, into.ctypes.data) for out, into in sides)
         self._load_weights()
         mark("weights")
         buckets = by_cost(manifest.buckets)
@@ -111,9 +113,9 @@ class CpuSession:
             self._team,
             plan.handle,
             self._arenas[3].address + first,
-            self._staging[side].ctypes.data + first,
+            self._addresses[side][0] + first,
             upload,
-            self._received[side].ctypes.data,
+            self._addresses[side][1],
             plan.io.start - first,
             plan.io.size,
         )
