@@ -352,7 +352,11 @@ void run(const hs_ctx* ctx, const Call& c, const Job& job, const Job* next, Buff
 template <class F>
 void each_job(const Call& c, int threads, F visit) {
     int64_t used = 0, numbers = 0, all = 0;  // all: blocks of every sequence and KV head
-    for (int64_t s = 0; s < c.live[1]; s++) all += (c.seq_len[s] + BLOCK - 1) / BLOCK * c.kv_heads;
+    for (int64_t s = 0; s < c.live[1]; s++) {
+        const int64_t seen = c.window + c.seq_start[s + 1] - c.seq_start[s];  // keys at most, where there is a window
+        const int64_t keys = c.window && seen < c.seq_len[s] ? seen : c.seq_len[s];
+        all += (keys + BLOCK - 1) / BLOCK * c.kv_heads;
+    }
     for (int64_t s = 0; s < c.live[1]; s++) {
         int64_t tokens = c.seq_start[s + 1] - c.seq_start[s], rows = tokens * c.group;
         for (int64_t row = 0; row < rows; row += ROWS) {
