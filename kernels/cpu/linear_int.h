@@ -182,17 +182,17 @@ static void int_block(const Weight& w, int64_t tile, const QuantizedRows& rows, 
     const uint8_t* data = w.tile(tile);
     const uint16_t* weight_scale = w.scale + tile * rows.groups * TILE;
     vf sum[2][R][NV] = {};
-    const uint64_t group = GROUP ? GROUP : w.group;
-    for (uint64_t k = 0; k < (uint64_t)w.k; k += group, weight_scale += TILE, scale += 16, zero += 16) {
+    const uint64_t per_group = (GROUP ? GROUP : w.group) / 32, groups = rows.groups;
+    for (uint64_t g = 0; g < groups; g++, data += per_group * (STEPS * 2 * LINE), weight_scale += TILE) {
         prefetch((const uint8_t*)weight_scale + (INT_FAR ? INT_FAR : INT_AHEAD) / 16);
         HS_UNROLL for (int t0 = 0; t0 < 2; t0 += NT) {
             Dot<FMT> dot[PARTS][NT][R];
             HS_UNROLL for (int part = 0; part < PARTS; part++)
                 HS_UNROLL for (int t = 0; t < NT; t++)
-                    HS_UNROLL for (int r = 0; r < R; r++) dot[part][t][r].start(part ? 0 : zero[r]);
-            for (uint64_t i = k; i < k + group; i += 32) {
-                const int8_t* a = q + i / 64 * 1024 + i % 64;
-                const uint8_t* p = data + i / 32 * (STEPS * 2 * LINE) + t0 * LINE;
+                    HS_UNROLL for (int r = 0; r < R; r++) dot[part][t][r].start(part ? 0 : zero[g * 16 + r]);
+            const uint8_t* p = data + t0 * LINE;
+            for (uint64_t i = 0, h = g * per_group; i < per_group; i++, h++, p += STEPS * 2 * LINE) {
+                const int8_t* a = q + h / 2 * 1024 + h % 2 * 32;
                 HS_UNROLL for (int l = 0; l < STEPS; l++)
                     HS_UNROLL for (int t = 0; t < NT; t++) {
                         const uint8_t* line = p + (2 * l + t) * LINE;
@@ -219,7 +219,7 @@ static void int_block(const Weight& w, int64_t tile, const QuantizedRows& rows, 
                 HS_UNROLL for (int v = 0; v < NV; v++) {
                     vf s = fp16_to_float(load<vh>(weight_scale + (t0 + t) * HALF + v * VL));
                     HS_UNROLL for (int r = 0; r < R; r++)
-                        sum[t0 + t][r][v] = fma(dot[0][t][r].value(v), s * scale[r], sum[t0 + t][r][v]);
+                        sum[t0 + t][r][v] = fma(dot[0][t][r].value(v), s * scale[g * 16 + r], sum[t0 + t][r][v]);
                 }
         }
     }
