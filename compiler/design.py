@@ -2,8 +2,9 @@
 
 Comes in: a model's spec, a resolved config, and which weights hold bfloat16 numbers only (on CPUs
 float32 programs store those in half the bytes). Goes out: the fused program, stored forms, arena
-layouts, one verified launch plan per bucket and their static costs. Pure: `inspect verify` calls
-it again with what the manifest says and compares. Called by the pipeline.
+layouts, one verified launch plan per bucket and their static costs. Besides these only the tuning
+records (`config.records`) change it: `inspect verify` calls it again with what the manifest says
+and the same records, and compares. Called by the pipeline.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -42,11 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == "show":
             command.add_argument("--program", action="store_true", help="the fused program")
             command.add_argument("--plan", metavar="BUCKET", help="every node of a bucket's plan")
+        if name == "verify":
+            command.add_argument(
+                "--records", metavar="FOLDER", help="the tuning records it was compiled with"
+            )
     options = parser.parse_args(argv)
     try:
         artifacts = [Artifact.open(path) for path in options.artifact]
         if options.command == "verify":
-            print("\n".join(verify(artifacts[0])))
+            print("\n".join(verify(artifacts[0], options.records)))
             return 0
         if options.command == "diff":
             lines = list(diff(artifacts[0].manifest, artifacts[1].manifest))
@@ -144,11 +149,18 @@ def _facts(value: Any, path: str = "") -> dict[str, Any]:
     return facts
 
 
-def verify(artifact: Artifact) -> Iterator[str]:
-    """A line per check that held; the first that does not is an error."""
+def verify(artifact: Artifact, records: str | None = None) -> Iterator[str]:
+    """A line per check that held; the first that does not is an error. `records`: folder of the
+    tuning records that the compile was given (`records=`; None: kernels/tuned)."""
+    target = artifact.manifest.target
+    if records is not None and target.kind != "cuda":
+        raise UsageError(
+            f"--records {records}: tuning records are of GPUs, the artifact is for "
+            f"{target.machine}; leave it out"
+        )
     artifact.verify()
     yield f"files      {len(artifact.manifest.files)} have their sha256"
-    _check_plans(artifact)
+    _check_plans(artifact, records)
     yield f"plans      {len(artifact.manifest.buckets)} are what this compiler records"
     manifest = artifact.manifest
     expected = manifest.golden
@@ -180,15 +192,19 @@ def inputs(manifest: Manifest) -> tuple[ModelSpec, CompileConfig, InBfloat16]:
     return spec, config, frozenset(manifest.widened).__contains__
 
 
-def _check_plans(artifact: Artifact) -> None:
+def _check_plans(artifact: Artifact, records: str | None) -> None:
     """`design` verifies each plan on paper; the stored ones must be the same bytes."""
-    made = design(*inputs(artifact.manifest))
+    spec, config, in_bfloat16 = inputs(artifact.manifest)
+    made = design(spec, replace(config, records=records), in_bfloat16)
+    remedy = "compile it again"
+    if made.target == "cuda":
+        remedy = f"give --records if it was compiled with records=, else {remedy}"
     for bucket in made.buckets:
         name = plan_path(0, bucket.name)
         if artifact.read(name) != encode_plan(made.plans[bucket.name]):
             raise DamagedArtifact(
                 f"artifact {artifact.path}, file {name}: expected the plan this compiler records, "
-                f"found one of {artifact.manifest.tool} in another state; compile it again"
+                f"found one of {artifact.manifest.tool} in another state; {remedy}"
             )
 
 

@@ -55,7 +55,8 @@ from runtime.artifact import (
 )
 from runtime.device.machine import gpu_names
 
-NOT_INPUTS = ("out", "cache", "records")  # where things lie does not change what they are
+# Where things lie does not change what they are; what records choose is in the plans.
+NOT_INPUTS = ("out", "cache", "records")
 
 
 def compile_model(config: CompileConfig, sources: Mapping[str, str], progress: Progress) -> Path:

@@ -59,6 +59,11 @@ def test_verify(tiny_artifact: Path, capsys: pytest.CaptureFixture[str]) -> None
     ]
 
 
+def test_records_are_of_gpus(tiny_artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect.main(["verify", str(tiny_artifact), "--records", "here"]) == 2
+    assert "--records here: tuning records are of GPUs" in capsys.readouterr().err
+
+
 def test_verify_says_when_no_tokens_were_recorded(
     tiny_artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

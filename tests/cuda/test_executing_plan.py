@@ -13,14 +13,16 @@ import pytest
 import toy_models
 
 from compiler import maxima, pipeline
-from compiler.design import Design, design
+from compiler.design import Design, design, draft
 from compiler.families.spec import ModelSpec
 from compiler.importer import import_model
-from compiler.inspect import inputs
+from compiler.inspect import inputs, verify
 from compiler.interpret_plan import InterpretedSession
 from compiler.maxima import MAXIMA_TOKENS
+from compiler.measure import tasks
 from compiler.pipeline import compile_model
 from compiler.progress import Progress
+from compiler.tuned import Records, save_records
 from compiler.verify import check_device, measure
 from conf.load import load
 from conf.schema import CompileConfig
@@ -28,6 +30,7 @@ from runtime.artifact import FLAG_PROGRAMMATIC, Artifact
 from runtime.core.loop import EngineLoop
 from runtime.core.options import EngineOptions
 from runtime.device.base import Session, open_session
+from runtime.errors import DamagedArtifact
 from runtime.request import Event, Request, SamplingParams
 
 pytest.importorskip("transformers")
@@ -141,6 +144,24 @@ def test_another_gpu_than_the_targets_is_no_device_to_verify_on(
     source = str(pair.cuda.manifest.config["model"]["source"])
     again = compiled(Path(source), tmp_path, "h200", "float32", *pair.options)
     assert not again.manifest.golden and again.digest == pair.cuda.digest
+
+
+def test_plans_are_verified_with_the_records_of_the_compile(tmp_path: Path) -> None:
+    toy_models.save(toy_models.RECIPES["llama"][0], tmp_path / "source")
+    plain = compiled(tmp_path / "source", tmp_path / "plain", "h200", "float32")
+    assert any(line.startswith("plans") for line in verify(plain))
+    base = draft(*inputs(plain.manifest))
+    task = next(t for t in tasks(base, base.buckets) if t.node.shape.op == "linear")
+    other = next(one for one in task.candidates if one.config != task.node.config)
+    records = tmp_path / "records"
+    save_records(Records(gpu="h200", entries={task.key: other.entry(1e-6)}), records)
+    tuned = compiled(
+        tmp_path / "source", tmp_path / "tuned", "h200", "float32", f"records={records}"
+    )
+    assert tuned.digest != plain.digest
+    with pytest.raises(DamagedArtifact, match="give --records if it was compiled with records="):
+        list(verify(tuned))
+    assert any(line.startswith("plans") for line in verify(tuned, str(records)))
 
 
 @pytest.mark.slow
