@@ -14,11 +14,11 @@ from dataclasses import replace
 
 from compiler.program import Call, Program, Value, rewrite
 from kernels.op import OPS
-from kernels.ops.amax import X_AMAX, parts
+from kernels.ops.amax import WIDTH, X_AMAX, parts
 from runtime.artifact import Bucket
 
 MAXIMA_TOKENS = 256  # of the largest bucket whose products make the codes of their rows
-_ARGS = ("x_amax", "amax_norm", "out_amax")
+_ARGS = (X_AMAX.name, "amax_norm", "out_amax")
 
 
 def hand_on_maxima(program: Program) -> Program:
@@ -33,8 +33,7 @@ def hand_on_maxima(program: Program) -> Program:
             continue
         rows, columns = program.values[out].dims
         assert isinstance(columns, int)
-        width = call.attrs["v_head_dim"] if call.op == "attention" else None
-        count = parts(columns) if width is None else parts(columns, width)
+        count = parts(columns, call.attrs.get("v_head_dim", WIDTH))
         name = f"{out}.amax"
         values[name] = Value(name=name, dtype="float32", kind="temp", dims=(rows, count))
         made = given[id(call)]

@@ -71,8 +71,8 @@ def measure(made: Design, source: Weights) -> Measured:
     compute = _vectors if pooled else _logits
     b = compute(made, made.program, lambda name: rounded(weights[name], source, fixed))
     a = b
-    whole_numbers = ("float32", WIDENED)
-    if any(f not in whole_numbers for f in (*made.formats.values(), made.shape.kv_dtype)):
+    lossless = ("float32", WIDENED)
+    if any(f not in lossless for f in (*made.formats.values(), made.shape.kv_dtype)):
         whole = linear_inputs(exact_pages(made.program), made.formats, "")
         a = compute(made, whole, lambda name: exact(weights[name], source, fixed))
     if pooled:

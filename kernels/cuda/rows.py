@@ -39,6 +39,11 @@ def power(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
 def refuse_types(call: CallShape, *names: str) -> str | None:
     """Why the element types of these arguments cannot be served, or None."""
     for name in names:
@@ -59,7 +64,7 @@ def row_default(width: int) -> RowConfig:
 
 def row_grid(rows: int, width: int, config: RowConfig) -> tuple[int, int, int]:
     """Programs go through a row's blocks first."""
-    return (rows * -(-width // config.block), 1, 1)
+    return (rows * cdiv(width, config.block), 1, 1)
 
 
 def tile_space(call: CallShape) -> list[TileConfig]:

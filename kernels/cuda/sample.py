@@ -14,7 +14,7 @@ from typing import Any
 
 from kernels.cuda.kernel import SIZES, Config, CudaKernel, counters, launch, pointer, register
 from kernels.cuda.kernel import workspace as scratch
-from kernels.cuda.rows import PROCESSORS
+from kernels.cuda.rows import PROCESSORS, cdiv
 from kernels.kernel import CallShape
 from kernels.launch import COUNTERS_BYTES, Launch, Pointer
 
@@ -30,13 +30,7 @@ ROW_INPUTS = (
     *("top_p", "min_p", "frequency", "presence", "repetition", "seed"),
 )
 STATE = {"counts": "counts", "bias": "bias", "last": "last_token"}
-OUTPUTS = {
-    "token": "token",
-    "logprob": "logprob",
-    "top_ids": "top_ids",
-    "top_logprobs": "top_logprobs",
-    "status": "status",
-}
+OUTPUTS = ("token", "logprob", "top_ids", "top_logprobs", "status")
 
 
 def _names(text: str) -> frozenset[str]:
@@ -68,12 +62,12 @@ def _rows(call: CallShape) -> int:
 
 
 def _splits(call: CallShape, config: SampleConfig) -> int:
-    return -(-call.attrs["vocab"] // config.chunk)
+    return cdiv(call.attrs["vocab"], config.chunk)
 
 
 def _programs(call: CallShape, config: SampleConfig) -> int:
     """Of one row, in either launch."""
-    return -(-_splits(call, config) // config.steps)
+    return cdiv(_splits(call, config), config.steps)
 
 
 def _accepts(call: CallShape) -> str | None:
@@ -108,7 +102,7 @@ def _default(call: CallShape) -> SampleConfig:
     while vocab > MOST_SPLITS * chunk:
         chunk *= 2
     steps = 1
-    while steps < 16 and _rows(call) * -(-vocab // (2 * steps * chunk)) >= 7 * PROCESSORS:
+    while steps < 16 and _rows(call) * cdiv(vocab, 2 * steps * chunk) >= 7 * PROCESSORS:
         steps *= 2
     return SampleConfig(chunk=chunk, steps=steps, tile=512, warps=max(8, chunk // 512))
 
@@ -150,8 +144,8 @@ def _launches(call: CallShape, config: SampleConfig) -> tuple[Launch, ...]:
     rows, columns = call.shapes["logits"]
     splits = _splits(call, config)
     places, _ = _place(call, config)
-    named = {name: name for name in ("live", "logits", *ROW_INPUTS, "positions")}
-    slots = {f"{n}_ptr": pointer(call, arg) for n, arg in {**named, **STATE, **OUTPUTS}.items()}
+    names = ("live", "logits", *ROW_INPUTS, "positions", *STATE, *OUTPUTS)
+    slots = {f"{name}_ptr": pointer(call, STATE.get(name, name)) for name in names}
     sizes: dict[str, Any] = {
         "VOCAB": call.attrs["vocab"],
         "COLUMNS": columns,

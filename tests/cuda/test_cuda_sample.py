@@ -19,6 +19,7 @@ import kernels.cuda.register
 import kernels.ops.register  # noqa: F401
 from kernels.cuda import sample as sampling
 from kernels.cuda.build import build_cuda
+from kernels.cuda.code import sampling as device
 from kernels.cuda.rows import PROCESSORS
 from kernels.cuda.state import EditConfig
 from kernels.kernel import KERNELS
@@ -60,6 +61,11 @@ def sample_of(kind: str, vocab: int) -> Sample:
     sample = make_sample(kind, rows, vocab=vocab, columns=vocab)
     sample.args["logits"][: len(rows)] = logits(kind, len(rows), vocab)
     return sample
+
+
+def test_both_sides_have_the_same_constants() -> None:
+    for name in ("TOP_TILE", "WORDS", "REALS"):
+        assert getattr(sampling, name) == getattr(device, name).value
 
 
 @pytest.mark.parametrize(("chunk", "steps"), [(256, 1), (256, 4), (2048, 1)])
@@ -138,7 +144,7 @@ def test_candidates_are_few_in_a_large_vocabulary(temperature: float) -> None:
     check_case(case)
     start = sampling._place(case.call, config)[0]["words_ptr"].offset
     words = scratch[start : start + 4 * sampling.WORDS * len(rows)].view(torch.int32)
-    candidates = words.reshape(-1, sampling.WORDS)[:, 6]
+    candidates = words.reshape(-1, sampling.WORDS)[:, device.CANDIDATES.value]
     assert int(candidates.max()) <= sampling.ROOM and int(candidates[0]) > 0
 
 
