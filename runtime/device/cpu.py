@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -69,31 +69,15 @@ class CpuSession:
         kv_tokens: int | None = None,
         mark: Callable[[str], None] = lambda phase: None,
     ) -> None:
-        manifest = artifact.manifest
         self._artifact = artifact
         self._library = choose_library(artifact)
         self.threads = choose_threads(threads)
-        pages = kv_pages(manifest, kv_tokens, available_memory())
-        self.capacity = capacity(manifest, pages)
-        self._native = open_library(artifact, self._library)
-        mark("library")
-        self._team: int | None = self._native.hs_open(self.threads)
-        if not self._team:
-            raise NoSpace(f"cannot start {self.threads} kernel threads; lower threads")
-        self._arenas = tuple(Arena(size) for size in arena_sizes(manifest, pages))
-        self._staging = tuple(np.zeros(manifest.io_bytes, np.uint8) for _ in range(DEPTH))
-        self._held: list[Held | None] = [None] * DEPTH
-        self._received = tuple(np.zeros(manifest.io_bytes, np.uint8) for _ in range(DEPTH))
-        sides = zip(self._staging, self._received, strict=True)
-        self._addresses = tuple((out.ctypes.data, into.ctypes.data) for out, into in sides)
-        self._load_weights()
-        mark("weights")
-        buckets = by_cost(manifest.buckets)
-        self._plans = tuple(self._instantiate(artifact.plan(0, b.name)) for b in buckets)
-        mark("plans")
         self._steps = 0
         self._flying: list[tuple[Ticket, Plan, int, int]] = []
         self._times: dict[str, PlanTimes] | None = None
+        with ExitStack() as stack:
+            self._open(kv_tokens, mark, stack)
+            self._stack = stack.pop_all()
 
     @property
     def level(self) -> str:
@@ -168,14 +152,10 @@ class CpuSession:
         times[plan.bucket.name].total += seconds
 
     def close(self) -> None:
-        if self._team is None:
-            return
+        """Waits for the steps in flight. May be called twice."""
         while self._flying:
             self.collect(self._flying[0][0])
-        for plan in self._plans:
-            self._native.hs_plan_free(plan.handle)
-        self._native.hs_close(self._team)
-        self._team = None
+        self._stack.close()
 
     def _fitting(self, step: Demand) -> Plan:
         for plan in self._plans:
@@ -184,6 +164,29 @@ class CpuSession:
         raise none_fits(step, [plan.bucket for plan in self._plans])
 
     # --- opening --------------------------------------------------------------------------------
+
+    def _open(self, kv_tokens: int | None, mark: Callable[[str], None], stack: ExitStack) -> None:
+        """`stack` gets what must be given back: the threads, then the plans they run."""
+        artifact, manifest = self._artifact, self._artifact.manifest
+        pages = kv_pages(manifest, kv_tokens, available_memory())
+        self.capacity = capacity(manifest, pages)
+        self._native = open_library(artifact, self._library)
+        mark("library")
+        self._team: int = self._native.hs_open(self.threads)
+        if not self._team:
+            raise NoSpace(f"cannot start {self.threads} kernel threads; lower threads")
+        stack.callback(self._native.hs_close, self._team)
+        self._arenas = tuple(Arena(size) for size in arena_sizes(manifest, pages))
+        self._staging = tuple(np.zeros(manifest.io_bytes, np.uint8) for _ in range(DEPTH))
+        self._held: list[Held | None] = [None] * DEPTH
+        self._received = tuple(np.zeros(manifest.io_bytes, np.uint8) for _ in range(DEPTH))
+        sides = zip(self._staging, self._received, strict=True)
+        self._addresses = tuple((out.ctypes.data, into.ctypes.data) for out, into in sides)
+        self._load_weights()
+        mark("weights")
+        buckets = by_cost(manifest.buckets)
+        self._plans = tuple(self._instantiate(artifact.plan(0, b.name), stack) for b in buckets)
+        mark("plans")
 
     def _load_weights(self) -> None:
         """Read, then checked, group by group; all threads do both."""
@@ -223,7 +226,7 @@ class CpuSession:
                 0, tensor, arena.bytes[tensor.offset : tensor.offset + tensor.size]
             )
 
-    def _instantiate(self, plan: LaunchPlan) -> Plan:
+    def _instantiate(self, plan: LaunchPlan, stack: ExitStack) -> Plan:
         header = plan.header
         arenas = self._arenas
         values = relocate(
@@ -237,6 +240,7 @@ class CpuSession:
         )
         if not handle:
             raise NoSpace(f"cannot make plan {header.bucket.name} of {len(plan.nodes)} nodes")
+        stack.callback(self._native.hs_plan_free, handle)
         return Plan(
             bucket=header.bucket,
             handle=handle,

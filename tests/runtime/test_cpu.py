@@ -105,6 +105,25 @@ def test_a_flipped_byte_of_code_or_plan_is_refused(
     assert name in str(refused.value)
 
 
+@pytest.mark.parametrize("step", ["_load_weights", "_instantiate"])
+def test_a_session_that_fails_to_open_leaves_no_threads(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    before, during = os.listdir("/proc/self/task"), []
+    done = getattr(CpuSession, step)
+
+    def fail(*args: object) -> None:
+        done(*args)
+        during.append(len(os.listdir("/proc/self/task")))
+        raise NoSpace("no room")
+
+    monkeypatch.setattr(CpuSession, step, fail)
+    with pytest.raises(NoSpace, match="no room"):
+        CpuSession(artifact, threads=1)
+    assert during == [len(before) + 1]
+    assert os.listdir("/proc/self/task") == before
+
+
 def with_manifest(artifact: Artifact, **changes: object) -> Artifact:
     return Artifact(artifact.path, msgspec.structs.replace(artifact.manifest, **changes))
 
