@@ -25,9 +25,8 @@ from kernels.toolchain import (
     machine_levels,
 )
 from runtime.artifact import CpuLibrary, CudaBinary, Target
+from runtime.device.native import ABI
 from runtime.errors import NoSpace
-
-ABI = 1  # HS_ABI_VERSION of kernels/cpu/abi.h
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from runtime.artifact import Artifact, CpuLibrary
 from runtime.device.machine import cpu_features
 from runtime.errors import DamagedArtifact, IncompatibleTarget
 
-ABI = 1
+ABI = 2  # HS_ABI_VERSION of kernels/cpu/abi.h
 
 SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "hs_open": (c_void_p, (c_int,)),
