@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,10 @@ def check_effect(config: ServingConfig, sources: Mapping[str, str]) -> None:
     for dataset, prefixes in OPTIONS_OF.items():
         for key in (key for key, source in sources.items() if source == "override"):
             if dataset != config.dataset and key.startswith(prefixes):
-                raise BenchUsage(f"{key} has no effect on dataset={config.dataset}; leave it out")
+                raise BenchUsage(
+                    f"{key}={attrgetter(key)(config)}: dataset={config.dataset} does not read it; "
+                    f"leave it out or take dataset={dataset}"
+                )
 
 
 def _check(config: ServingConfig) -> None:
@@ -223,7 +227,7 @@ async def measure(config: ServingConfig) -> dict[str, Any]:
         result["warnings"].append(
             f"the server refused {refused} requests: lower request_rate or max_concurrency, or "
             "raise the server's limits (limits.waiting_requests, limits.queue_wait_s, "
-            "limits.connections_per_address)"
+            "limits.request_s, limits.connections_per_address)"
         )
     if tokenizer is not None:
         result["total_output_tokens_retokenized"] = sum(

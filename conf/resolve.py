@@ -26,7 +26,8 @@ def settle_target(
     config: CompileConfig, sources: Mapping[str, str], gpus: Sequence[str]
 ) -> tuple[CompileConfig, dict[str, str]]:
     """target=auto becomes the first of this machine's GPUs that there is a target for, else its
-    CPU. `gpus`: product names, e.g. `NVIDIA H200`."""
+    CPU. `gpus`: product names, e.g. `NVIDIA H200`. Refuses figures of a GPU that were asked for
+    beside a target that names none: auto would overwrite them."""
     if config.target.kind != "cuda":
         for key in GPU_FIELDS:
             if sources.get(f"target.{key}") == "override":
