@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import closing
 from itertools import repeat
 from statistics import mean, median
 from typing import Any
@@ -114,40 +115,47 @@ def main(config: LatencyConfig, sources: Mapping[str, str]) -> int:
     threads = config.threads
     if artifact.manifest.target.kind == "cpu":
         threads = threads or len(os.sched_getaffinity(0))
-    static = StaticBatch.open(artifact, threads=threads, policy=config.policy)
-    if config.profile:
-        profiled(static.session, artifact)
-    buffer = read_bandwidth(static.session, artifact, threads)
+    with closing(StaticBatch.open(artifact, threads=threads, policy=config.policy)) as static:
+        if config.profile:
+            profiled(static.session, artifact)
+        with closing(read_bandwidth(static.session, artifact, threads)) as buffer:
+            return measure_all(static, config, artifact, buffer, threads)
+
+
+def measure_all(
+    static: StaticBatch,
+    config: LatencyConfig,
+    artifact: Artifact,
+    buffer: Bandwidth | DeviceBandwidth,
+    threads: int | None,
+) -> int:
+    """Every shape that fits, printed and recorded; the exit code."""
     capacity = static.session.capacity
     shapes = [(batch, config.input_len, config.output_len) for batch in config.batch]
     measured = 0
     print(f"max_total_num_tokens={capacity.pages * capacity.page_size}")
-    try:
-        for index, shape in enumerate(shapes):
-            try:
-                static.check(*shape)
-            except TooLarge as e:
-                print(f"skipping ({', '.join(map(str, shape))}) due to {e}")
-                continue
-            if measured == 0 and config.warmup_decode:
-                print("Warmup ...")
-                steps = max(2, min(config.warmup_decode, shape[2]))
-                static.run(static.prompts(shape[0], shape[1], config.seed + 1 + index), steps)
-            print("Benchmark ..." if len(shapes) == 1 else f"Benchmark {shape} ...")
-            result = measure(static, config, artifact, buffer, shape)
-            if config.profile:
-                assert isinstance(buffer, Bandwidth)
-                prompts = static.prompts(*shape[:2], config.seed)
-                result["profile"] = profile(static, artifact, buffer, prompts, shape[2])
-                print("\n".join(table(result["profile"])))
-            result |= {"threads": threads, "kv_dtype": artifact.manifest.kv_dtype}
-            results.append(
-                config.output_file, results.stamp("latency", result, artifact=artifact.digest)
-            )
-            measured += 1
-    finally:
-        buffer.close()
-        static.close()
+    for index, shape in enumerate(shapes):
+        try:
+            static.check(*shape)
+        except TooLarge as e:
+            print(f"skipping ({', '.join(map(str, shape))}) due to {e}")
+            continue
+        if measured == 0 and config.warmup_decode:
+            print("Warmup ...")
+            steps = max(2, min(config.warmup_decode, shape[2]))
+            static.run(static.prompts(shape[0], shape[1], config.seed + 1 + index), steps)
+        print("Benchmark ..." if len(shapes) == 1 else f"Benchmark {shape} ...")
+        result = measure(static, config, artifact, buffer, shape)
+        if config.profile:
+            assert isinstance(buffer, Bandwidth)
+            prompts = static.prompts(*shape[:2], config.seed)
+            result["profile"] = profile(static, artifact, buffer, prompts, shape[2])
+            print("\n".join(table(result["profile"])))
+        result |= {"threads": threads, "kv_dtype": artifact.manifest.kv_dtype}
+        results.append(
+            config.output_file, results.stamp("latency", result, artifact=artifact.digest)
+        )
+        measured += 1
     return 0 if measured else 1
 
 
