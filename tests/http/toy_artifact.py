@@ -10,6 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from runtime import weights_file
 from runtime.artifact import Artifact, plan_path, weights_path
+from runtime.device.native import ABI
 from runtime.manifest import (
     SCHEMA,
     EmbeddingInfo,
@@ -89,7 +90,7 @@ def write_artifact(
             bos_token_id=0,
             embedding=embedding,
         ),
-        target=Target(kind="cpu", machine="x86_64", levels=(), abi=1),
+        target=Target(kind="cpu", machine="x86_64", levels=(), abi=ABI),
         dtype="float32",
         quant={"scheme": "none"},
         kv_dtype="float32",

@@ -14,6 +14,7 @@ import kernels.cpu.register  # noqa: F401
 from kernels.cpu.run import Node, Team, aligned, load
 from kernels.kernel import KERNELS, CallShape
 from kernels.toolchain import supported_levels
+from runtime.device.native import ABI
 
 LEVEL = supported_levels()[-1].name
 ADD = next(k for k in KERNELS["cpu"] if k.name == "add")
@@ -134,7 +135,7 @@ def test_refuses_a_senseless_team() -> None:
         and library.hs_open(-1) is None
         and library.hs_open(100_000) is None
     )
-    assert library.hs_abi() == 1
+    assert library.hs_abi() == ABI
 
 
 def test_profile_counts_every_node(team: Team) -> None:
