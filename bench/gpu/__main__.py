@@ -36,11 +36,20 @@ ERROR = 600  # characters of an error that are kept
 KILLED_S = 10.0  # for a process to be gone
 STATE = "result.json"  # of a folder that a run is resumed from
 ENDED = ("done", "failed")  # what is not tried again; what the time cut short is
+# Options that change nothing without a section.
+ONLY_FOR = {
+    "tune": TUNE,
+    "tune_s": TUNE,
+    "kernels": "contracts",
+    "serving": "serving",
+    "rates": "serving",
+    "load_s": "serving",
+}
 
 
 def main(config: GpuConfig, sources: Mapping[str, str]) -> int:
     deadline = time.monotonic() + config.seconds
-    check(config)
+    check(config, sources)
     config = replace(config, hardware=config.hardware or target_name(gpu_name(config.gpu)))
     run = Run(config, deadline)
     for job in run.todo():
@@ -59,7 +68,8 @@ def main(config: GpuConfig, sources: Mapping[str, str]) -> int:
     return 1 if run.unmeasured else 0
 
 
-def check(config: GpuConfig) -> None:
+def check(config: GpuConfig, sources: Mapping[str, str]) -> None:
+    """Refuse what cannot be, and what was asked for but changes nothing."""
     names = [s.name for s in SECTIONS]
     for name in config.sections:
         if name not in names:
@@ -72,6 +82,18 @@ def check(config: GpuConfig) -> None:
             f"records={config.records} with resume={config.resume}: records are kept there; leave "
             "one of them out"
         )
+    for option, section in ONLY_FOR.items():
+        if sources.get(option) == "override" and section not in (config.sections or names):
+            raise BenchUsage(
+                f"{option}={getattr(config, option)}: is for the section {section}, "
+                f"sections={config.sections} has none; leave it out"
+            )
+    if sources.get("tune_s") == "override" and not config.tune:
+        raise BenchUsage(f"tune_s={config.tune_s:g}: tune=false tunes nothing; leave it out")
+    if TUNE in config.sections and not config.tune:
+        raise BenchUsage(
+            f"tune=false: sections={config.sections} asks for {TUNE}; leave one of them out"
+        )
 
 
 class Run:
@@ -82,16 +104,17 @@ class Run:
         self.records: list[dict[str, Any]] = []
         self.paths: list[Path] = []
         if config.resume:
-            folder = Path(config.resume)
+            folder = Path(config.resume).expanduser()
             self.paths.append(folder / STATE)
             self.records = kept(folder / STATE, self.target)
             given = tuned.FOLDER / f"{self.target}.json"
             if given.exists() and not (folder / given.name).exists():
                 folder.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(given, folder / given.name)
-            config = replace(config, records=config.resume)
+            config = replace(config, records=str(folder))
         if config.output_file or not config.resume:
-            self.paths.append(Path(config.output_file or result_path(self.target)))
+            path = Path(config.output_file or result_path(self.target)).expanduser()
+            self.paths.append(path)
         self.config = config
         self.jobs = jobs(config)
         stamp = {"hardware": self.target, "sections": self.records}
@@ -106,7 +129,7 @@ class Run:
         ended = {key(r) for r in self.records if r["status"] in ENDED}
         left = [job for job in self.jobs if key_of(job) not in ended]
         wanted = {(job.model, job.tuned) for job in left if job.section.needs and job.model}
-        gone = {k for k in wanted if not Path(self.artifacts.get(k, "/")).is_dir()}
+        gone = {k for k in wanted if k in self.artifacts and not Path(self.artifacts[k]).is_dir()}
         return [
             job
             for job in self.jobs
@@ -146,7 +169,8 @@ class Run:
         """Whether a compile after the tuning would make the artifact that there is."""
         mine = (r for r in self.records if (r["section"], r["model"]) == (TUNE, model))
         found = any(r.get("figures", {}).get("records") for r in mine)
-        return not found and Path(self.artifacts.get((model, True), "/nowhere")).is_dir()
+        place = model, True
+        return not found and place in self.artifacts and Path(self.artifacts[place]).is_dir()
 
     def note(self, record: Mapping[str, Any]) -> None:
         place = record["model"], record.get("tuned", False)
@@ -170,9 +194,10 @@ class Run:
             temporary = path.with_suffix(".tmp")
             temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
             os.replace(temporary, path)
-        choices = Path(self.config.resume or "") / f"{self.target}.json"
-        if len(self.paths) > 1 and choices.exists():
-            shutil.copyfile(choices, self.paths[-1].parent / choices.name)
+        if len(self.paths) > 1:
+            choices, beside = (path.parent / f"{self.target}.json" for path in self.paths)
+            if choices.exists() and choices.resolve() != beside.resolve():
+                shutil.copyfile(choices, beside)
         return self.paths
 
 

@@ -217,6 +217,39 @@ def test_a_run_cut_in_two_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         main(config, {})
 
 
+def test_results_may_go_beside_the_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Sections(monkeypatch, tmp_path)
+    (tmp_path / "h200.json").write_text("{}")
+    output = str(tmp_path / "mine.json")
+    config = GpuConfig(
+        hardware="h200", models=[], sections=["machine"], resume=str(tmp_path), output_file=output
+    )
+    assert main(config, {}) == 0
+    assert (tmp_path / "mine.json").exists() and (tmp_path / "h200.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    ("given", "option", "words"),
+    [
+        (
+            {"sections": ["decode"], "tune_s": 60.0},
+            "tune_s",
+            "tune_s=60.0: is for the section tune",
+        ),
+        ({"sections": ["decode"], "tune": False}, "tune", "tune=False: is for the section tune"),
+        ({"sections": ["tokens"], "kernels": ["add"]}, "kernels", "for the section contracts"),
+        ({"sections": ["tokens"], "load_s": 2.0}, "load_s", "is for the section serving"),
+        ({"tune": False, "tune_s": 60.0}, "tune_s", "tune_s=60: tune=false tunes nothing"),
+        ({"sections": ["tune"], "tune": False}, "tune", "asks for tune; leave one of them out"),
+    ],
+)
+def test_an_option_that_changes_nothing_is_refused(
+    given: dict[str, Any], option: str, words: str
+) -> None:
+    with pytest.raises(BenchUsage, match=words):
+        main(GpuConfig(**given), {option: "override"})
+
+
 def test_an_artifact_that_hangs_is_not_waited_for_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
