@@ -8,7 +8,6 @@ after every node of the steps themselves.
 
 from __future__ import annotations
 
-import re
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -18,18 +17,13 @@ from typing import Any
 from bench.bandwidth import Bandwidth, Rate
 from bench.errors import BenchUsage
 from bench.static_batch import WARM_STEPS, StaticBatch
-from runtime.artifact import PARAM_ADDRESS, Artifact, LaunchPlan
+from runtime.artifact import PARAM_ADDRESS, Artifact, LaunchPlan, node_kind
 from runtime.device.base import Session
 from runtime.device.cpu import CpuSession, PlanTimes
 from runtime.plan import ARENAS
 
 READS_PAGES = ("attention", "mla_attention")  # ops that read the keys and values of every context
 LOOKS_UP = ("embed", "embed_positions")  # ops that read a few rows of their tables
-
-
-def kind(label: str) -> str:
-    """A label without the number of its layer."""
-    return re.sub(r"\d+", "*", label)
 
 
 def profiled(session: Session, artifact: Artifact) -> CpuSession:
@@ -119,7 +113,7 @@ def by_kind(
         seconds = (of.nodes - before[name].nodes) / steps
         read = node_bytes(artifact, plan, batch, context)
         for label, taken, size in zip(plan.header.labels, seconds.tolist(), read, strict=True):
-            of_kind = out.setdefault(kind(label), {"nodes": 0.0, "us": 0.0, "bytes": 0.0})
+            of_kind = out.setdefault(node_kind(label), {"nodes": 0.0, "us": 0.0, "bytes": 0.0})
             of_kind["nodes"] += ran / steps
             of_kind["us"] += taken * 1e6
             of_kind["bytes"] += size * ran / steps

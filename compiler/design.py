@@ -9,7 +9,6 @@ and the same records, and compares. Called by the pipeline.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +34,7 @@ from conf.schema import CompileConfig
 from kernels.cpu.layout import WIDENED
 from kernels.cuda.build import build_cuda
 from kernels.launch import Binary, Source
-from runtime.artifact import Bucket, LaunchPlan, StateLayout, TensorEntry
+from runtime.artifact import Bucket, LaunchPlan, StateLayout, TensorEntry, node_kind
 
 EDITS_BEYOND_CONTEXT = 2048  # per step: a whole prompt marked as seen, and a full logit_bias
 
@@ -185,7 +184,7 @@ def guessed(nodes: Mapping[str, Sequence[Node]]) -> tuple[tuple[str, str], ...]:
     """`Design.fallbacks` of the nodes of every bucket."""
     return tuple(
         dict.fromkeys(
-            (re.sub(r"\d+", "*", label(node.call)), bucket)
+            (node_kind(label(node.call)), bucket)
             for bucket, made in nodes.items()
             for node in made
             if node.guessed

@@ -67,6 +67,7 @@ from runtime.plan import (
     TensorMap,
     decode_plan,
     encode_plan,
+    node_kind,
 )
 
 __all__ = [
@@ -105,6 +106,7 @@ __all__ = [
     "digest",
     "encode_manifest",
     "encode_plan",
+    "node_kind",
     "plan_path",
     "weights_path",
 ]

@@ -8,6 +8,7 @@ Types are re-exported by `runtime.artifact`.
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from typing import Any
@@ -78,6 +79,11 @@ class PlanHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     labels: tuple[str, ...]  # one per node: what it computes, for reports and errors
     late: tuple[str, ...] = ()  # names of values known at load
     tensormaps: tuple[TensorMap, ...] = ()
+
+
+def node_kind(label: str) -> str:
+    """A node's label without the number of its layer: `linear *.qkv`."""
+    return re.sub(r"\d+", "*", label)
 
 
 # Plan tables. A parameter is Bytes (value is the `size` little-endian bytes), Address (arena,

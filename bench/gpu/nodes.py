@@ -12,9 +12,8 @@ from statistics import median
 from typing import Any
 
 from bench.static_batch import StaticBatch
-from bench.step_profile import kind
 from conf.bench_schema import GpuConfig
-from runtime.artifact import Artifact, Bucket, LaunchPlan
+from runtime.artifact import Artifact, Bucket, LaunchPlan, node_kind
 from runtime.device.cuda import CudaSession
 from runtime.device.launcher import Launcher
 from runtime.device.staging import by_cost
@@ -47,7 +46,7 @@ def kinds(launcher: Launcher, session: CudaSession, plan: LaunchPlan) -> dict[st
     """Microseconds of one node of each kind, and of all."""
     groups: dict[str, list[int]] = defaultdict(list)
     for index, label in enumerate(plan.header.labels):
-        groups[kind(label)].append(index)
+        groups[node_kind(label)].append(index)
     out: dict[str, Any] = {}
     for name, indices in {**groups, "all": list(range(len(plan.nodes)))}.items():
         graph = session.nodes(plan.header.bucket.name, indices)

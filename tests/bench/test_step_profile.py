@@ -11,19 +11,14 @@ from bench import step_profile
 from bench.bandwidth import Bandwidth
 from bench.errors import BenchUsage
 from bench.static_batch import StaticBatch, step_bytes
-from bench.step_profile import Laps, kind, node_bytes, profile, profiled, table
-from runtime.artifact import Artifact
+from bench.step_profile import Laps, node_bytes, profile, profiled, table
+from runtime.artifact import Artifact, node_kind
 from runtime.device.null import NullSession, null_capacity
 
 
 @pytest.fixture(scope="module")
 def artifact(tiny_artifact: Path) -> Artifact:
     return Artifact.open(tiny_artifact)
-
-
-def test_kinds_have_no_layer() -> None:
-    assert kind("linear 12.qkv") == kind("linear 0.qkv") == "linear *.qkv"
-    assert kind("sample token") == "sample token"
 
 
 def test_laps_leave_nothing_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +50,7 @@ def test_profile_adds_up(artifact: Artifact) -> None:
     phases = ["between", "schedule", "build", "submit", "collect", "commit"]
     assert sorted(given["host_us"]) == sorted(phases)
     plan = artifact.plan(0, static.session._plans[0].bucket.name)
-    assert list(nodes) == list(dict.fromkeys(map(kind, plan.header.labels)))
+    assert list(nodes) == list(dict.fromkeys(map(node_kind, plan.header.labels)))
     assert sum(of["nodes"] for of in nodes.values()) == len(plan.nodes)
     lines = table(given)
     assert [line.split("  ")[1] for line in lines[2 : 2 + len(nodes)]] == list(nodes)

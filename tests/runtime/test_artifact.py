@@ -41,6 +41,7 @@ from runtime.artifact import (
     digest,
     encode_manifest,
     encode_plan,
+    node_kind,
     plan_path,
     weights_path,
 )
@@ -383,3 +384,8 @@ def test_lengths_beyond_the_file_allocate_nothing() -> None:
     data = PLAN[:8] + struct.pack("<III", 0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF) + PLAN[20:]
     with pytest.raises(DamagedArtifact, match="expected"):
         decode_plan(data)
+
+
+def test_a_kind_of_node_has_no_layer() -> None:
+    assert node_kind("linear 12.qkv") == node_kind("linear 0.qkv") == "linear *.qkv"
+    assert node_kind("sample token") == "sample token"
