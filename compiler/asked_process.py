@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -69,7 +70,7 @@ class Process:
         try:
             self.hello = self._exchange(self._first, START_S)
         except Lost as lost:
-            raise CompileError(f"the process that measures does not start: {lost}") from None
+            raise CompileError(f"{shlex.join(self._command)} does not start: {lost}") from None
 
     def _exchange(self, question: dict[str, Any], seconds: float) -> dict[str, Any]:
         process = self._process

@@ -25,15 +25,12 @@ from bench.errors import BenchError
 from bench.gpu import calls, contracts, probes
 from bench.gpu.model import cache_option, program, tiny_words, words
 from bench.gpu.wheels import KERNELS, WHEELS, WheelError, fetch
-from compiler.design import Draft, draft, nodes_of
-from compiler.importer import import_model
+from compiler.design import nodes_of
 from compiler.tune import anchors, ordered
 from compiler.tune_search import Search
 from compiler.tuned import load_records
 from conf.bench_schema import BundleConfig
-from conf.load import load, run
-from conf.resolve import resolve
-from conf.schema import CompileConfig
+from conf.load import run
 from kernels.cuda.build import Builders, key
 from kernels.launch import Source
 from kernels.toolchain import ToolchainError
@@ -122,7 +119,7 @@ def groups(config: BundleConfig) -> Iterator[tuple[str, list[Source]]]:
 
 def _searched(given: list[str]) -> list[Source]:
     """What every search of the buckets that matter most begins with."""
-    base, _ = _draft(given)
+    base, _ = calls.drafted(given)
     searched = anchors(base.buckets)
     return [
         source
@@ -133,22 +130,9 @@ def _searched(given: list[str]) -> list[Source]:
     ]
 
 
-def _draft(given: list[str]) -> tuple[Draft, CompileConfig]:
-    loaded = load(CompileConfig, "compile", given)
-    model = import_model(loaded.config)
-    settings, _ = resolve(
-        loaded.config,
-        loaded.sources,
-        checkpoint_dtype=model.dtype,
-        context=model.spec.context,
-        whole=model.spec.whole,
-    )
-    return draft(model.spec, settings), settings
-
-
 def _of_steps(given: list[str]) -> list[Source]:
     """Of all steps of a model, as a compile would choose them."""
-    base, settings = _draft(given)
+    base, settings = calls.drafted(given)
     records = load_records(settings.target.name, settings.records)
     return [
         launch.source

@@ -24,13 +24,12 @@ from torch import Tensor
 from bench.device_bandwidth import DeviceBandwidth
 from bench.gpu.model import words
 from compiler.design import Draft, draft, nodes_of
-from compiler.importer import import_model
+from compiler.importer import import_resolved
 from compiler.measure import Candidate, Meter, Task, tasks
 from compiler.tune_inputs import Lengths
 from compiler.tuned import call_key, load_records
 from conf.bench_schema import GpuConfig
 from conf.load import load
-from conf.resolve import resolve
 from conf.schema import CompileConfig
 from kernels.launch import Source
 from kernels.ops.linear import e4m3_rows
@@ -55,7 +54,7 @@ def calls(config: GpuConfig, model: str) -> Iterator[dict[str, Any]]:
     device = config.torch_device
     if device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"torch {torch.__version__} sees no GPU")
-    base, settings = drafted(config, model)
+    base, settings = drafted(few_layers(config, model))
     sizes = Sizes(base)
     with Launcher() as launcher:
         meter = Meter(
@@ -90,23 +89,21 @@ def calls(config: GpuConfig, model: str) -> Iterator[dict[str, Any]]:
         yield out
 
 
-def drafted(config: GpuConfig, model: str) -> tuple[Draft, CompileConfig]:
-    """A model of few layers that may hold a very long sequence."""
+def few_layers(config: GpuConfig, model: str) -> list[str]:
+    """Options of a compile: a model of few layers that may hold a very long sequence."""
     longest = LONG + SHORT if config.torch_device == "cuda" else config.context
     given = [w for w in words(config, model) if not w.startswith("shape.context=")]
     shape = [f"model.config.num_hidden_layers={LAYERS}", f"shape.context={longest}"]
     if config.torch_device == "cuda":
         shape.append(f"model.config.max_position_embeddings={longest}")
-    loaded = load(CompileConfig, "compile", [*given, *shape])
-    found = import_model(loaded.config)
-    settings, _ = resolve(
-        loaded.config,
-        loaded.sources,
-        checkpoint_dtype=found.dtype,
-        context=found.spec.context,
-        whole=found.spec.whole,
-    )
-    return draft(found.spec, settings), settings
+    return [*given, *shape]
+
+
+def drafted(given: Sequence[str]) -> tuple[Draft, CompileConfig]:
+    """What a compile with these options would choose kernels for, and its options resolved."""
+    loaded = load(CompileConfig, "compile", given)
+    model, settings, _ = import_resolved(loaded.config, loaded.sources)
+    return draft(model.spec, settings), settings
 
 
 class Sizes:
@@ -363,7 +360,7 @@ def key_bytes(task: Task) -> int:
 
 def sources(config: GpuConfig, model: str) -> list[Source]:
     """What `calls` needs built."""
-    base, settings = drafted(config, model)
+    base, settings = drafted(few_layers(config, model))
     records, sizes = load_records(settings.target.name, config.records), Sizes(base)
     few = sizes.holding(sizes.decode, SKEWED)
     found: list[Source] = []

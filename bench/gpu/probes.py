@@ -68,7 +68,7 @@ def main() -> None:
         try:
             with Launcher() as launcher:
                 figures = PROBES[question["probe"]](launcher, config)
-        except DriverError:  # after a fault no call works: that ends the process
+        except DriverError:  # a fault perhaps, after which no call works: that ends the process
             raise
         except Exception as error:  # noqa: BLE001 - whatever it was, the next one is tried
             figures = {"error": f"{type(error).__name__}: {error}"[:500]}
