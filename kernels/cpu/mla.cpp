@@ -166,10 +166,12 @@ void finish(const Call& c, const float* total, float sum, int64_t row) {
     for (int64_t i = 0; i < c.latent; i += VL) store(out + i, loadf(total + i) / sum);
 }
 
-// Key blocks first..end-1 of an item, the work of one thread at a time. `at` >= 0: the results go to partial[at] on.
+// Key blocks first..end-1 of an item, the work of one thread at a time.
 struct Job {
     Item item;
-    int64_t first, end, at;
+    int64_t first, end;
+    int64_t number = -1;  // among the items that are split; -1: this one is whole
+    int64_t parts, base;  // blocks of the item; where in `partial` their results begin, `rows` for each
 };
 
 // One key block for all rows of an item: b.values, b.max, b.sum.
@@ -201,49 +203,61 @@ void run_block(const Call& c, const Item& item, int64_t block, Buffers& b) {
             value_rows<T, VR, 1>(b.scores + r * BLOCK, item.rows - r, keys, k, column, c.latent, b.values + r * c.latent);
 }
 
-template <class T>
-void run(const Call& c, const Job& job, Buffers& b) {
-    const Item& item = job.item;
-    const int64_t row = c.seq_start[item.seq] * c.heads + item.first_row;
-    for (int64_t i = 0; i < item.rows * c.width; i++) b.q[i] = c.q[row * c.width + i] * c.scale;
-    for (int64_t r = 0; r < item.rows; r++) b.total_max[r] = LOWEST, b.total_sum[r] = 0;
-    memset(b.total, 0, item.rows * c.latent * sizeof(float));
-    for (int64_t block = job.first; block < job.end; block++) {
-        run_block<T>(c, item, block, b);
-        for (int64_t r = 0; r < item.rows; r++) {
-            const float* values = b.values + r * c.latent;
-            if (job.at < 0) {
-                merge(b.total + r * c.latent, b.total_max + r, b.total_sum + r, values, b.max[r], b.sum[r], c.latent);
-                continue;
-            }
-            float* part = c.partial + (job.at + (block - job.first) * item.rows + r) * c.partial_size();
-            memcpy(part, values, c.latent * sizeof(float));
-            part[c.latent] = b.max[r];
-            part[c.latent + 1] = b.sum[r];
-        }
-    }
-    for (int64_t r = 0; r < item.rows && job.at < 0; r++)
-        finish(c, b.total + r * c.latent, b.total_sum[r], row + r);
-}
-
-void merge_parts(const Call& c, const Job& job, Buffers& b) {
+void merge_parts(const Call& c, const Job& job, int64_t row, Buffers& b) {
     const Item& item = job.item;
     for (int64_t r = 0; r < item.rows; r++) {
         float max = LOWEST, sum = 0;
         memset(b.total, 0, c.latent * sizeof(float));
-        for (int64_t i = 0; i < job.end - job.first; i++) {
-            const float* p = c.partial + (job.at + i * item.rows + r) * c.partial_size();
+        for (int64_t i = 0; i < job.parts; i++) {
+            const float* p = c.partial + (job.base + i * item.rows + r) * c.partial_size();
             merge(b.total, &max, &sum, p, p[c.latent], p[c.latent + 1], c.latent);
         }
-        finish(c, b.total, sum, c.seq_start[item.seq] * c.heads + item.first_row + r);
+        finish(c, b.total, sum, row + r);
     }
 }
 
+template <class T>
+void run_part(const hs_ctx* ctx, const Call& c, const Job& job, int64_t row, Buffers& b) {
+    const Item& item = job.item;
+    run_block<T>(c, item, job.first, b);
+    for (int64_t r = 0; r < item.rows; r++) {
+        float* part = c.partial + (job.base + job.first * item.rows + r) * c.partial_size();
+        memcpy(part, b.values + r * c.latent, c.latent * sizeof(float));
+        part[c.latent] = b.max[r];
+        part[c.latent + 1] = b.sum[r];
+    }
+    if (hs_last(ctx, job.number, job.parts)) merge_parts(c, job, row, b);
+}
+
+template <class T>
+void run_whole(const Call& c, const Job& job, int64_t row, Buffers& b) {
+    const Item& item = job.item;
+    for (int64_t r = 0; r < item.rows; r++) b.total_max[r] = LOWEST, b.total_sum[r] = 0;
+    memset(b.total, 0, item.rows * c.latent * sizeof(float));
+    for (int64_t block = job.first; block < job.end; block++) {
+        run_block<T>(c, item, block, b);
+        for (int64_t r = 0; r < item.rows; r++)
+            merge(b.total + r * c.latent, b.total_max + r, b.total_sum + r, b.values + r * c.latent, b.max[r], b.sum[r], c.latent);
+    }
+    for (int64_t r = 0; r < item.rows; r++) finish(c, b.total + r * c.latent, b.total_sum[r], row + r);
+}
+
+template <class T>
+void run(const hs_ctx* ctx, const Call& c, const Job& job, Buffers& b) {
+    const Item& item = job.item;
+    const int64_t row = c.seq_start[item.seq] * c.heads + item.first_row;
+    for (int64_t i = 0; i < item.rows * c.width; i++) b.q[i] = c.q[row * c.width + i] * c.scale;
+    if (job.number < 0)
+        run_whole<T>(c, job, row, b);
+    else
+        run_part<T>(ctx, c, job, row, b);
+}
+
 // All jobs in an order every thread agrees on. A single token's items are split by block while the partial results have room:
-// its heads alone may not fill the threads.
+// its heads alone may not fill the threads. Who finishes the last block of an item merges them.
 template <class F>
 void each_job(const Call& c, F visit) {
-    int64_t used = 0;
+    int64_t used = 0, numbers = 0;
     for (int64_t s = 0; s < c.live[1]; s++) {
         const int64_t tokens = c.seq_start[s + 1] - c.seq_start[s], rows = tokens * c.heads;
         const int64_t first_position = c.seq_len[s] - tokens;
@@ -251,12 +265,19 @@ void each_job(const Call& c, F visit) {
             Job job;
             job.item = Item{s, row, rows - row < ROWS ? rows - row : ROWS, first_position};
             job.first = 0;
-            job.end = job.item.position(job.item.rows - 1, c.heads) / BLOCK + 1;
-            const int64_t parts = job.end * job.item.rows;
-            const bool split = tokens == 1 && job.end > 1 && used + parts <= c.room;
-            job.at = split ? used : -1;
-            used += split ? parts : 0;
-            visit(job);
+            job.end = job.parts = job.item.position(job.item.rows - 1, c.heads) / BLOCK + 1;
+            const int64_t room = job.parts * job.item.rows;
+            if (tokens > 1 || job.parts == 1 || used + room > c.room || numbers == HS_ITEMS) {
+                visit(job);
+                continue;
+            }
+            job.number = numbers++;
+            job.base = used;
+            used += room;
+            for (; job.first < job.parts; job.first++) {
+                job.end = job.first + 1;
+                visit(job);
+            }
         }
     }
 }
@@ -286,27 +307,11 @@ void attention(const hs_ctx* ctx, const hs_arg* a) {
 
     Buffers& b = *(Buffers*)scratch(sizeof(Buffers));
     int64_t mine = hs_next(ctx), seen = 0;
-    if (ctx->phase == 1)
-        return each_job(c, [&](const Job& job) {
-            if (job.at < 0 || seen++ != mine) return;
-            mine = hs_next(ctx);
-            merge_parts(c, job, b);
-        });
-    bool parts = false;
-    auto take = [&](const Job& job) {
+    each_job(c, [&](const Job& job) {
         if (seen++ != mine) return;
         mine = hs_next(ctx);
-        run<T>(c, job, b);
-    };
-    each_job(c, [&](Job job) {
-        if (job.at < 0) return take(job);
-        parts = true;
-        for (int64_t end = job.end; job.first < end; job.first++, job.at += job.item.rows) {
-            job.end = job.first + 1;
-            take(job);
-        }
+        run<T>(ctx, c, job, b);
     });
-    if (parts) hs_again(ctx);
 }
 
 }  // namespace
