@@ -3,6 +3,7 @@ what to do."""
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import platform
 import re
@@ -15,6 +16,7 @@ import pytest
 import kernels.cpu.register  # noqa: F401
 from kernels import toolchain
 from kernels.cache import DamagedBuild, cached, key_of
+from kernels.cpu import run as native_run
 from kernels.cpu.run import CACHE
 from kernels.kernel import KERNELS
 from kernels.toolchain import (
@@ -28,6 +30,7 @@ from kernels.toolchain import (
     machine_levels,
     supported_levels,
 )
+from runtime.device.native import SIGNATURES
 
 
 @pytest.mark.parametrize("level", [v.name for v in machine_levels()])
@@ -37,12 +40,13 @@ def test_every_level_builds_and_exports_every_entry(level: str) -> None:
         ["nm", "-D", "--defined-only", path], capture_output=True, text=True, check=True
     ).stdout
     exported = {line.split()[-1] for line in names.splitlines()}
-    wanted = {k.entry for k in KERNELS["cpu"]} | {
-        *("hs_abi", "hs_open", "hs_close", "hs_plan", "hs_plan_free", "hs_plan_profile"),
-        *("hs_submit", "hs_wait", "hs_read", "hs_crc32c"),
-    }
-    assert wanted <= exported
+    assert {k.entry for k in KERNELS["cpu"]} | {"hs_abi", *SIGNATURES} <= exported
     assert all(n.startswith("hs_") for n in exported), "only our C interface is visible"
+
+
+def test_kernel_runs_call_the_library_as_the_runtime_does() -> None:
+    """Neither may import the other, so both say what its functions take."""
+    assert {"hs_abi": (ctypes.c_int, ()), **SIGNATURES} == native_run._SIGNATURES
 
 
 def test_needs_only_libc() -> None:
