@@ -305,3 +305,24 @@ def test_what_a_step_keeps_is_what_would_be_written(
     loop.close()
     kept = [a is b for a, b in zip(written, written[2:], strict=False) if a is not None]
     assert sum(kept) > 40
+
+
+def test_masks_end_with_their_step(artifact: Artifact) -> None:
+    """Also where the next one keeps everything else."""
+    from test_null import good
+
+    size = artifact.manifest.io_bytes
+    staging, received = ([np.zeros(size, np.uint8)] for _ in range(2))
+    io = PlanIo(
+        artifact.plan(0, artifact.manifest.buckets[-1].name).header, staging, received, [None]
+    )
+    step = replace(good(), kept=object())
+    plain = io.fill(0, step)
+    before = staging[0].copy()
+    words = -(-artifact.manifest.model.vocab // 32)
+    masks = np.full((1, words), 7, np.int32)
+    first, upload = io.fill(0, replace(step, row_mask=np.array([-1, 0], np.int32), masks=masks))
+    assert first < plain[0] and first + upload == sum(plain)
+    assert (staging[0] != before).any()
+    assert io.fill(0, step) == plain
+    np.testing.assert_array_equal(staging[0][plain[0] :], before[plain[0] :])
