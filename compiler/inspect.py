@@ -20,6 +20,7 @@ from compiler import report
 from compiler.design import InBfloat16, design
 from compiler.families.spec import ModelSpec
 from compiler.program import render
+from compiler.tuned import check_folder
 from compiler.verify import golden_session, golden_tokens, golden_vectors, same_golden
 from conf.schema import CompileConfig
 from runtime.artifact import (
@@ -158,6 +159,7 @@ def verify(artifact: Artifact, records: str | None = None) -> Iterator[str]:
             f"--records {records}: tuning records are of GPUs, the artifact is for "
             f"{target.machine}; leave it out"
         )
+    check_folder(records)
     artifact.verify()
     yield f"files      {len(artifact.manifest.files)} have their sha256"
     _check_plans(artifact, records)

@@ -29,6 +29,7 @@ from compiler.model import constants
 from compiler.pack import Package, writing
 from compiler.progress import Progress
 from compiler.store import write_weights
+from compiler.tuned import check_folder
 from compiler.verify import (
     Measured,
     check_accuracy,
@@ -63,6 +64,7 @@ def compile_model(config: CompileConfig, sources: Mapping[str, str], progress: P
     gpus = gpu_names()
     config, sources = settle_target(config, sources, gpus)
     check_supported(config, sources)
+    check_folder(config.records)
     cache = Path(config.cache).expanduser()
     with writing("cache", cache):
         cache.mkdir(parents=True, exist_ok=True)

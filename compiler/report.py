@@ -62,7 +62,7 @@ def _weight_bytes(node: Node, weights: Mapping[str, StoredWeight]) -> int:
     for arg in OPS[node.call.op].args:
         if arg.role == "weight" and arg.name in node.call.ins:
             size = stored_bytes(weights[node.call.ins[arg.name]])
-            if node.call.op == "embed":
+            if node.call.op == "embed" and arg.name == "table":
                 tokens, rows = node.shape.shapes["tokens"][0], node.shape.shapes["table"][0]
                 size = size * min(tokens, rows) // rows
             elif node.call.op in ("moe_gate_up", "moe_down"):

@@ -17,6 +17,7 @@ from typing import Any
 from compiler.errors import CompileError
 from kernels.cuda.kernel import CudaKernel
 from kernels.kernel import CallShape
+from runtime.errors import UsageError
 
 FOLDER = Path(__file__).parent.parent / "kernels" / "tuned"
 # Where a layer's data lies does not change how fast a kernel is; nor does how much state there is
@@ -63,6 +64,15 @@ class Records:
 
 
 NO_RECORDS = Records()
+
+
+def check_folder(folder: str | None) -> None:
+    """Refuse a folder of records that is given to a compile and is not there."""
+    if folder is not None and not Path(folder).expanduser().is_dir():
+        raise UsageError(
+            f"records={folder}: is no directory; give the one that compiler.tune wrote, or leave "
+            "it out"
+        )
 
 
 def load_records(gpu: str, folder: str | Path | None = None) -> Records:

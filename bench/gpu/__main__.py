@@ -115,6 +115,8 @@ class Run:
         if config.output_file or not config.resume:
             path = Path(config.output_file or result_path(self.target)).expanduser()
             self.paths.append(path)
+        if config.records:
+            Path(config.records).expanduser().mkdir(parents=True, exist_ok=True)
         self.config = config
         self.jobs = jobs(config)
         stamp = {"hardware": self.target, "sections": self.records}

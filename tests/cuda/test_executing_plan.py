@@ -30,7 +30,7 @@ from runtime.artifact import FLAG_PROGRAMMATIC, Artifact
 from runtime.core.loop import EngineLoop
 from runtime.core.options import EngineOptions
 from runtime.device.base import Session, open_session
-from runtime.errors import DamagedArtifact
+from runtime.errors import DamagedArtifact, UsageError
 from runtime.request import Event, Request, SamplingParams
 
 pytest.importorskip("transformers")
@@ -162,6 +162,11 @@ def test_plans_are_verified_with_the_records_of_the_compile(tmp_path: Path) -> N
     with pytest.raises(DamagedArtifact, match="give --records if it was compiled with records="):
         list(verify(tuned))
     assert any(line.startswith("plans") for line in verify(tuned, str(records)))
+    gone = str(tmp_path / "gone")
+    with pytest.raises(UsageError, match=f"records={gone}: is no directory"):
+        list(verify(tuned, gone))
+    with pytest.raises(UsageError, match=f"records={gone}: is no directory"):
+        compiled(tmp_path / "source", tmp_path / "tuned", "h200", "float32", f"records={gone}")
 
 
 @pytest.mark.slow

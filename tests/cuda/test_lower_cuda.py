@@ -125,3 +125,16 @@ def test_which_calls_quantize_their_inputs(scheme: str) -> None:
         kept = {name for name in linears if "router" in name}
         kept |= set() if head else {"embed" if spec.tied else "head"}
         assert kept and quantized == linears - kept
+
+
+def test_of_a_table_only_the_rows_looked_up_are_read() -> None:
+    """The norm's weight that an embedding takes for its rows' maxima is read whole."""
+    spec = toy("llama")
+    base = draft(spec, cuda_config(spec, "fp8dq"))
+    weights = {weight.name: weight for weight in base.weights}
+    nodes = nodes_of(base.program, base.weights, DECODE, "cuda")
+    (embed,) = [node for node in nodes if node.call.op == "embed"]
+    table, norm = (weights[embed.call.ins[arg]] for arg in ("table", "amax_norm"))
+    rows, tokens = embed.shape.shapes["table"][0], DECODE.tokens
+    looked_up = report.stored_bytes(table) * tokens // rows + report.stored_bytes(norm)
+    assert report.step_cost([embed], weights)["read"] == looked_up + 4 * tokens
