@@ -16,166 +16,42 @@ left operand (`x_left`), which wgmma takes from registers, and the work overlaps
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from kernels.cuda.kernel import (
     SIZES,
     TYPES,
-    Config,
     CudaKernel,
-    counters,
     launch,
     pointer,
     register,
     stored,
     workspace,
 )
-from kernels.cuda.layout import BITS, parse_format
-from kernels.cuda.rows import PROCESSORS, power
+from kernels.cuda.product import (
+    SHARED,
+    TileConfig,
+    VectorConfig,
+    Weight,
+    fetches_ahead,
+    half,
+    logits,
+    part_bytes,
+    product_arguments,
+    refuse_counters,
+    resplit,
+    sizes,
+    split_for,
+    splits_to_try,
+    tile_count,
+    tile_reason,
+    weight_of,
+    weight_slot,
+)
+from kernels.cuda.rows import PROCESSORS, cdiv, power
 from kernels.kernel import CallShape
-from kernels.launch import COUNTERS_BYTES, WORKSPACE, Descriptor, Launch, Pointer, Slot
-
-SHARED = 227 << 10  # bytes of shared memory a program may have
-GATED = ("swiglu", "geglu", "geglu_tanh", "swiglu_clamped")
-# Epilogues hold float32 accumulators: this many per thread leave room for the rest.
-ACCUMULATORS = 160
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Weight:
-    """How a stored weight is read: `type` of its elements in Triton's spelling, `per` inputs of an
-    element, `bits` and `group` of integer codes (0: floats), `row_scale` of fp8."""
-
-    type: str
-    per: int
-    bits: int
-    group: int
-    row_scale: bool
-
-    @property
-    def row_bytes(self) -> float:
-        """Bytes per input."""
-        return SIZES[self.type] / self.per
-
-
-def weight_of(call: CallShape, arg: str = "w") -> Weight:
-    kind, group = parse_format(call.formats[arg])
-    bits = BITS.get(kind, 0)
-    type = {"float32": "fp32", "bfloat16": "bf16", "fp8": "fp8e4nv"}.get(kind, "i32")
-    return Weight(
-        type=type,
-        per=32 // bits if bits else 1,
-        bits=bits,
-        group=group,
-        row_scale=kind == "fp8",
-    )
-
-
-def half(call: CallShape) -> bool:
-    """Whether products are of bfloat16 numbers. Weights kept in float32 are kept for their
-    precision (routers), so they are not rounded."""
-    return call.dtypes["x"] == "bfloat16" and call.formats["w"] != "float32"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VectorConfig(Config):
-    block_n: int
-    block_k: int
-    split: int = 1
-    warps: int = 4
-    stages: int = 3
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TileConfig(Config):
-    """`programs` 0: one per tile and split. `rows_first`: norm and row choice as a first launch.
-    `x_left`: activations, not weights, are the left operand, which may come from registers.
-    `tma`: weights and, where they need no pointers, activations by tensor map."""
-
-    block_n: int
-    block_m: int
-    block_k: int
-    split: int = 1
-    warps: int = 4
-    stages: int = 3
-    tma: bool = True
-    programs: int = 0
-    rows_first: bool = False
-    x_left: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
-    rows: int
-    outputs: int
-    k: int
-    gated: bool
-
-
-def sizes(call: CallShape) -> Sizes:
-    rows, outputs = call.shapes["out"]
-    return Sizes(
-        rows=rows,
-        outputs=outputs,
-        k=call.shapes["w"][1],
-        gated=call.attrs.get("act", "") in GATED,
-    )
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _tiles(s: Sizes, block_n: int, block_m: int) -> int:
-    return _ceil(s.outputs, block_n) * _ceil(s.rows, block_m)
-
-
-def split_for(tiles: int, steps: int, wanted: int, least_steps: int) -> int:
-    """Parts of the inputs so that `tiles` of them fill `wanted` programs, each with `least_steps`
-    steps or more."""
-    best = 1
-    while best < 16 and tiles * best * 2 <= wanted and steps // (best * 2) >= least_steps:
-        best *= 2
-    return best
-
-
-def splits_to_try(tiles: int) -> list[int]:
-    """Parts of the inputs worth measuring where a processor holds one program: powers of two, and
-    where those leave more than a tenth of the processors idle the smallest that does not. It is no
-    choice of the heuristic: whether more partial sums through L2 cost less is not known."""
-
-    def busy(split: int) -> float:
-        return tiles * split / (_ceil(tiles * split, PROCESSORS) * PROCESSORS)
-
-    plain = [1, 2, 4]
-    if max(map(busy, plain)) >= 0.9:
-        return plain
-    return [*plain, *[split for split in range(3, 9) if busy(split) >= 0.9][:1]]
-
-
-def _product(call: CallShape, config: Any, s: Sizes, w: Weight) -> dict[str, Any]:
-    """Arguments of every kernel that multiplies rows by the call's weight."""
-    attrs = call.attrs
-    split = config.split > 1
-    scaled = w.bits or w.row_scale
-    return {
-        "scale_ptr": stored("w", "scale", "fp16" if w.bits else "fp32") if scaled else None,
-        "bias_ptr": pointer(call, "bias"),
-        "part_ptr": workspace("fp32") if split else None,
-        "counter_ptr": counters() if split else None,
-        "LIVE": attrs.get("live_index", 0),
-        "OUTPUTS": s.outputs,
-        "K": s.k,
-        "ROW_BYTES": int(s.k * w.row_bytes),
-        "EPS": float(attrs.get("eps", 0.0)) if "norm" in call.shapes else 0.0,
-        "BITS": w.bits,
-        "GROUP": w.group,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "SPLIT": config.split,
-        "STAGES": config.stages,
-    }
+from kernels.launch import WORKSPACE, Descriptor, Launch, Pointer, Slot
 
 
 def _ends(call: CallShape) -> dict[str, Any]:
@@ -191,21 +67,6 @@ def _ends(call: CallShape) -> dict[str, Any]:
         "SCALE": float(attrs["scale"]),
         "SOFTCAP": float(attrs["softcap"]),
     }
-
-
-def _counters(tiles: int) -> str | None:
-    if tiles * 4 > COUNTERS_BYTES:
-        return f"{tiles} tiles need more than {COUNTERS_BYTES // 4} counters"
-    return None
-
-
-def _part_bytes(units: int, config: Any, block_m: int, gated: bool) -> int:
-    """Partial sums of every unit and the sums of squares of its rows."""
-    each = config.block_n * block_m * (2 if gated else 1) + block_m
-    return units * each * 4 if config.split > 1 else 0
-
-
-# ---- one row -------------------------------------------------------------------------
 
 
 def refuse_quantized(call: CallShape) -> str | None:
@@ -225,8 +86,8 @@ def _vector_valid(call: CallShape, config: VectorConfig) -> str | None:
     s, w = sizes(call), weight_of(call)
     if w.group and config.block_k % w.group:
         return f"block_k {config.block_k} is not a multiple of the group {w.group}"
-    if config.split > _ceil(s.k, config.block_k):
-        return f"split {config.split} of {_ceil(s.k, config.block_k)} steps"
+    if config.split > cdiv(s.k, config.block_k):
+        return f"split {config.split} of {cdiv(s.k, config.block_k)} steps"
     each = 2 if s.gated else 1
     shared = config.stages * each * config.block_n * int(config.block_k * w.row_bytes)
     if config.stages > 1 and shared > SHARED:
@@ -234,7 +95,7 @@ def _vector_valid(call: CallShape, config: VectorConfig) -> str | None:
     held = each * config.block_n * (config.block_k // w.per) // (32 * config.warps)
     if held > 64:
         return f"{held} sums per thread, 64 at most"
-    return _counters(_ceil(s.outputs, config.block_n)) if config.split > 1 else None
+    return refuse_counters(cdiv(s.outputs, config.block_n)) if config.split > 1 else None
 
 
 def _vector_space(call: CallShape) -> list[VectorConfig]:
@@ -254,11 +115,11 @@ def _vector_default(call: CallShape) -> VectorConfig:
     block_k = min(max(512 // SIZES[w.type] * 2 * w.per, w.group), power(s.k))
     block_k = max(block_k, w.group, 16)
     block_n = 16 >> (s.gated + w.row_scale)  # sums per thread: fp8 rows are twice as long
-    tiles = _ceil(s.outputs, block_n)
+    tiles = cdiv(s.outputs, block_n)
     return VectorConfig(
         block_n=block_n,
         block_k=block_k,
-        split=split_for(tiles, _ceil(s.k, block_k), 2 * PROCESSORS, 4),
+        split=split_for(tiles, cdiv(s.k, block_k), 2 * PROCESSORS, 4),
         warps=4,
         stages=4,
     )
@@ -269,10 +130,10 @@ def vector_launch(
 ) -> Launch:
     """`function` with the arguments of a product of one row, and `ends` for what it makes of it."""
     s, w = sizes(call), weight_of(call)
-    arguments = _product(call, config, s, w) | ends
+    arguments = product_arguments(call, config, s, w) | ends
     return launch(
         function,
-        (_ceil(s.outputs, config.block_n) * config.split, 1, 1),
+        (cdiv(s.outputs, config.block_n) * config.split, 1, 1),
         warps=config.warps,
         stages=config.stages,
         live_ptr=pointer(call, "live"),
@@ -284,16 +145,9 @@ def vector_launch(
     )
 
 
-def fetches_ahead(k: int, w: Weight, block_k: int) -> bool:
-    """Whether the first weights are fetched before the previous kernel ends: whole steps of whole
-    32-byte sectors, a power of two of them."""
-    step = int(block_k * w.row_bytes)
-    return k % block_k == 0 and step >= 32 and int(k * w.row_bytes) % 32 == 0
-
-
 def _vector_workspace(call: CallShape, config: VectorConfig) -> int:
     s = sizes(call)
-    return _part_bytes(_ceil(s.outputs, config.block_n) * config.split, config, 1, s.gated)
+    return part_bytes(cdiv(s.outputs, config.block_n) * config.split, config, 1, s.gated)
 
 
 VECTOR = register(
@@ -319,7 +173,7 @@ def _rows_bytes(call: CallShape, config: TileConfig) -> int:
     if not config.rows_first:
         return 0
     s = sizes(call)
-    return _ceil(s.rows * s.k * SIZES[TYPES[call.dtypes["x"]]], 256) * 256
+    return cdiv(s.rows * s.k * SIZES[TYPES[call.dtypes["x"]]], 256) * 256
 
 
 def x_tma(call: CallShape, config: TileConfig, w: Weight, k: int) -> bool:
@@ -328,32 +182,6 @@ def x_tma(call: CallShape, config: TileConfig, w: Weight, k: int) -> bool:
     aligned = k * SIZES[TYPES[call.dtypes["x"]]] % 16 == 0
     whole = "rows" not in call.shapes and (config.x_left or "norm" not in call.shapes)
     return config.tma and not w.bits and aligned and (config.rows_first or whole)
-
-
-def tile_reason(
-    config: TileConfig, w: Weight, *, outputs: int, k: int, gated: bool, half: bool
-) -> str | None:
-    """Why a tile configuration cannot be used, whatever the op around it."""
-    each = 2 if gated else 1
-    if w.group and (config.block_k % w.group or k % w.group):
-        return f"block_k {config.block_k} is not a multiple of the group {w.group}"
-    if config.block_k // w.per < 16:
-        return f"block_k {config.block_k} is {config.block_k // w.per} words, 16 at least"
-    if w.bits and not half and config.tma:
-        return "codes times float32 activations are read by pointers"
-    row_bytes = int(k * w.row_bytes)
-    if config.tma and row_bytes % 16:
-        return f"rows of {row_bytes} bytes cannot be described to TMA, multiples of 16 can"
-    if config.split > _ceil(k, config.block_k):
-        return f"split {config.split} of {_ceil(k, config.block_k)} steps"
-    held = each * config.block_n * config.block_m // (32 * config.warps)
-    if held > ACCUMULATORS:
-        return f"{held} accumulators per thread, {ACCUMULATORS} at most"
-    x_bytes = (2 if half else 4) * config.block_m * config.block_k
-    step = each * int(config.block_n * config.block_k * w.row_bytes) + x_bytes
-    if config.stages * step > SHARED - 2048:
-        return f"{config.stages * step} bytes of shared memory, {SHARED} at most"
-    return None
 
 
 def _tile_valid(call: CallShape, config: TileConfig) -> str | None:
@@ -367,8 +195,8 @@ def _tile_valid(call: CallShape, config: TileConfig) -> str | None:
         return f"weights as {call.formats['w']} are decoded in registers, on the left"
     if config.x_left and config.block_m < 64:
         return f"block_m {config.block_m} on the left, 64 at least"
-    tiles = _tiles(s, config.block_n, config.block_m)
-    return _counters(tiles) if config.split > 1 else None
+    tiles = tile_count(s, config.block_n, config.block_m)
+    return refuse_counters(tiles) if config.split > 1 else None
 
 
 def _tile_default(call: CallShape) -> TileConfig:
@@ -387,8 +215,8 @@ def _tile_default(call: CallShape) -> TileConfig:
             config = TileConfig(
                 block_n=64, block_m=32, block_k=block_k, warps=4, stages=2, tma=False
             )
-        tiles = _tiles(s, config.block_n, config.block_m)
-        return resplit(config, tiles, _ceil(s.k, block_k), 2 * PROCESSORS, 8)
+        tiles = tile_count(s, config.block_n, config.block_m)
+        return resplit(config, tiles, cdiv(s.k, block_k), 2 * PROCESSORS, 8)
     if s.rows <= 64:
         block_m = max(power(s.rows), 16)
         # 16 KiB of weights per step (8 KiB of int4): with four steps on their way and two programs
@@ -420,7 +248,7 @@ def _tile_default(call: CallShape) -> TileConfig:
     block_k = max(block_k, w.group, 16 * w.per)
     if s.k < block_k:
         block_k = max(power(s.k), w.group, 16 * w.per)
-    row_tiles, column_tiles = _ceil(s.rows, block_m), _ceil(s.outputs, block_n)
+    row_tiles, column_tiles = cdiv(s.rows, block_m), cdiv(s.outputs, block_n)
     tiles = row_tiles * column_tiles
     config = TileConfig(
         block_n=block_n,
@@ -433,19 +261,10 @@ def _tile_default(call: CallShape) -> TileConfig:
         rows_first=rows_first,
         x_left=x_left,
     )
-    config = resplit(config, tiles, _ceil(s.k, block_k), wanted, 4)
+    config = resplit(config, tiles, cdiv(s.k, block_k), wanted, 4)
     while _tile_valid(call, config) is not None and config.stages > 2:
         config = replace(config, stages=config.stages - 1)
     return config
-
-
-def logits(call: CallShape) -> bool:
-    """The head's results alone are kept more precisely than its inputs."""
-    return call.dtypes["out"] == "float32" and half(call)
-
-
-def resplit(config: TileConfig, tiles: int, steps: int, wanted: int, least: int) -> TileConfig:
-    return replace(config, split=split_for(tiles, steps, wanted, least))
 
 
 def _tile_space(call: CallShape) -> list[TileConfig]:
@@ -487,7 +306,7 @@ def _tile_space(call: CallShape) -> list[TileConfig]:
         )
         for n, m in ((64, 128), (64, 256), (128, 128), (128, 256), (256, 128))
         for k in ((64, 128) if not w.bits else (128, 256))
-        for split in (splits_to_try(_tiles(s, n, m)) if s.rows <= 256 else (1,))
+        for split in (splits_to_try(tile_count(s, n, m)) if s.rows <= 256 else (1,))
         for stages in (3, 4)
         for programs in (0, PROCESSORS)
         for first in ((True, False) if fused else (False,))
@@ -502,7 +321,7 @@ def tile_launches(
     s, w = sizes(call), weight_of(call)
     live = pointer(call, "live")
     type = TYPES[call.dtypes["x"]]
-    arguments = _product(call, config, s, w) | ends
+    arguments = product_arguments(call, config, s, w) | ends
     arguments["norm_ptr"] = pointer(call, "norm")
     launches: tuple[Launch, ...] = ()
     x_arg, x_rows = "x", call.shapes["x"][0]
@@ -539,8 +358,8 @@ def tile_launches(
         )
     weight_rows = call.shapes["w"][0]
     data = stored("w", "data", w.type)
-    row_tiles = _ceil(s.rows, config.block_m)
-    units = row_tiles * _ceil(s.outputs, config.block_n) * config.split
+    row_tiles = cdiv(s.rows, config.block_m)
+    units = row_tiles * cdiv(s.outputs, config.block_n) * config.split
     return (
         *launches,
         launch(
@@ -564,24 +383,10 @@ def tile_launches(
     )
 
 
-def weight_slot(arg: str, w: Weight, rows: int, k: int, config: TileConfig) -> Slot:
-    """The stored rows as a pointer or a tensor map."""
-    if not config.tma:
-        return stored(arg, "data", w.type)
-    return Descriptor(
-        arg=arg,
-        field="data",
-        type=w.type,
-        shape=(rows, k // w.per),
-        strides=(k // w.per, 1),
-        block=(config.block_n, config.block_k // w.per),
-    )
-
-
 def _tile_workspace(call: CallShape, config: TileConfig) -> int:
     s = sizes(call)
-    tiles = _ceil(s.rows, config.block_m) * _ceil(s.outputs, config.block_n)
-    parts = _part_bytes(tiles * config.split, config, config.block_m, s.gated)
+    tiles = tile_count(s, config.block_n, config.block_m)
+    parts = part_bytes(tiles * config.split, config, config.block_m, s.gated)
     return _rows_bytes(call, config) + parts
 
 

@@ -28,7 +28,6 @@ from kernels.cuda.kernel import (
     stored,
     workspace,
 )
-from kernels.cuda.linear import SHARED, Sizes, sizes
 from kernels.cuda.linear_fp8 import (
     codes_bytes,
     refuse_formats,
@@ -36,7 +35,8 @@ from kernels.cuda.linear_fp8 import (
     scales_bytes,
     scales_pointer,
 )
-from kernels.cuda.rows import PROCESSORS, power, refuse_types
+from kernels.cuda.product import SHARED, Sizes, sizes
+from kernels.cuda.rows import PROCESSORS, cdiv, power, refuse_types
 from kernels.kernel import CallShape
 from kernels.launch import WORKSPACE, Descriptor, Launch
 
@@ -56,10 +56,6 @@ class CutlassConfig(Config):
     stages: int
     cluster: int = 1
     super: int = 8
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def _shared(config: CutlassConfig) -> int:
@@ -106,7 +102,7 @@ def _valid(call: CallShape, config: CutlassConfig) -> str | None:
         return f"tiles of {columns} columns, multiples of 32 are written"
     if _shared(config) > SHARED:
         return f"{_shared(config)} bytes of shared memory, {SHARED} at most"
-    if config.cluster > _ceil(sizes(call).rows, config.block_m):
+    if config.cluster > cdiv(sizes(call).rows, config.block_m):
         return f"clusters of {config.cluster} row tiles, the call has fewer"
     return None
 
@@ -150,7 +146,7 @@ def _workspace(call: CallShape, config: CutlassConfig) -> int:
     s = sizes(call)
     if _fp8(call):
         return codes_bytes(s) + scales_bytes(s)
-    return _ceil(s.rows * s.k * SIZES["bf16"], 256) * 256 if _rows_first(call) else 0
+    return cdiv(s.rows * s.k * SIZES["bf16"], 256) * 256 if _rows_first(call) else 0
 
 
 def _first(call: CallShape, s: Sizes) -> Launch:
@@ -180,7 +176,7 @@ def _launches(call: CallShape, config: CutlassConfig) -> tuple[Launch, ...]:
     halves = s.gated or config.cluster > 1
     box_n = config.block_n // 2 if halves else config.block_n
     columns = config.block_n // 2 if s.gated else config.block_n
-    clusters = _ceil(s.rows, config.block_m * config.cluster) * _ceil(s.outputs, columns)
+    clusters = cdiv(s.rows, config.block_m * config.cluster) * cdiv(s.outputs, columns)
     product = launch(
         "linear_cutlass.linear_kernel",
         (min(clusters, PROCESSORS // config.cluster), 1, 1),

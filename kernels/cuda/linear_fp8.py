@@ -30,19 +30,23 @@ from kernels.cuda.kernel import (
     stored,
     workspace,
 )
-from kernels.cuda.linear import (
+from kernels.cuda.product import (
     SHARED,
     Sizes,
     TileConfig,
     fetches_ahead,
     logits,
+    part_bytes,
+    refuse_counters,
+    resplit,
     sizes,
-    split_for,
+    splits_to_try,
+    tile_count,
     weight_of,
 )
-from kernels.cuda.rows import AMAX_WIDTH, PROCESSORS, power, refuse_types
+from kernels.cuda.rows import AMAX_WIDTH, PROCESSORS, cdiv, power, refuse_types
 from kernels.kernel import CallShape
-from kernels.launch import COUNTERS_BYTES, WORKSPACE, Descriptor, Launch, Pointer, Slot
+from kernels.launch import WORKSPACE, Descriptor, Launch, Pointer, Slot
 
 FEW = 4  # rows of which every program finds the largest numbers itself
 FEW_LOGITS = 64  # rows before the head of which every program makes the codes
@@ -52,12 +56,8 @@ ACCUMULATORS = 192  # per thread, the sums of a step among them
 ALIGN = 256
 
 
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def _up(size: int) -> int:
-    return _ceil(size, ALIGN) * ALIGN
+    return cdiv(size, ALIGN) * ALIGN
 
 
 def refuse_formats(call: CallShape) -> str | None:
@@ -106,10 +106,6 @@ def _eps(call: CallShape) -> float:
     return float(call.attrs.get("eps", 0.0)) if "norm" in call.shapes else 0.0
 
 
-def _tiles(s: Sizes, config: TileConfig) -> int:
-    return _ceil(s.rows, config.block_m) * _ceil(s.outputs, config.block_n)
-
-
 def _step_bytes(call: CallShape, config: TileConfig) -> int:
     """Shared memory that a step of the product takes while it is under way."""
     weights = (2 if sizes(call).gated else 1) * config.block_n
@@ -138,8 +134,8 @@ def _valid(call: CallShape, config: TileConfig) -> str | None:
         return f"block_k {config.block_k}, 32 at least and {STEP} at most (exact sums)"
     if config.tma and s.k % 16:
         return f"rows of {s.k} bytes cannot be described to TMA, multiples of 16 can"
-    if config.split > _ceil(s.k, config.block_k):
-        return f"split {config.split} of {_ceil(s.k, config.block_k)} steps"
+    if config.split > cdiv(s.k, config.block_k):
+        return f"split {config.split} of {cdiv(s.k, config.block_k)} steps"
     # The sums of one product stand beside the float32 ones they are added to.
     each = config.block_n * config.block_m // (32 * config.warps)
     held = each * (3 if s.gated else 2)
@@ -147,9 +143,8 @@ def _valid(call: CallShape, config: TileConfig) -> str | None:
         return f"{held} accumulators per thread, {ACCUMULATORS} at most"
     if _shared(call, config) > SHARED - 2048:
         return f"{_shared(call, config)} bytes of shared memory, {SHARED} at most"
-    if config.split > 1 and _tiles(s, config) * 4 > COUNTERS_BYTES:
-        return f"{_tiles(s, config)} tiles need more than {COUNTERS_BYTES // 4} counters"
-    return None
+    tiles = tile_count(s, config.block_n, config.block_m)
+    return refuse_counters(tiles) if config.split > 1 else None
 
 
 def _codes_first(call: CallShape) -> bool:
@@ -188,10 +183,10 @@ def _default(call: CallShape) -> TileConfig:
     )
     while config.stages > 2 and _shared(call, config) > room - 2048:
         config = replace(config, stages=config.stages - 1)
-    tiles = _tiles(s, config)
+    tiles = tile_count(s, config.block_n, config.block_m)
     programs = PROCESSORS if s.rows > 256 and tiles > PROCESSORS else 0
-    split = split_for(tiles, _ceil(s.k, config.block_k), wanted, 4)
-    return replace(config, programs=programs, split=split)
+    config = resplit(config, tiles, cdiv(s.k, config.block_k), wanted, 4)
+    return replace(config, programs=programs)
 
 
 def _space(call: CallShape) -> list[TileConfig]:
@@ -235,7 +230,7 @@ def _space(call: CallShape) -> list[TileConfig]:
             *((64, 64, 4), (64, 128, 4), (128, 64, 4)),
             *((128, 64, 8), (128, 128, 8), (256, 64, 8)),
         )
-        for split in ((1, 2, 4) if s.rows <= 256 else (1,))
+        for split in (splits_to_try(tile_count(s, n, m)) if s.rows <= 256 else (1,))
         for stages in (3, 4, 5)
         for programs in (0, PROCESSORS, 2 * PROCESSORS)
         for first, left in ways
@@ -277,7 +272,7 @@ def _launches(call: CallShape, config: TileConfig) -> tuple[Launch, ...]:
         "BLOCK_M": config.block_m,
         "BLOCK_K": config.block_k,
         "SPLIT": config.split,
-        "SUPER": min(8, _ceil(s.rows, config.block_m)),
+        "SUPER": min(8, cdiv(s.rows, config.block_m)),
         "PROGRAMS": config.programs,
         "STAGES": config.stages,
     }
@@ -286,8 +281,8 @@ def _launches(call: CallShape, config: TileConfig) -> tuple[Launch, ...]:
     if config.tma:
         shape = (call.shapes["w"][0], s.k)
         weights = _map("w", "data", "fp8e4nv", shape, (config.block_n, config.block_k))
-    one_tile = _ceil(s.rows, config.block_m) == 1
-    units = _tiles(s, config) * config.split
+    one_tile = cdiv(s.rows, config.block_m) == 1
+    units = tile_count(s, config.block_n, config.block_m) * config.split
     return (
         *first,
         launch(
@@ -345,11 +340,8 @@ def _map(
 def _workspace(call: CallShape, config: TileConfig) -> int:
     s = sizes(call)
     rows = codes_bytes(s) + scales_bytes(s) if config.rows_first else 0
-    if config.split == 1:
-        return rows
-    # As `reduce` lays partial sums out.
-    each = config.block_n * config.block_m * (2 if s.gated else 1) + config.block_m
-    return rows + _tiles(s, config) * config.split * each * 4
+    units = tile_count(s, config.block_n, config.block_m) * config.split
+    return rows + part_bytes(units, config, config.block_m, s.gated)
 
 
 register(

@@ -29,27 +29,15 @@ from kernels.cuda.kv_write import (
     heads_arguments,
     rotary_dims,
 )
-from kernels.cuda.linear import (
-    TILES,
-    VECTOR,
-    TileConfig,
-    VectorConfig,
-    resplit,
-    tile_launches,
-    vector_launch,
-    weight_of,
-)
-from kernels.cuda.rows import PROCESSORS, power
+from kernels.cuda.linear import TILES, VECTOR, tile_launches, vector_launch
+from kernels.cuda.product import TileConfig, VectorConfig, resplit, sizes, tile_count, weight_of
+from kernels.cuda.rows import PROCESSORS, cdiv, power
 from kernels.kernel import KERNELS, CallShape
 from kernels.launch import COUNTERS_BYTES, WORKSPACE, Descriptor, Launch, Pointer, Slot
 
 ALIGN = 256
 _OF_HEADS = ("live", "table", "q_norm", "k_norm", "kv_slots", "kv", "q")
 _OF_PRODUCT = ("live", "x", "w", "bias", "norm", "x_amax")
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def _part(call: CallShape, op: str, args: tuple[str, ...], between: str, eps: str) -> CallShape:
@@ -105,7 +93,7 @@ def _vector_default(call: CallShape) -> VectorConfig:
 
 
 def _row_bytes(call: CallShape) -> int:
-    return _ceil(call.shapes["w"][0] * 4, ALIGN) * ALIGN
+    return cdiv(call.shapes["w"][0] * 4, ALIGN) * ALIGN
 
 
 def _vector_launches(call: CallShape, config: VectorConfig) -> tuple[Launch, ...]:
@@ -188,10 +176,10 @@ def _tile_default(call: CallShape) -> TileConfig:
         else:
             config = replace(config, block_m=config.block_m // 2)
     if config is not plain:
-        (rows, outputs), k = product.shapes["out"], product.shapes["w"][1]
-        tiles = _ceil(rows, config.block_m) * _ceil(outputs, config.block_n)
-        wanted = PROCESSORS if rows > 64 else 2 * PROCESSORS
-        config = resplit(config, tiles, _ceil(k, config.block_k), wanted, 4)
+        s = sizes(product)
+        tiles = tile_count(s, config.block_n, config.block_m)
+        wanted = PROCESSORS if s.rows > 64 else 2 * PROCESSORS
+        config = resplit(config, tiles, cdiv(s.k, config.block_k), wanted, 4)
     while _tile_valid(call, config) is not None and config.stages > 2:
         config = replace(config, stages=config.stages - 1)
     return config
@@ -230,7 +218,7 @@ class PairConfig(Config):
 def _between(call: CallShape) -> int:
     """Bytes of the product's result, at the start of the scratch."""
     size = call.shapes["x"][0] * call.shapes["w"][0] * SIZES[TYPES[call.dtypes["q"]]]
-    return _ceil(size, ALIGN) * ALIGN
+    return cdiv(size, ALIGN) * ALIGN
 
 
 def _moved(launch: Launch, arg: str, scratch: int) -> Launch:

@@ -10,8 +10,8 @@ rows are tensor-core tiles. Either way the rotated dims ride along, so the call 
 from __future__ import annotations
 
 from kernels.cuda.kernel import CudaKernel, launch, pointer, register, stored
-from kernels.cuda.linear import TileConfig, fetches_ahead, half, weight_of, weight_slot
-from kernels.cuda.rows import power, refuse_types
+from kernels.cuda.product import TileConfig, fetches_ahead, half, weight_of, weight_slot
+from kernels.cuda.rows import cdiv, power, refuse_types
 from kernels.cuda.stack import stack_default, stack_reason, stack_space
 from kernels.kernel import CallShape
 from kernels.launch import Launch
@@ -38,12 +38,12 @@ def _launches(call: CallShape, config: TileConfig) -> tuple[Launch, ...]:
     w = weight_of(call)
     rotary = call.shapes["table"][1] if "table" in call.shapes else 0
     scaled = w.bits or w.row_scale
-    row_tiles = -(-call.shapes["x"][0] // config.block_m)
+    row_tiles = cdiv(call.shapes["x"][0], config.block_m)
     ahead = row_tiles == 1 and fetches_ahead(k, w, config.block_k)
     return (
         launch(
             "mla.head_linear_kernel",
-            (row_tiles, -(-n // config.block_n) * heads, 1),
+            (row_tiles, cdiv(n, config.block_n) * heads, 1),
             warps=config.warps,
             stages=config.stages,
             live_ptr=pointer(call, "live"),

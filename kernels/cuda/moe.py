@@ -10,15 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kernels.cuda.kernel import Config, CudaKernel, launch, pointer, register, stored
-from kernels.cuda.linear import TileConfig, half, weight_of, weight_slot
-from kernels.cuda.rows import power, row_default, row_grid, row_space
+from kernels.cuda.product import TileConfig, half, weight_of, weight_slot
+from kernels.cuda.rows import cdiv, power, row_default, row_grid, row_space
 from kernels.cuda.stack import stack_default, stack_reason, stack_space
 from kernels.kernel import CallShape
 from kernels.launch import Launch
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +123,7 @@ def _experts_valid(call: CallShape, config: TileConfig) -> str | None:
 def _experts_default(call: CallShape) -> TileConfig:
     experts, outputs, k, pairs, gated = _sizes(call)
     # Pairs of an expert when they are spread evenly; an expert with more has more tiles.
-    return stack_default(call, rows=_ceil(pairs, experts), outputs=outputs, k=k, gated=gated)
+    return stack_default(call, rows=cdiv(pairs, experts), outputs=outputs, k=k, gated=gated)
 
 
 def _experts(call: CallShape, config: TileConfig) -> tuple[Launch, ...]:
@@ -139,7 +135,7 @@ def _experts(call: CallShape, config: TileConfig) -> tuple[Launch, ...]:
     return (
         launch(
             "moe.experts_kernel",
-            (row_tiles * _ceil(outputs, config.block_n), 1, 1),
+            (row_tiles * cdiv(outputs, config.block_n), 1, 1),
             warps=config.warps,
             stages=config.stages,
             live_ptr=pointer(call, "live"),

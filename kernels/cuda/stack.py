@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from kernels.cuda.linear import TileConfig, half, tile_reason, weight_of
+from kernels.cuda.product import TileConfig, half, tile_reason, weight_of
 from kernels.cuda.rows import power
 from kernels.kernel import CallShape
 

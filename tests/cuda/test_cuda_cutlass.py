@@ -13,8 +13,8 @@ import kernels.cuda.register  # noqa: F401
 from kernels.cuda import nvcc
 from kernels.cuda.build import build_cuda
 from kernels.cuda.kernel import CudaKernel
-from kernels.cuda.linear import SHARED
 from kernels.cuda.linear_cutlass import CutlassConfig
+from kernels.cuda.product import SHARED
 from kernels.kernel import KERNELS, CallShape
 from kernels.launch import Binary, Descriptor, Launch, MapRecipe, Pointer, Source
 from kernels.ops.mlp import ACTIVATIONS, GATED

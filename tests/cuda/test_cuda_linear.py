@@ -14,7 +14,7 @@ from cuda_harness import check_case, make_case, matrix_formats, run_case
 import kernels.cuda.register  # noqa: F401
 from kernels.cuda.build import build_cuda
 from kernels.cuda.kernel import CudaKernel
-from kernels.cuda.linear import SHARED, TileConfig, VectorConfig
+from kernels.cuda.product import SHARED, TileConfig, VectorConfig
 from kernels.kernel import KERNELS, CallShape
 from kernels.op import Sample
 from kernels.ops.linear import LINEAR

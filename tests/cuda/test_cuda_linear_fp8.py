@@ -14,7 +14,7 @@ from test_cuda_linear import MODELS, ROWS, call, calls, check_cubins
 import kernels.cuda.register  # noqa: F401
 from kernels.cuda.interpret import execute
 from kernels.cuda.kernel import CudaKernel
-from kernels.cuda.linear import TileConfig
+from kernels.cuda.product import TileConfig
 from kernels.kernel import KERNELS, CallShape
 from kernels.launch import Pointer
 from kernels.ops.linear import LINEAR, e4m3_rows

@@ -15,7 +15,7 @@ import kernels.cuda.register
 import kernels.ops.register  # noqa: F401
 from kernels.cuda.build import build_cuda
 from kernels.cuda.kernel import CudaKernel
-from kernels.cuda.linear import SHARED, TileConfig
+from kernels.cuda.product import SHARED, TileConfig
 from kernels.kernel import KERNELS, CallShape
 from kernels.launch import Source
 from kernels.op import OPS, Sample

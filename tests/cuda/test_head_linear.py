@@ -9,7 +9,7 @@ import pytest
 import kernels.cuda.register
 import kernels.ops.register  # noqa: F401
 from kernels.cuda.build import build_cuda
-from kernels.cuda.linear import SHARED
+from kernels.cuda.product import SHARED
 from kernels.kernel import KERNELS, CallShape
 from kernels.launch import Source
 

@@ -16,7 +16,7 @@ from rowwise_calls import MODELS
 import kernels.cuda.register  # noqa: F401
 from kernels.cuda.build import build_cuda
 from kernels.cuda.kernel import CudaKernel
-from kernels.cuda.linear import SHARED, TileConfig, VectorConfig
+from kernels.cuda.product import SHARED, TileConfig, VectorConfig
 from kernels.cuda.rows import PROCESSORS
 from kernels.kernel import KERNELS, CallShape
 from kernels.op import Sample
