@@ -36,12 +36,11 @@ ERROR = 600  # characters of an error that are kept
 KILLED_S = 10.0  # for a process to be gone
 STATE = "result.json"  # of a folder that a run is resumed from
 ENDED = ("done", "failed")  # what is not tried again; what the time cut short is
-# Options that change nothing without a section.
+# Options that change nothing without a section (`serving` is also of the context compiled for).
 ONLY_FOR = {
     "tune": TUNE,
     "tune_s": TUNE,
     "kernels": "contracts",
-    "serving": "serving",
     "rates": "serving",
     "load_s": "serving",
 }

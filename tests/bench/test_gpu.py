@@ -19,8 +19,9 @@ from stub_run import ROOT, on_stub
 
 from bench.errors import BenchUsage
 from bench.gpu import contracts, probes
-from bench.gpu.__main__ import Run, line, main, run_section, summary, target_name
+from bench.gpu.__main__ import Run, check, line, main, run_section, summary, target_name
 from bench.gpu.dlpack import DlPack
+from bench.gpu.model import words
 from bench.gpu.sections import SECTIONS, Job, Section, jobs, limit
 from conf.bench_schema import GpuConfig
 
@@ -222,6 +223,13 @@ def test_an_option_that_changes_nothing_is_refused(
 ) -> None:
     with pytest.raises(BenchUsage, match=words):
         main(GpuConfig(**given), {option: "override"})
+
+
+def test_lengths_of_serving_are_of_the_artifact_too() -> None:
+    config = GpuConfig(sections=["compile"], models=["llama3-8b"], hardware="h200")
+    check(replace(config, serving=[15000, 1000]), {"serving": "override"})
+    longer = words(replace(config, serving=[15000, 1000], prefill=[64]), "llama3-8b")
+    assert longer != words(replace(config, prefill=[64]), "llama3-8b")
 
 
 def test_an_artifact_that_hangs_is_not_waited_for_again(
