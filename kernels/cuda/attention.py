@@ -34,6 +34,7 @@ MAX_HEAD_DIM = 256
 MAX_LATENT = 512
 MULTIPROCESSORS = 132  # of H100 and H200 SXM
 REGISTERS = 1 << 16
+MOST_REGISTERS = 255  # of a thread
 SHARED = 227 << 10  # bytes of dynamic shared memory a program can have
 
 
@@ -251,7 +252,7 @@ def _split(call: CallShape, config: SplitConfig) -> Launch:
             "SPLITS": splits,
         },
         # what lets that many programs stand on a multiprocessor, and no less
-        registers=min(255, REGISTERS // (config.programs * config.warps * 32) // 8 * 8),
+        registers=_registers(config),
     )
 
 
@@ -333,26 +334,57 @@ def _tile(call: CallShape, config: TileConfig, shortest: int) -> Launch:
 
 
 def _shared(call: CallShape, config: TileConfig) -> int:
-    """Bytes of shared memory: queries, keys and values in the pipeline, weights. The product of
-    warp groups (from 64 rows) reads while the next block is fetched, which takes a buffer more."""
+    """Bytes of shared memory: queries, keys and values in the pipeline, weights. Products of
+    float32 take high and low parts of their operands. The product of warp groups (from 64 rows) has
+    its weights in registers and reads keys from shared memory: those in the pipeline, while the
+    next block is fetched, which takes a buffer more, or, where their type is another or they have
+    two parts, what they are converted to."""
+    shape = _shape(call)
+    size, parts = (4, 2) if shape.wide else (2, 1)
+    columns = shape.pad + shape.rest_pad
+    block = config.keys * (columns + (shape.pad if shape.values else 0)) * SIZES[shape.kv]
+    queries = config.rows * columns * size * parts
+    if config.rows < 64:
+        operand, buffers = config.rows * config.keys * size * parts, config.stages - 1
+    elif SIZES[shape.kv] < size or shape.wide:
+        operand, buffers = config.keys * columns * size * parts, config.stages - 1
+    else:
+        operand, buffers = 0, config.stages
+    return queries + buffers * block + operand
+
+
+def _registers(config: TileConfig) -> int:
+    """Registers a thread may have, where as many programs as wanted stand on a multiprocessor."""
+    programs = config.programs if isinstance(config, SplitConfig) else 1
+    return min(MOST_REGISTERS, REGISTERS // (programs * config.warps * 32) // 8 * 8)
+
+
+def _held(call: CallShape, config: TileConfig) -> int:
+    """Registers of a thread that the products of warp groups hold at once, and that cannot be
+    spilled: sums of both, weights as the second one takes them, a block of keys where it is
+    converted. Smaller tiles multiply piece by piece."""
+    if config.rows < 64:
+        return 0
     shape = _shape(call)
     wide = 4 if shape.wide else 2
-    width = (2 if shape.values else 1) * shape.pad + shape.rest_pad
-    buffers = config.stages if config.rows >= 64 else config.stages - 1
-    queries = config.rows * (shape.pad + shape.rest_pad) * wide
-    pipeline = buffers * config.keys * width * SIZES[shape.kv]
-    return queries + pipeline + (0 if config.rows >= 64 else config.rows * config.keys * wide)
+    scores = config.rows * config.keys * (4 + wide)
+    values = config.rows * shape.pad * 4
+    narrow = SIZES[shape.kv] < wide
+    converted = config.keys * (shape.pad + shape.rest_pad) * wide if narrow else 0
+    return (scores + values + converted) // (4 * 32 * config.warps)
 
 
 def _valid(call: CallShape, config: TileConfig) -> str | None:
     if (shared := _shared(call, config)) > SHARED:
         return f"{shared} bytes of shared memory exceed {SHARED}"
+    if (held := _held(call, config)) >= (most := _registers(config)):
+        return f"{held} registers a thread for the products alone leave none of {most} for the rest"
     return None
 
 
 def _fitting(call: CallShape, config: AnyConfig) -> AnyConfig:
     """The configuration with fewer keys in flight, if it must."""
-    while _valid(call, config) is not None:
+    while _shared(call, config) > SHARED:
         if config.stages > 2:
             config = replace(config, stages=config.stages - 1)
         else:

@@ -230,12 +230,17 @@ def _build_one(task: tuple[Source, str, Path, str]) -> None:
         except Exception as error:  # noqa: BLE001 - whatever the compiler raises, named
             raise ToolchainError(
                 f"kernel {source.function} {dict(source.constants)} warps={source.warps} "
-                f"stages={source.stages} does not build for {arch}: {error}"
+                f"stages={source.stages} does not build for {arch}: {_brief(error)}"
             ) from None
         header = json.dumps(asdict(binary), sort_keys=True).encode()
         path.write_bytes(len(header).to_bytes(4, "little") + header + image)
 
     cached(root, entry, "kernel.bin", build)
+
+
+def _brief(error: Exception) -> str:
+    """What the compiler says, without the assembly that Triton puts behind it."""
+    return str(error).partition("Repro command")[0].strip()
 
 
 def _read(root: Path, entry: str, source: Source, arch: str) -> tuple[Binary, bytes]:

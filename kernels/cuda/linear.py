@@ -40,10 +40,12 @@ from kernels.cuda.product import (
     part_bytes,
     product_arguments,
     refuse_counters,
+    refuse_shared,
     resplit,
     sizes,
     split_for,
     splits_to_try,
+    step_bytes,
     tile_count,
     tile_reason,
     weight_of,
@@ -195,6 +197,14 @@ def _tile_valid(call: CallShape, config: TileConfig) -> str | None:
         return f"weights as {call.formats['w']} are decoded in registers, on the left"
     if config.x_left and config.block_m < 64:
         return f"block_m {config.block_m} on the left, 64 at least"
+    if config.programs:
+        # Results change their layout through shared memory, beside the operands of the next tile:
+        # in parts, but as they are summed where rows have scales. Bounds of what cubins take.
+        size, most = (4, 1 << 16) if w.row_scale else (2, 1 << 14)
+        results = min(size * config.block_n * config.block_m, most)
+        step = step_bytes(config, w, gated=s.gated, half=half(call))
+        if reason := refuse_shared(config.stages * step + results):
+            return reason
     tiles = tile_count(s, config.block_n, config.block_m)
     return refuse_counters(tiles) if config.split > 1 else None
 

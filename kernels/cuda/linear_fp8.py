@@ -38,6 +38,7 @@ from kernels.cuda.product import (
     logits,
     part_bytes,
     refuse_counters,
+    refuse_shared,
     resplit,
     sizes,
     splits_to_try,
@@ -114,10 +115,17 @@ def _step_bytes(call: CallShape, config: TileConfig) -> int:
 
 
 def _shared(call: CallShape, config: TileConfig) -> int:
-    # Codes on the right are read from shared memory, whoever made them.
-    made_here = not config.rows_first and not config.x_left
-    codes = config.block_m * config.block_k if made_here else 0
-    return config.stages * _step_bytes(call, config) + codes
+    if not config.rows_first:
+        # Codes go through shared memory, to be read there or into the registers they are
+        # multiplied from.
+        more = config.block_m * config.block_k
+    elif config.programs:
+        # Results change their layout there, beside the operands of the program's next tile.
+        size = 4 if "out_amax" in call.shapes else 2
+        more = size * config.block_n * config.block_m
+    else:
+        more = 0
+    return config.stages * _step_bytes(call, config) + more
 
 
 def _valid(call: CallShape, config: TileConfig) -> str | None:
@@ -141,8 +149,8 @@ def _valid(call: CallShape, config: TileConfig) -> str | None:
     held = each * (3 if s.gated else 2)
     if held > ACCUMULATORS:
         return f"{held} accumulators per thread, {ACCUMULATORS} at most"
-    if _shared(call, config) > SHARED - 2048:
-        return f"{_shared(call, config)} bytes of shared memory, {SHARED} at most"
+    if reason := refuse_shared(_shared(call, config)):
+        return reason
     tiles = tile_count(s, config.block_n, config.block_m)
     return refuse_counters(tiles) if config.split > 1 else None
 

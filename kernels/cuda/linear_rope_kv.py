@@ -30,12 +30,23 @@ from kernels.cuda.kv_write import (
     rotary_dims,
 )
 from kernels.cuda.linear import TILES, VECTOR, tile_launches, vector_launch
-from kernels.cuda.product import TileConfig, VectorConfig, resplit, sizes, tile_count, weight_of
+from kernels.cuda.product import (
+    TileConfig,
+    VectorConfig,
+    half,
+    refuse_shared,
+    resplit,
+    sizes,
+    step_bytes,
+    tile_count,
+    weight_of,
+)
 from kernels.cuda.rows import PROCESSORS, cdiv, power
 from kernels.kernel import KERNELS, CallShape
 from kernels.launch import COUNTERS_BYTES, WORKSPACE, Descriptor, Launch, Pointer, Slot
 
 ALIGN = 256
+MOST_HEADS = 1 << 16  # bytes of heads on their way between layouts, as seen in cubins
 _OF_HEADS = ("live", "table", "q_norm", "k_norm", "kv_slots", "kv", "q")
 _OF_PRODUCT = ("live", "x", "w", "bias", "norm", "x_amax")
 
@@ -140,7 +151,15 @@ def _tile_valid(call: CallShape, config: TileConfig) -> str | None:
     dim = call.attrs["head_dim"]
     if config.block_n % dim:
         return f"block_n {config.block_n} is not a multiple of head_dim {dim}"
-    return TILES.valid(product_of(call), config)
+    product = product_of(call)
+    if reason := TILES.valid(product, config):
+        return reason
+    if not config.programs:
+        return None
+    # Heads change their layout through shared memory, beside the operands of the next tile.
+    step = step_bytes(config, weight_of(call), gated=False, half=half(product))
+    heads = min(4 * config.block_n * config.block_m, MOST_HEADS)
+    return refuse_shared(config.stages * step + heads)
 
 
 def _widened(call: CallShape, config: TileConfig) -> TileConfig:

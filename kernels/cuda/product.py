@@ -201,10 +201,19 @@ def tile_reason(
     held = each * config.block_n * config.block_m // (32 * config.warps)
     if held > ACCUMULATORS:
         return f"{held} accumulators per thread, {ACCUMULATORS} at most"
+    return refuse_shared(config.stages * step_bytes(config, w, gated=gated, half=half))
+
+
+def step_bytes(config: TileConfig, w: Weight, *, gated: bool, half: bool) -> int:
+    """Shared memory that a step of the product takes while it is under way."""
     x_bytes = (2 if half else 4) * config.block_m * config.block_k
-    step = each * int(config.block_n * config.block_k * w.row_bytes) + x_bytes
-    if config.stages * step > SHARED - 2048:
-        return f"{config.stages * step} bytes of shared memory, {SHARED} at most"
+    return (2 if gated else 1) * int(config.block_n * config.block_k * w.row_bytes) + x_bytes
+
+
+def refuse_shared(size: int) -> str | None:
+    """Barriers and reductions take some of it, too."""
+    if size > SHARED - 2048:
+        return f"{size} bytes of shared memory, {SHARED - 2048} at most"
     return None
 
 

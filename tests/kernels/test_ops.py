@@ -49,6 +49,7 @@ def test_contract(name: str) -> None:
         }
         cost = op.cost(shapes, s.attrs)
         assert cost.read + cost.written > 0 and cost.flops >= 0
+        assert cost.written >= sum(4 * v.numel() for v in out.values() if v.is_floating_point())
     again = op.samples()
     assert [s.label for s in again] == [s.label for s in samples]
     assert all(
