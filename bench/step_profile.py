@@ -16,7 +16,7 @@ from typing import Any
 
 from bench.bandwidth import Bandwidth, Rate
 from bench.errors import BenchUsage
-from bench.static_batch import WARM_STEPS, StaticBatch
+from bench.static_batch import StaticBatch
 from runtime.artifact import PARAM_ADDRESS, Artifact, LaunchPlan, node_kind
 from runtime.device.base import Session
 from runtime.device.cpu import CpuSession, PlanTimes
@@ -32,7 +32,7 @@ def profiled(session: Session, artifact: Artifact) -> CpuSession:
         raise BenchUsage(
             "profile=true: the plan loop of the CPU times the nodes of a step, artifact "
             f"{artifact.path} is for {artifact.manifest.target.kind}; leave it out (`make gpu "
-            "OVERRIDES=sections=[nodes]` times the kinds of node of a GPU)"
+            "sections=[nodes]` times the kinds of node of a GPU)"
         )
     return session
 
@@ -64,10 +64,13 @@ def profile(
     session, laps = profiled(static.session, artifact), Laps()
     times: list[dict[str, PlanTimes]] = []
     rates: list[Rate] = []
+    ahead = 0
     with session.profiling() as read:
         unheard = static.loop.mark
 
         def pause() -> None:  # before and after the decode
+            nonlocal ahead
+            ahead = static.loop.in_flight
             static.loop.mark = unheard
             times.append(read())
             rates.append(buffer.read())
@@ -75,17 +78,18 @@ def profile(
                 laps.restart()
                 static.loop.mark = laps.mark
 
-        done = static.run(prompts, output_len, pause, every=output_len)
-    phases = {name: mean(seconds[WARM_STEPS:]) for name, seconds in laps.seconds.items()}
+        static.run(prompts, output_len, pause, every=output_len)
     context = len(prompts[0]) + output_len / 2
     nodes, native, steps = by_kind(artifact, times[0], times[-1], len(prompts), context)
+    waited = steps - ahead  # the last plan ran on after the last phase
+    phases = {name: sum(seconds) / waited * 1e6 for name, seconds in laps.seconds.items()}
     return {
         "steps": steps,
-        "step_us": mean(done.decode) * 1e6,
+        "step_us": sum(phases.values()),
         "native_us": native * 1e6,
         "between_nodes_us": native * 1e6 - sum(n["us"] for n in nodes.values()),
         "nodes": nodes,
-        "host_us": {name: seconds * 1e6 for name, seconds in phases.items()},
+        "host_us": phases,
         "bandwidth": mean(rate.median for rate in rates),
     }
 

@@ -77,6 +77,11 @@ class EngineLoop:
     def has_work(self) -> bool:
         return self.scheduler.has_work or bool(self._in_flight) or bool(self._compiling)
 
+    @property
+    def in_flight(self) -> int:
+        """Steps that are submitted and not collected."""
+        return len(self._in_flight)
+
     def receive(self, message: ToEngine) -> None:
         if isinstance(message, Request):
             self.add(message)
