@@ -25,7 +25,6 @@ from typing import Any
 
 import msgspec
 
-from compiler.asked_process import Lost, Process
 from compiler.design import Draft, draft, nodes_of
 from compiler.importer import import_resolved
 from compiler.lower import Node, label
@@ -33,6 +32,7 @@ from compiler.measure import Candidate, Task, candidate, tasks
 from compiler.progress import Progress
 from compiler.tune_search import Search
 from compiler.tuned import FOLDER, Records, call_key, load_records, save_records
+from compiler.worker_process import WorkerLost, WorkerProcess
 from conf.errors import ConfigError
 from conf.load import run
 from conf.options import group_choices
@@ -70,7 +70,7 @@ def main(config: TuneConfig, sources: Mapping[str, str]) -> None:
     assert isinstance(resolved, TuneConfig)
     base = draft(model.spec, resolved)
     job = {"config": msgspec.to_builtins(resolved)}
-    with Process([sys.executable, "-m", "compiler.tune_worker"], job) as process:
+    with WorkerProcess([sys.executable, "-m", "compiler.tune_worker"], job) as process:
         check_gpu(config.target.name, process.hello["gpu"])
         tuner = Tuner(base, resolved, process, progress, deadline)
         records = tuner.run()
@@ -106,7 +106,7 @@ class Tuner:
         self,
         base: Draft,
         config: TuneConfig,
-        process: Process,
+        process: WorkerProcess,
         progress: Progress,
         deadline: float,
     ) -> None:
@@ -225,7 +225,7 @@ class Tuner:
             if not self.usable(first, shape, default=True):
                 return False
             answer = self.process.ask(job, PREPARE_S + self.config.hang)
-        except Lost as lost:
+        except WorkerLost as lost:
             self.fail(task, first, lost)
             return False
         if "seconds" not in answer:
@@ -242,11 +242,11 @@ class Tuner:
             ask = {**one.entry(0.0), "us": None}
             try:
                 answer = self.process.ask({"candidate": ask, "best": search.best}, self.config.hang)
-            except Lost as lost:
+            except WorkerLost as lost:
                 self.fail(task, one, lost)
                 try:
                     self.process.ask(job, PREPARE_S + self.config.hang)
-                except Lost as again:
+                except WorkerLost as again:
                     self.fail(task, first, again)
                     return False
                 continue
@@ -264,7 +264,7 @@ class Tuner:
             return False
         return default or not any(binary.stack for binary, _ in built.values())
 
-    def fail(self, task: Task, one: Candidate, lost: Lost) -> None:
+    def fail(self, task: Task, one: Candidate, lost: WorkerLost) -> None:
         """It hung, or took the device down: written at once, so that no later run tries it."""
         self.lost[one.kernel.name] += 1
         self.left_out.append(f"{one.name} for {label(task.node.call)}: {lost}")
@@ -327,7 +327,7 @@ class Tuner:
         entries = {key: entry for key, entry in records.entries.items() if key in keys}
         try:
             answer = self.process.ask({"step": bucket.name, "entries": entries}, STEP_S)
-        except Lost as lost:
+        except WorkerLost as lost:
             self.left_out.append(f"the step {bucket.name}: {lost}")
             return None
         seconds: float | None = answer.get("seconds")

@@ -1,4 +1,4 @@
-"""Measures for `compiler.tune` in a process of its own (asked_process.py).
+"""Measures for `compiler.tune` in a process of its own (worker_process.py).
 
 Comes in: first {config}, resolved, then jobs. Goes out: what each took in seconds, or why a
 candidate is refused. Jobs:
@@ -14,11 +14,11 @@ from typing import Any
 
 import msgspec
 
-from compiler.asked_process import Asked
 from compiler.design import draft
 from compiler.importer import import_model
 from compiler.measure import Candidate, Meter, Task, TimedCall, candidate, tasks
 from compiler.tuned import Records
+from compiler.worker_process import Questions
 from conf.schema import TuneConfig
 from runtime.device.launcher import Launcher
 
@@ -65,18 +65,18 @@ class Worker:
 
 
 def main() -> None:
-    asked = Asked()
-    config = msgspec.convert(asked.first["config"], TuneConfig)
+    questions = Questions()
+    config = msgspec.convert(questions.first["config"], TuneConfig)
     with Launcher(config.gpu) as launcher:
         worker = Worker(config, launcher)
-        asked.tell({"gpu": worker.gpu.name, "driver": worker.gpu.driver})
-        for job in asked:
+        questions.tell({"gpu": worker.gpu.name, "driver": worker.gpu.driver})
+        for job in questions:
             try:
                 answer = worker.run(job)
             except Exception as error:  # noqa: BLE001 - of one candidate; a lost device ends all
                 launcher.fill(worker.meter.state, 1)
                 answer = {"refused": f"{type(error).__name__}: {error}"[:300]}
-            asked.tell(answer)
+            questions.tell(answer)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ import numpy as np
 import kernels.cuda.register
 import kernels.ops.register  # noqa: F401
 from bench.errors import BenchUsage
-from compiler.asked_process import Asked, Lost, Process
 from compiler.bind import Built, bind
+from compiler.worker_process import Questions, WorkerLost, WorkerProcess
 from conf.bench_schema import GpuConfig
 from kernels.cuda.build import build_cuda, build_each
 from kernels.cuda.kernel import CudaKernel
@@ -78,7 +78,7 @@ def contracts(config: GpuConfig) -> Iterator[dict[str, Any]]:
     }
     lost: Counter[str] = Counter()
     first = {"cache": str(cache), "kernels": config.kernels}
-    with Process([sys.executable, "-m", "bench.gpu.contracts"], first) as process:
+    with WorkerProcess([sys.executable, "-m", "bench.gpu.contracts"], first) as process:
         for number, case in enumerate(todo):
             kernel, label, *_ = case
             name = f"{kernel.name} on {label}"
@@ -88,7 +88,7 @@ def contracts(config: GpuConfig) -> Iterator[dict[str, Any]]:
                 errors.append(f"not tried: {GIVEN_UP} cases of this kernel hung or faulted")
             try:
                 error = errors[0] if errors else process.ask({"case": number}, HANG_S)["error"]
-            except Lost as reason:
+            except WorkerLost as reason:
                 lost[kernel.name] += 1
                 error = str(reason)
             if error:
@@ -98,13 +98,13 @@ def contracts(config: GpuConfig) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     """The process that runs cases: {"case": number of it} -> {"error": what is wrong or ""}."""
-    asked = Asked()
-    cache, todo = Path(asked.first["cache"]), cases(asked.first["kernels"])
+    questions = Questions()
+    cache, todo = Path(questions.first["cache"]), cases(questions.first["kernels"])
     harness = importlib.import_module("cuda_harness")
     with Launcher() as launcher:
         pool = launcher.allocate(POOL)
-        asked.tell({"cases": len(todo)})
-        for question in asked:
+        questions.tell({"cases": len(todo)})
+        for question in questions:
             kernel, _, case, choice = todo[question["case"]]
             error = ""
             try:
@@ -114,7 +114,7 @@ def main() -> None:
             except (AssertionError, ToolchainError, HeadstartError) as found:
                 error = str(found).strip() or type(found).__name__
                 launcher.fill(pool, 1)  # after a fault no call works: that ends the process
-            asked.tell({"error": error})
+            questions.tell({"error": error})
 
 
 def run_on_device(

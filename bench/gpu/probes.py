@@ -25,8 +25,8 @@ import numpy as np
 from bench.device_bandwidth import DeviceBandwidth
 from bench.errors import BenchError
 from bench.gpu.dlpack import DlPack
-from compiler.asked_process import Asked, Lost, Process
 from compiler.bind import bind, build
+from compiler.worker_process import Questions, WorkerLost, WorkerProcess
 from conf.bench_schema import GpuConfig
 from kernels.cuda import nvcc
 from kernels.cuda.build import ENVIRONMENT, decode_binary, ptxas
@@ -49,11 +49,11 @@ def probes(config: GpuConfig) -> Iterator[dict[str, Any]]:
     process of their own, since one may hang or fault."""
     found: dict[str, Any] = {}
     first = {"config": asdict(config)}
-    with Process([sys.executable, "-m", "bench.gpu.probes"], first) as process:
+    with WorkerProcess([sys.executable, "-m", "bench.gpu.probes"], first) as process:
         for name in PROBES:
             try:
                 found[name] = process.ask({"probe": name}, HANG_S)
-            except Lost as lost:
+            except WorkerLost as lost:
                 found[name] = {"error": str(lost)}
             failed = sum("error" in figures for figures in found.values())
             yield {**found, **({"failed": failed} if len(found) == len(PROBES) else {})}
@@ -61,10 +61,10 @@ def probes(config: GpuConfig) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     """The process that tries them: {"probe": name} -> its figures, or {"error"}."""
-    asked = Asked()
-    config = GpuConfig(**asked.first["config"])
-    asked.tell({})
-    for question in asked:
+    questions = Questions()
+    config = GpuConfig(**questions.first["config"])
+    questions.tell({})
+    for question in questions:
         try:
             with Launcher() as launcher:
                 figures = PROBES[question["probe"]](launcher, config)
@@ -72,7 +72,7 @@ def main() -> None:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it was, the next one is tried
             figures = {"error": f"{type(error).__name__}: {error}"[:500]}
-        asked.tell(figures)
+        questions.tell(figures)
 
 
 def counting(ctas: int = 1) -> Launch:

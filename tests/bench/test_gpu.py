@@ -24,6 +24,8 @@ from bench.gpu.dlpack import DlPack
 from bench.gpu.model import words
 from bench.gpu.sections import SECTIONS, Job, Section, jobs, limit
 from conf.bench_schema import GpuConfig
+from kernels.launch import Source
+from kernels.toolchain import ToolchainError
 
 
 def test_every_section_is_recorded_and_none_stops_another(tmp_path: Path) -> None:
@@ -309,6 +311,29 @@ def test_contracts_go_on_after_what_takes_the_device_down(
     assert any("not close" in text for text in between)
     assert not any(text.startswith(("failed: ", "hung: ")) for text in between)
     assert after and all(text.startswith("not tried: 2 cases of this kernel") for text in after)
+
+
+def test_contracts_name_what_cannot_be_built(
+    on_stub_here: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its cases fail with the reason; the others run (and are wrong: the stub computes nothing)."""
+    on_stub_here()
+    config = GpuConfig(kernels=["add"])
+    todo = contracts.cases(config.kernels)
+    gone = contracts._sources(todo[:1])[0]
+    every = contracts.build_each
+
+    def each(sources: list[Source], cache: Path) -> object:
+        built, _ = every(sources, cache)
+        return built, {gone: ToolchainError("no compiler")}
+
+    monkeypatch.setattr(contracts, "build_each", each)
+    first, *_, last = contracts.contracts(config)
+    assert first["running"].startswith("add on ") and "failed" not in first
+    unbuilt = [c for c in todo if gone in contracts._sources([c])]
+    assert sum("no compiler" in text for text in last["failures"]) == len(unbuilt) < len(todo)
+    assert any("not close" in text for text in last["failures"])
+    assert last["ran"] == last["cases"] == len(todo) and last["kernels"] == 1
 
 
 def test_a_kernel_of_which_there_is_none_is_refused() -> None:

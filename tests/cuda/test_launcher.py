@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 from cuda_stub import Stub, load
 
-from bench.gpu import contracts, probes
+from bench.gpu import probes
 from compiler.bind import bind, build
 from conf.bench_schema import GpuConfig
-from kernels.cuda.build import build_cuda
-from kernels.kernel import KERNELS
-from kernels.toolchain import ToolchainError
-from runtime.device.driver import DriverError
 from runtime.device.launcher import Call, Launcher
 
 pytest.importorskip("triton")
@@ -84,55 +79,3 @@ def test_memory_goes_there_and_back(stub: Stub) -> None:
         assert launcher.read(base, 40).view(np.float32).tolist() == list(range(10))
         launcher.fill(base, 40)
         assert not launcher.read(base, 40).any()
-
-
-@pytest.mark.slow
-def test_every_probe_answers(stub: Stub) -> None:
-    """Host code of every probe; the stub cannot give torch a view of its memory."""
-    stub.hook(count)
-    stub.set("free", 1 << 30)
-    *_, answers = probes.probes(GpuConfig())
-    failed = {name for name, answer in answers.items() if name != "failed" and "error" in answer}
-    assert failed <= {"torch_views", "wished_addresses"}, {n: answers[n] for n in failed}
-
-
-def test_contracts_run_every_case_and_report_what_is_wrong(
-    stub: Stub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Kernels do nothing on the stub: every case with a live row must fail, as a comparison."""
-    add = [kernel for kernel in KERNELS["cuda"] if kernel.name == "add"]
-    monkeypatch.setitem(KERNELS, "cuda", add)
-    *_, figures = contracts.contracts(GpuConfig())
-    assert figures["cases"] > figures["failed"] > 0 and figures["kernels"] == 1
-    assert all(f.startswith("add on ") for f in figures["failures"])
-    assert any("out" in f or "Tensor-likes" in f for f in figures["failures"])
-
-
-def test_contracts_name_what_cannot_be_built_what_is_refused_and_what_faults(
-    stub: Stub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One refused launch stops nothing; a fault ends it with the figures that there are."""
-    add = next(kernel for kernel in KERNELS["cuda"] if kernel.name == "add")
-    monkeypatch.setitem(KERNELS, "cuda", [add])
-    todo = contracts.cases()[:4]
-    gone = contracts._sources(todo[:1])[0]
-    built = build_cuda(contracts._sources(todo), Path(GpuConfig().cache).expanduser())
-    monkeypatch.setattr(contracts, "cases", lambda: todo)
-
-    def each(sources: object, cache: object) -> object:
-        return built, {gone: ToolchainError("no compiler")}
-
-    monkeypatch.setattr(contracts, "build_each", each)
-    run = iter([None, DriverError("refused"), DriverError("fault")])
-
-    def fake(launcher: object, *rest: object) -> None:
-        if error := next(run):
-            monkeypatch.setattr(contracts, "_alive", lambda *x: "fault" not in str(error))
-            raise error
-
-    monkeypatch.setattr(contracts, "run_on_device", fake)
-    first, *_, last = contracts.contracts(GpuConfig())
-    assert first["running"].startswith("add on ") and "failed" not in first
-    assert last["failed"] >= 3 and last["ran"] <= last["cases"] == 4
-    assert any("no compiler" in f for f in last["failures"])
-    assert "fault" in last["failures"][-1]

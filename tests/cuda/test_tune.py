@@ -19,7 +19,6 @@ from cuda_stub import environment, load
 from toy_specs import toy, toy_config
 
 from compiler import report
-from compiler.asked_process import Lost, Process
 from compiler.design import draft, guessed, nodes_of
 from compiler.errors import CompileError
 from compiler.lower import Node
@@ -29,6 +28,7 @@ from compiler.tune import FIRST_OPS, Tuner, anchors, check_gpu, main, ordered
 from compiler.tune_inputs import lengths, step_inputs
 from compiler.tune_search import Search
 from compiler.tuned import Records, call_key, load_records, save_records
+from compiler.worker_process import WorkerLost, WorkerProcess
 from conf.errors import ConfigError
 from conf.load import load as load_config
 from conf.schema import CompileConfig, TuneConfig
@@ -386,14 +386,16 @@ for line in sys.stdin:
         sys.exit("out of luck")
     print(json.dumps({"answer": question}), flush=True)
 """
-    with Process([sys.executable, "-c", code], {"first": 1}) as process:
+    with WorkerProcess([sys.executable, "-c", code], {"first": 1}) as process:
         assert process.hello == {"hello": 1}
         for question, why in (("hang", "hung: no answer in 0.3 s"), ("die", "failed: out of luck")):
-            with pytest.raises(Lost, match=why):
+            with pytest.raises(WorkerLost, match=why):
                 process.ask({"q": question}, 0.3)
             assert process.ask({"q": "x"}, 10) == {"answer": "x"}
     with pytest.raises(CompileError, match="does not start: failed: no such luck"):
-        Process([sys.executable, "-c", "import sys; sys.exit('no such luck')"], {}).__enter__()
+        WorkerProcess(
+            [sys.executable, "-c", "import sys; sys.exit('no such luck')"], {}
+        ).__enter__()
 
 
 def test_the_order_of_tuning() -> None:

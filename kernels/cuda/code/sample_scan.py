@@ -13,9 +13,10 @@ sample_collect  reads the others again: exact masses above those bins, and the f
                 searches the row itself: slower, equally exact
 
 A weight e^((z - best) / temperature) is a multiple of 2^-40 in int64, so sums of weights do not
-depend on their order and the choice of a token on neither grid nor chunk. A value and its id are
-packed into one int64 that grows with the value and, among equal values, with lower ids: a set of
-best tokens is {key >= pivot}. What is -inf (forbidden) is no candidate.
+depend on their order, and the token of a row with a threshold on neither grid nor chunk (of a row
+without one on the chunk only as float32 scales its sum). A value and its id are packed into one
+int64 that grows with the value and, among equal values, with lower ids: a set of best tokens is
+{key >= pivot}. What is -inf (forbidden) is no candidate.
 
 A histogram costs arithmetic, not memory: 24 instructions for the votes of a value and, for every 32
 bins, 5 of which one is a population count (4 a cycle and scheduler). At 4.8 TB/s each of the four

@@ -1,10 +1,10 @@
 """A process that answers one line with one line, is ended when it takes too long, and starts again
 with the next question.
 
-`Process(command, first)`: `first` is sent to every new one, whose first line is `hello`. `ask`
-raises `Lost` with what was seen when the process hung or ended; the question is not repeated.
-`Asked` is the other side. For work on a device: a kernel that hangs or faults takes the driver's
-context with it, and with that the process.
+`WorkerProcess(command, first)`: `first` is sent to every new one, whose first line is `hello`.
+`ask` raises `WorkerLost` with what was seen when the process hung or ended; the question is not
+repeated. `Questions` is the other side. For work on a device: a kernel that hangs or faults takes
+the driver's context with it, and with that the process.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from runtime.lifetime import die_with_parent
 START_S = 120.0
 
 
-class Lost(Exception):
+class WorkerLost(Exception):
     """The process is gone: `hung: …` or `failed: …`."""
 
 
-class Process:
+class WorkerProcess:
     def __init__(self, command: list[str], first: dict[str, Any]) -> None:
         self._command, self._first = command, first
         self._process: subprocess.Popen[bytes] | None = None
@@ -69,7 +69,7 @@ class Process:
         )
         try:
             self.hello = self._exchange(self._first, START_S)
-        except Lost as lost:
+        except WorkerLost as lost:
             raise CompileError(f"{shlex.join(self._command)} does not start: {lost}") from None
 
     def _exchange(self, question: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -81,16 +81,16 @@ class Process:
             process.stdin.flush()
         except OSError:
             self._end()
-            raise Lost(f"failed: {self._last_words()}") from None
+            raise WorkerLost(f"failed: {self._last_words()}") from None
         while not seen.endswith(b"\n"):
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([process.stdout], [], [], left)[0]:
                 self._end()
-                raise Lost(f"hung: no answer in {seconds:g} s")
+                raise WorkerLost(f"hung: no answer in {seconds:g} s")
             data = os.read(process.stdout.fileno(), 1 << 16)
             if not data:
                 self._end()
-                raise Lost(f"failed: {self._last_words()}")
+                raise WorkerLost(f"failed: {self._last_words()}")
             seen += data
         answer = json.loads(seen)
         assert isinstance(answer, dict)
@@ -119,7 +119,7 @@ class Process:
                     pass
 
 
-class Asked:
+class Questions:
     """In the process that answers: `first` of its parent, then the questions; `tell` answers. What
     a library prints goes to stderr. Ends with its parent, whatever it is doing."""
 
