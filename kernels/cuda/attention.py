@@ -274,7 +274,8 @@ def _split_default(call: CallShape) -> SplitConfig:
     chunks. Two programs of 100 KB fit a multiprocessor and keep more keys and values on their way
     than its share of the bandwidth needs (about 30 KB); where keys are wider than values, with a
     stage less, or one program does. Wide heads leave registers for 32 rows, of fp8, which is
-    converted in registers, for 16."""
+    converted in registers, for 16. Largest values of the results take registers, too: with 64 rows
+    of 128 columns one program of eight warps stands for two of four."""
     shape = _shape(call)
     heads = shape.heads // shape.kv_heads
     narrow = shape.wide or shape.pad > 256
@@ -284,14 +285,15 @@ def _split_default(call: CallShape) -> SplitConfig:
     rows = min(most, max(16, _power(heads)))
     if call.kind != "decode" and not narrow:
         rows = most
+    large = shape.pad > 128 or (rows == 64 and shape.pad == 128 and "out_amax" in call.shapes)
     config = _fitting(
         call,
         SplitConfig(
             rows=rows,
             keys=32 if narrow else 64,
-            warps=8 if shape.pad > 128 else 4,
+            warps=8 if large else 4,
             stages=3 if rows == 64 or shape.pad > 256 else 4,
-            programs=2 if shape.pad <= 128 else 1,
+            programs=1 if large else 2,
         ),
     )
     for choice in (config, replace(config, stages=min(config.stages, 3))):
