@@ -31,7 +31,7 @@ from compiler.tune_search import Search
 from compiler.tuned import load_records
 from conf.bench_schema import BundleConfig
 from conf.load import run
-from kernels.cuda.build import Builders, key
+from kernels.cuda.build import ARCH, Builders, key
 from kernels.launch import Source
 from kernels.toolchain import ToolchainError
 
@@ -94,7 +94,7 @@ def built(config: BundleConfig, cache: Path, deadline: float) -> list[str]:
 
 def _entry(source: Source) -> str:
     try:
-        return key(source, "sm_90a")
+        return key(source, ARCH)
     except ToolchainError as error:
         raise BenchError(str(error)) from None
 

@@ -29,7 +29,7 @@ from compiler.bind import bind, build
 from compiler.worker_process import Questions, WorkerLost, WorkerProcess
 from conf.bench_schema import GpuConfig
 from kernels.cuda import nvcc
-from kernels.cuda.build import ENVIRONMENT, decode_binary, ptxas
+from kernels.cuda.build import ARCH, ENVIRONMENT, decode_binary, ptxas
 from kernels.cuda.kernel import launch
 from kernels.launch import Binary, Descriptor, Launch, Pointer, Source
 from kernels.toolchain import ToolchainError
@@ -136,7 +136,7 @@ def assembled_by(source: Source, assembler: Path) -> tuple[Binary, bytes]:
         "from kernels.launch import Source\n"
         "given = json.load(sys.stdin)\n"
         "pairs = {k: tuple(map(tuple, given.pop(k))) for k in ('signature', 'constants')}\n"
-        "binary, image = compile_source(Source(**given, **pairs), 'sm_90a')\n"
+        f"binary, image = compile_source(Source(**given, **pairs), {ARCH!r})\n"
         "print(json.dumps([asdict(binary), image.hex()]))\n"
     )
     with tempfile.TemporaryDirectory() as folder:

@@ -73,13 +73,13 @@ def _tools() -> dict[str, str]:
 def _prebuilt(config: GpuConfig) -> str:
     """Whether kernels of the bundle are of the tools here: others are built anew, in minutes."""
     from bench.gpu.probes import counting
-    from kernels.cuda.build import key
+    from kernels.cuda.build import ARCH, key
     from kernels.toolchain import ToolchainError
 
     source = counting().source
     assert source is not None
     try:
-        there = (Path(config.cache).expanduser() / "cuda" / key(source, "sm_90a")).exists()
+        there = (Path(config.cache).expanduser() / "cuda" / key(source, ARCH)).exists()
     except ToolchainError as error:
         return str(error)
     return "yes" if there else "no: this machine's tools or sources are others; all are built here"

@@ -30,14 +30,15 @@ from kernels.toolchain import ToolchainError
 CODE = Path(__file__).parent / "code"
 TRITON = (3, 6), (3, 10)  # supported: first included, last excluded
 FORMAT = "1"  # of the cache entry
-ARCHITECTURES = {"sm_90a": 90}
+ARCH = "sm_90a"  # Hopper: of what is built beside a model, which has its target's
+ARCHITECTURES = {ARCH: 90}
 # Line tables would put absolute paths into the cubin and make it three times larger.
 ENVIRONMENT = {"TRITON_DISABLE_LINE_INFO": "1"}
 POOL_FROM = 3  # builds worth a second process
 
 
 def build_cuda(
-    sources: Iterable[Source], cache_dir: Path, arch: str = "sm_90a", jobs: int | None = None
+    sources: Iterable[Source], cache_dir: Path, arch: str = ARCH, jobs: int | None = None
 ) -> dict[Source, tuple[Binary, bytes]]:
     """Binary and image of every distinct source. ToolchainError names the source that fails."""
     if arch not in ARCHITECTURES:
@@ -56,7 +57,7 @@ def build_cuda(
 
 
 def build_each(
-    sources: Iterable[Source], cache_dir: Path, arch: str = "sm_90a", jobs: int | None = None
+    sources: Iterable[Source], cache_dir: Path, arch: str = ARCH, jobs: int | None = None
 ) -> tuple[dict[Source, tuple[Binary, bytes]], dict[Source, ToolchainError]]:
     """Like `build_cuda`, but sources that fail are given back with their errors."""
     wanted, root = list(dict.fromkeys(sources)), Path(cache_dir).expanduser() / "cuda"
@@ -84,7 +85,7 @@ class Builders:
     cache and raises ToolchainError when it cannot be built. Leaving the context drops what has not
     begun."""
 
-    def __init__(self, cache_dir: Path, arch: str = "sm_90a", jobs: int | None = None) -> None:
+    def __init__(self, cache_dir: Path, arch: str = ARCH, jobs: int | None = None) -> None:
         self._root, self._arch = Path(cache_dir).expanduser() / "cuda", arch
         spare = max(len(os.sched_getaffinity(0)) - 2, 1)  # cores for who waits for the builds
         self._pool = _pool(POOL_FROM * (jobs or spare), jobs or spare)
