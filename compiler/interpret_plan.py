@@ -27,7 +27,6 @@ from runtime.device.arena import Arena
 from runtime.device.base import StepInput, StepOutput, Ticket
 from runtime.device.staging import (
     DEPTH,
-    Held,
     PlanIo,
     arena_sizes,
     by_cost,
@@ -55,13 +54,12 @@ class InterpretedSession:
         staging = [np.zeros(manifest.io_bytes, np.uint8) for _ in range(DEPTH)]
         received = [np.zeros(manifest.io_bytes, np.uint8) for _ in range(DEPTH)]
         self._staging, self._received = staging, received
-        held: list[Held | None] = [None] * DEPTH
         self._plans: dict[str, tuple[LaunchPlan, PlanIo, npt.NDArray[np.uint64]]] = {}
         bases = [arena.address for arena in self._arenas]
         for bucket in manifest.buckets:
             plan = artifact.plan(0, bucket.name)
             values = relocate(artifact, plan, bases, sizes, maps=True)
-            self._plans[bucket.name] = plan, PlanIo(plan.header, staging, received, held), values
+            self._plans[bucket.name] = plan, PlanIo(plan.header, staging, received), values
         self._steps = 0
         self._done: dict[Ticket, StepOutput] = {}
 
@@ -82,15 +80,15 @@ class InterpretedSession:
         began = time.perf_counter()
         plan, io, values = self._plans[bucket.name]
         side = self._steps % DEPTH
-        first, size = io.fill(side, step)
+        held = io.hold(side, step)
+        first, size = held.fill(step)
         block = self._arenas[3].bytes
         block[first : first + size] = self._staging[side][first : first + size]
         for index in range(len(plan.nodes)):
             self.run_node(plan, values, index)
         self._received[side][: io.size] = block[io.start : io.start + io.size]
         ticket = self._steps
-        rows = len(step.seq_len) if self.capacity.embedding else len(step.row_token)
-        self._done[ticket] = io.take(side, rows, time.perf_counter() - began)
+        self._done[ticket] = held.take(time.perf_counter() - began)
         self._steps += 1
         return ticket
 

@@ -1,9 +1,8 @@
 """A `Step` as the arrays a session takes.
 
 Comes in: what the scheduler decided, and the slots it decided on (lengths already moved on). Goes
-out: a `StepInput`, valid until the next call: arrays that do not change while the same sequences
-decode are kept on `Rows` and handed out again. Called by the engine loop; sessions copy what they
-are given.
+out: a `StepInput`, valid until the next call: while the same sequences decode, it is kept on `Rows`
+and handed out again. Called by the engine loop; sessions copy what they are given.
 """
 
 from __future__ import annotations
@@ -21,28 +20,37 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "frequency", "presence", "
 
 def build(step: Step, slots: Slots) -> StepInput:
     edits = np.concatenate(step.edits) if step.edits else NO_EDITS
-    rows, positions, size = step.rows, step.positions, slots.page_size
+    rows = step.rows
     if rows.pages is None:
         rows.pages = page_tables(slots, rows.slots)
-    if rows.params is None:
-        rows.params = _params(slots, rows.slots)
-    kv_slots = slots.table.take(rows.base + positions // size)
-    kv_slots *= size
-    kv_slots += positions % size
+        columns, offsets = divmod(rows.positions, slots.page_size)
+        rows.kv_slots[:] = slots.table.take(rows.base + columns) * slots.page_size + offsets
     if step.chunks:
-        return _mixed(step, slots, kv_slots, edits)
+        return _mixed(step, slots, edits)
+    if rows.given is None:
+        rows.given = _decoding(rows, slots)
+    given = rows.given
+    given.pages = rows.pages
+    given.rope_variant = slots.rope_variants(rows.slots, rows.positions)
+    given.edits = edits
+    given.row_mask = given.masks = None
+    return given
+
+
+def _decoding(rows: Rows, slots: Slots) -> StepInput:
+    """Without what `build` adds to each step."""
+    params = _params(slots, rows.slots)
     return StepInput(
         tokens=rows.tokens,
-        positions=positions,
-        kv_slots=kv_slots,
+        positions=rows.positions,
+        kv_slots=rows.kv_slots,
         seq_start=rows.starts,
-        seq_len=positions + 1,
-        pages=rows.pages,
+        seq_len=rows.seq_len,
+        pages=[],
         row_token=rows.starts[:-1],
-        rope_variant=slots.rope_variants(rows.slots, positions),
-        edits=edits,
-        kept=rows.params,
-        **rows.params,  # type: ignore[arg-type]
+        edits=NO_EDITS,
+        kept=params,
+        **params,
     )
 
 
@@ -51,7 +59,7 @@ def page_tables(slots: Slots, index: Index) -> I32:
     return slots.table[index, :columns]
 
 
-def _mixed(step: Step, slots: Slots, kv_slots: I32, edits: I32) -> StepInput:
+def _mixed(step: Step, slots: Slots, edits: I32) -> StepInput:
     rows, chunks = step.rows, step.chunks
     seqs = np.concatenate([rows.slots, np.array([c.slot for c in chunks], np.intp)])
     positions = [np.arange(c.start, c.end, dtype=np.int32) for c in chunks]
@@ -61,26 +69,26 @@ def _mixed(step: Step, slots: Slots, kv_slots: I32, edits: I32) -> StepInput:
         tokens=np.concatenate(
             [rows.tokens, *(slots.history[c.slot, c.start : c.end] for c in chunks)]
         ),
-        positions=np.concatenate([step.positions, *positions]),
+        positions=np.concatenate([rows.positions, *positions]),
         kv_slots=np.concatenate(
             [
-                kv_slots,
+                rows.kv_slots,
                 *(_kv_slots(slots, c.slot, p) for c, p in zip(chunks, positions, strict=True)),
             ]
         ),
         seq_start=np.concatenate([rows.starts[:-1], np.array(starts, np.int32)]),
-        seq_len=slots.length[seqs],
+        seq_len=np.concatenate([rows.seq_len, np.array([c.end for c in chunks], np.int32)]),
         pages=page_tables(slots, seqs),
-        rope_variant=_rope_variants(slots, rows, step.positions, chunks, positions),
+        rope_variant=_rope_variants(slots, rows, chunks, positions),
         edits=edits,
         **_mixed_rows(rows, chunks, starts, slots),
     )
 
 
 def _rope_variants(
-    slots: Slots, rows: Rows, decoded: I32, chunks: list[Chunk], positions: list[I32]
+    slots: Slots, rows: Rows, chunks: list[Chunk], positions: list[I32]
 ) -> I32 | None:
-    parts = [slots.rope_variants(rows.slots, decoded)]
+    parts = [slots.rope_variants(rows.slots, rows.positions)]
     for chunk, at in zip(chunks, positions, strict=True):
         parts.append(slots.rope_variants(np.array([chunk.slot]), at))
     return None if parts[0] is None else np.concatenate([p for p in parts if p is not None])

@@ -88,6 +88,8 @@ def must_ban(seq: Sequence) -> bool:
 
 def lift_bans(scheduler: Scheduler, step: Step) -> None:
     """Of decoding sequences whose next row samples output number min_new_tokens or a later one."""
+    if scheduler.rows is not None:
+        scheduler.slots.settle(scheduler.rows)
     for seq in list(scheduler.banned):
         number = int(scheduler.slots.length[seq.slot]) + 1 - seq.prompt_size  # counted from 0
         if seq.state == DECODE and number >= seq.request.sampling.min_new_tokens:

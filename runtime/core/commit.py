@@ -8,6 +8,7 @@ loop.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,8 @@ UNUSABLE = {  # StepOutput.status: message and HTTP status
     1: ("The model produced numbers that are not finite for this request.", 500),
     2: ("The grammar, logit_bias and min_new_tokens together leave no token.", 400),
 }
+
+HEARD = 64  # steps whose tokens are kept until they are written to the history together
 
 
 def commit_step(scheduler: Scheduler, step: Step, output: StepOutput) -> list[Event]:
@@ -40,40 +43,35 @@ def commit_step(scheduler: Scheduler, step: Step, output: StepOutput) -> list[Ev
 
 
 def _commit_rows(scheduler: Scheduler, step: Step, output: StepOutput) -> list[Event]:
-    """The common case is one plain token for each of many sequences: arrays, and one small object
-    per event.
+    """The common case is one plain token for each of many sequences: a list of tokens, and one
+    small object per event.
     """
     rows, slots = step.rows, scheduler.slots
     n = len(rows)
-    index, seqs, ids, special = rows.slots, rows.seqs, rows.ids, rows.special
-    tokens, status, at = output.token[:n], output.status[:n], None
-    if scheduler.held.lives != step.lives:
-        at = np.flatnonzero(slots.life.take(index) == rows.life)
-        index, tokens, status = index[at], tokens[at], status[at]
-        seqs = [rows.seqs[i] for i in at]
-        ids = [seq.request.id for seq in seqs]
-        special = [i for i, seq in enumerate(seqs) if seq.special]
-    known = slots.known.take(index)
-    slots.history[index, known] = tokens
-    known += 1
-    slots.known[index] = known
-    done = known >= slots.limit.take(index)
-    for eos in scheduler.eos:
-        hit = tokens == eos
-        if hit.any():
-            done |= hit & slots.eos.take(index)
-    done |= status != 0
-    listed = tokens.tolist()
-    events = [Event(id=i, tokens=[t]) for i, t in zip(ids, listed, strict=True)]
+    tokens, status, ids = output.token[:n].tolist(), output.status[:n].tolist(), rows.ids
+    wanted: Iterable[int] = range(n)
+    full: list[int] = []
+    if scheduler.rows is rows:  # nobody has left, and nobody can have got all it may
+        rows.heard.append(tokens)
+        if len(rows.heard) == HEARD:
+            slots.settle(rows)
+    else:
+        here = np.flatnonzero(slots.life.take(rows.slots) == rows.life)
+        index = rows.slots[here]
+        slots.hear(index, output.token[None, here])
+        full = here[slots.known.take(index) >= slots.limit.take(index)].tolist()
+        wanted = here.tolist()
+    events = {i: Event(id=ids[i], tokens=[tokens[i]]) for i in wanted}
     scheduler.count.generation_tokens += len(events)
-    for i in special:
-        seq = seqs[i]
-        events[i] = Event(id=ids[i], **_news(seq, output, i if at is None else int(at[i])))
-        done[i] |= listed[i] in seq.stops or seq.verdict is not None
-    if done.any():
-        for i in np.flatnonzero(done).tolist():
-            events[i] = _finished(scheduler, seqs[i], events[i], listed[i], int(status[i]))
-    return events
+    for i in rows.special:
+        if i in events:
+            events[i] = Event(id=ids[i], **_news(rows.seqs[i], output, i))
+    if full or rows.special or any(status) or not scheduler.eos.isdisjoint(tokens):
+        for i in wanted:
+            seq = rows.seqs[i]
+            if i in full or status[i] or tokens[i] in seq.stops or seq.verdict is not None:
+                events[i] = _finished(scheduler, seq, events[i], tokens[i], status[i])
+    return list(events.values())
 
 
 def _commit_vectors(

@@ -16,13 +16,12 @@ SHARED_PAGES = 4  # a prompt waits for a running one that computes at least so m
 
 
 class Holdings:
-    """`lives` counts departures. `pending`: prefix pages being computed, and by whom."""
+    """`pending`: prefix pages being computed, and by whom."""
 
     def __init__(self, capacity: Capacity, *, secret: bytes, prefix_cache: bool) -> None:
         self.pool = PagePool(capacity.pages)
         self.slots = Slots(capacity)
         self.running: dict[Sequence, None] = {}  # in order of admission
-        self.lives = 0
         self._page_size = capacity.page_size
         self._secret = secret
         self._prefix_cache = prefix_cache
@@ -126,7 +125,6 @@ class Holdings:
         self._free_slots.append(slot)
         del self.running[seq]
         seq.slot = -1
-        self.lives += 1
 
     def check(self) -> None:
         """The books agree with each other; raises PageLeak."""

@@ -23,7 +23,7 @@ from runtime.core.pages import PageLeak
 from runtime.core.policy import Counters, Policy
 from runtime.core.queue import PATIENCE, WaitingLine
 from runtime.core.sequence import DECODE, DONE, DRAIN, PREFILL, WAITING, Rows, Sequence, Step
-from runtime.device.base import I32, Capacity
+from runtime.device.base import Capacity
 from runtime.request import Event, Finish, Request
 
 GROWTH_TOKENS = 512  # outputs are expected to grow by at most so much before others end
@@ -49,7 +49,7 @@ class Scheduler:
     ) -> None:
         self.capacity = capacity
         self.policy = policy
-        self.eos = eos
+        self.eos = frozenset(eos)
         self.held = Holdings(capacity, secret=secret, prefix_cache=policy.prefix_cache)
         self.slots = self.held.slots
         self.running = self.held.running
@@ -61,7 +61,7 @@ class Scheduler:
         self.count = Counters()
         self.banned: dict[Sequence, None] = {}  # their stop tokens are banned on the device now
         self._ban_edits = 0  # of all that run: bounded, so that all bans can be lifted in one step
-        self._rows: Rows | None = None  # None: the decoding sequences changed
+        self.rows: Rows | None = None  # None: the decoding sequences changed
         self._seeds = seeds
         self._arrivals = 0
         self._orders = 0
@@ -87,7 +87,7 @@ class Scheduler:
             return
         stops = frozenset(sampling.stop_token_ids)
         if not sampling.ignore_eos:
-            stops |= frozenset(self.eos)
+            stops |= self.eos
         seq = Sequence(
             request,
             arrival=self._arrivals,
@@ -156,11 +156,11 @@ class Scheduler:
     def schedule(self, now: float) -> Step | None:
         if now >= self._next_expiry:
             self._expire(now)
-        lives = self.held.lives
-        rows, positions = self._grow()
-        if len(self.waiting) and self.held.lives == lives:  # not right after a preemption
+        retractions = self.count.retractions
+        rows = self._grow()
+        if len(self.waiting) and self.count.retractions == retractions:
             self._admit(now)
-        step = Step(rows=rows, positions=positions, lives=self.held.lives)
+        step = Step(rows=rows)
         if self.banned:
             lift_bans(self, step)
         if self.prefilling:
@@ -170,22 +170,20 @@ class Scheduler:
         self._advance(step)
         return step
 
-    def _grow(self) -> tuple[Rows, I32]:
+    def _grow(self) -> Rows:
         """The decode rows, each with room for one more token; the youngest sequences give way where
         pages run out.
         """
         slots = self.slots
         while True:
-            rows = self._rows
+            rows = self.rows
             if rows is None:
-                rows = self._rows = Rows([s for s in self.running if s.state == DECODE], slots)
-            positions = slots.length.take(rows.slots)
-            short = rows.slots[slots.room.take(rows.slots) <= positions]
-            if not len(short):
-                return rows, positions
-            if self.held.grow(short):
-                rows.pages = None
-                return rows, positions
+                rows = self.rows = Rows([s for s in self.running if s.state == DECODE], slots)
+            if rows.room:
+                return rows
+            if self.held.grow(rows.slots[slots.room.take(rows.slots) <= rows.seq_len]):
+                rows.see_pages(slots)
+                return rows
             if len(self.running) == 1:
                 raise PageLeak("one sequence alone does not fit the pool that admitted it")
             movable = [s for s in self.running if s.state != DRAIN]  # the others end by themselves
@@ -199,13 +197,12 @@ class Scheduler:
         self.count.steps += 1
         self._growth = max(self._growth * 0.998, 0.05)
         if len(rows):
-            slots.length[rows.slots] = step.positions + 1
-            rows.left -= 1
+            rows.advance()
             if rows.left <= 0:
+                self._regroup()
                 for seq in rows.seqs:
                     if slots.length[seq.slot] >= slots.limit[seq.slot] - 1:
                         seq.state = DRAIN
-                self._rows = None
         for chunk in step.chunks:
             seq, slot = chunk.seq, chunk.slot
             slots.length[slot] = chunk.end
@@ -216,7 +213,13 @@ class Scheduler:
                 del self.prefilling[seq]
                 more = chunk.samples and chunk.end < slots.limit[slot] - 1
                 seq.state = DECODE if more else DRAIN
-                self._rows = None
+                self._regroup()
+
+    def _regroup(self) -> None:
+        """Other sequences decode from the next step on."""
+        if self.rows is not None:
+            self.slots.settle(self.rows)
+            self.rows = None
 
     # --- admission and preemption ---------------------------------------------------------------
 
@@ -277,6 +280,7 @@ class Scheduler:
 
     def restart(self, seq: Sequence) -> None:
         """Back to the line, to be computed again: commit drops what was in flight for it."""
+        self._regroup()
         tokens = self.slots.seen(seq.slot)
         self._leave(seq, keep=True)
         seq.state = WAITING
@@ -287,11 +291,11 @@ class Scheduler:
         self._queue(seq)
 
     def _leave(self, seq: Sequence, *, keep: bool) -> None:
+        self._regroup()
         self.held.leave(seq, keep=keep)
         self.prefilling.pop(seq, None)
         self.banned.pop(seq, None)
         self._ban_edits -= len(seq.ban)
-        self._rows = None
         self._admission_open = True
 
     def _queue(self, seq: Sequence) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from runtime.device.base import F32, I32, I64, Capacity
+from runtime.device.base import F32, I32, I64, Capacity, StepInput
 from runtime.request import Finish, Request, TopLogprobs
 
 Index = npt.NDArray[np.intp]
@@ -27,6 +27,8 @@ WAITING, PREFILL, DECODE, DRAIN, DONE = range(
 )  # DRAIN: everything submitted, results on their way
 
 PENALTIES, LOGPROB = 1, 2  # row_flags
+
+FOREVER = 1 << 30  # steps, of no sequences
 
 
 class Sequence:
@@ -135,8 +137,8 @@ class Sequence:
 
 
 class Slots:
-    """One row per token-state slot, as arrays, so that a decode step costs a few numpy calls and
-    not a loop.
+    """One row per token-state slot, as arrays. `length`, `known` and `history` of the sequences of
+    the current `Rows` are behind by what those have since: `settle` brings them up to date.
     """
 
     def __init__(self, capacity: Capacity) -> None:
@@ -149,7 +151,6 @@ class Slots:
         self.limit: I32 = np.zeros(n, np.int32)
         self.room: I32 = np.zeros(n, np.int32)  # tokens its pages hold
         self.life: I32 = np.zeros(n, np.int32)
-        self.eos: npt.NDArray[np.bool_] = np.zeros(n, np.bool_)  # ends at the model's eos tokens
         self.flags: I32 = np.zeros(n, np.int32)
         self.rope_row: I32 = np.zeros(n, np.int32)
         self.top: I32 = np.zeros(n, np.int32)
@@ -176,7 +177,6 @@ class Slots:
         self.rope_row[slot] = seq.rope_row
         if self.rope_rule is not None and (last := self.rope_rule.last(known)) is not None:
             self.limit[slot] = min(seq.limit, last + 1)
-        self.eos[slot] = not s.ignore_eos
         self.flags[slot] = PENALTIES * seq.edits + LOGPROB * seq.request.logprobs
         self.top[slot] = seq.request.top_logprobs if seq.request.logprobs else 0
         self.top_k[slot] = s.top_k
@@ -188,6 +188,18 @@ class Slots:
         self.presence[slot] = s.presence_penalty
         self.repetition[slot] = max(s.repetition_penalty, 1e-4)
         self.seed[slot] = seq.seed
+
+    def settle(self, rows: Rows) -> None:
+        self.length[rows.slots] = rows.seq_len
+        if rows.heard:
+            self.hear(rows.slots, np.array(rows.heard, np.int32))
+            rows.heard.clear()
+
+    def hear(self, slots: Index, tokens: I32) -> None:
+        """Outputs [k, n] of n sequences, k of each."""
+        known = self.known.take(slots)
+        self.history[slots, known + np.arange(len(tokens))[:, None]] = tokens
+        self.known[slots] = known + len(tokens)
 
     def leave(self, slot: int) -> None:
         self.sequences[slot] = None
@@ -214,9 +226,12 @@ class Slots:
 
 class Rows:
     """The decoding sequences, fixed: made anew when one joins or leaves, shared by every step in
-    between.
+    between. They move in lockstep, one token each per step.
 
-    `pages` and `params` are batch.py's, kept here because they stay valid exactly as long.
+    `positions`, `kv_slots` (where `pages` is not None) and `seq_len` are those of the step that was
+    scheduled last, `heard` the outputs of each step that was collected; Slots.settle takes both
+    over. `pages` and `given` are batch.py's: valid until a sequence gets another page, and for
+    good.
     """
 
     def __init__(self, seqs: list[Sequence], slots: Slots) -> None:
@@ -227,19 +242,32 @@ class Rows:
         self.ids = [s.request.id for s in seqs]
         self.special = [i for i, s in enumerate(seqs) if s.special]
         self.constrained = [i for i in self.special if seqs[i].constrained]
-        self.row_slot = self.slots.astype(np.int32)
-        self.tokens = -1 - self.row_slot
+        self.tokens: I32 = (-1 - self.slots).astype(np.int32)
         self.base = self.slots * slots.columns
-        self.starts = np.arange(n + 1, dtype=np.int32)
+        self.starts: I32 = np.arange(n + 1, dtype=np.int32)
+        self.heard: list[list[int]] = []
+        self._moving: I32 = np.zeros((3, n), np.int32)
+        self.positions, self.kv_slots, self.seq_len = self._moving
+        self.seq_len[:] = slots.length[self.slots]
+        self.positions[:] = self.seq_len - 1
         # Steps until the first of them has everything it may get.
-        self.left = (
-            int((slots.limit[self.slots] - 1 - slots.length[self.slots]).min()) if n else 1 << 30
-        )
-        self.pages: I32 | None = None
-        self.params: dict[str, npt.NDArray[np.generic]] | None = None
+        self.left = int((slots.limit[self.slots] - 1 - self.seq_len).min(initial=FOREVER))
+        self.given: StepInput | None = None
+        self.see_pages(slots)
 
     def __len__(self) -> int:
         return len(self.seqs)
+
+    def see_pages(self, slots: Slots) -> None:
+        """They have other pages than before."""
+        self.pages: I32 | None = None
+        # Steps until the first of them needs another page.
+        self.room = int((slots.room[self.slots] - self.seq_len).min(initial=FOREVER))
+
+    def advance(self) -> None:
+        self._moving += 1
+        self.left -= 1
+        self.room -= 1
 
 
 @dataclass(slots=True, kw_only=True)
@@ -261,13 +289,9 @@ class Chunk:
 
 @dataclass(slots=True, kw_only=True)
 class Step:
-    """Decode rows first, then chunks. `positions`: of the decode rows. `lives`: how often a
-    sequence had left a slot when this was made; equal at commit means every row is still wanted.
-    """
+    """Decode rows first, then chunks."""
 
     rows: Rows
-    positions: I32
-    lives: int
     chunks: list[Chunk] = field(default_factory=list)
     edits: list[I32] = field(default_factory=list)
 

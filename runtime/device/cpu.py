@@ -73,7 +73,8 @@ class CpuSession:
         self._library = choose_library(artifact)
         self.threads = choose_threads(threads)
         self._steps = 0
-        self._flying: list[tuple[Ticket, Plan, int, int]] = []
+        self._held: list[tuple[Plan, Held] | None] = [None] * DEPTH  # per side: its last step
+        self._flying: list[tuple[Ticket, Plan, Held]] = []
         self._times: dict[str, PlanTimes] | None = None
         with ExitStack() as stack:
             self._open(kv_tokens, mark, stack)
@@ -89,10 +90,14 @@ class CpuSession:
     def submit(self, step: StepInput) -> Ticket:
         if len(self._flying) >= DEPTH:
             raise ValueError(f"{len(self._flying)} steps are in flight, a session holds {DEPTH}")
-        plan = self._fitting(demand(step))
         side = self._steps % DEPTH
+        last = self._held[side]
+        if last is None or not last[1].keeps(step):
+            plan = self._fitting(demand(step))
+            last = self._held[side] = plan, plan.io.hold(side, step)
+        plan, held = last
         self._steps += 1
-        first, upload = plan.io.fill(side, step)
+        first, upload = held.fill(step)
         ticket = self._native.hs_submit(
             self._team,
             plan.handle,
@@ -103,18 +108,17 @@ class CpuSession:
             plan.io.start - first,
             plan.io.size,
         )
-        rows = len(step.seq_len) if self.capacity.embedding else len(step.row_token)
-        self._flying.append((ticket, plan, side, rows))
+        self._flying.append((ticket, plan, held))
         return ticket
 
     def collect(self, ticket: Ticket) -> StepOutput:
         if not self._flying or self._flying[0][0] != ticket:
             raise ValueError(f"ticket {ticket} is not the oldest step in flight")
         seconds = self._native.hs_wait(self._team, ticket)
-        _, plan, side, rows = self._flying.pop(0)
+        _, plan, held = self._flying.pop(0)
         if self._times is not None:
             self._count(self._times, plan, seconds)
-        return plan.io.take(side, rows, seconds)
+        return held.take(seconds)
 
     @contextmanager
     def profiling(self) -> Iterator[Callable[[], dict[str, PlanTimes]]]:
@@ -178,7 +182,6 @@ class CpuSession:
         stack.callback(self._native.hs_close, self._team)
         self._arenas = tuple(Arena(size) for size in arena_sizes(manifest, pages))
         self._staging = tuple(np.zeros(manifest.io_bytes, np.uint8) for _ in range(DEPTH))
-        self._held: list[Held | None] = [None] * DEPTH
         self._received = tuple(np.zeros(manifest.io_bytes, np.uint8) for _ in range(DEPTH))
         sides = zip(self._staging, self._received, strict=True)
         self._addresses = tuple((out.ctypes.data, into.ctypes.data) for out, into in sides)
@@ -245,7 +248,7 @@ class CpuSession:
             bucket=header.bucket,
             handle=handle,
             nodes=len(plan.nodes),
-            io=PlanIo(header, self._staging, self._received, self._held),
+            io=PlanIo(header, self._staging, self._received),
             values=values,
         )
 

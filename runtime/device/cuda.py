@@ -43,9 +43,8 @@ class Flying:
     """A step on the device."""
 
     ticket: Ticket
-    plan: GpuPlan
+    held: Held
     side: int
-    rows: int
 
 
 def open_driver() -> Driver:
@@ -73,6 +72,7 @@ class CudaSession:
         self._closed = False
         self._thread = threading.get_ident()  # the one the context is current in
         self._steps = 0
+        self._held: list[tuple[GpuPlan, Held] | None] = [None] * DEPTH  # per side: its last step
         self._flying: list[Flying] = []
         try:
             self._open(gpu, kv_tokens, mark)
@@ -90,7 +90,11 @@ class CudaSession:
         self._plans.check()
         plan = self._plans.fitting(demand(step))
         side = self._steps % DEPTH
-        first, size = plan.io.fill(side, step)
+        last = self._held[side]
+        # A larger plan serves only until the step's own stands.
+        if last is None or last[0] is not plan or not last[1].keeps(step):
+            last = self._held[side] = plan, plan.io.hold(side, step)
+        first, size = last[1].fill(step)
         driver, stream, io = self._driver, self._stream, self._bases[ARENAS.index("io")]
         driver("cuEventRecord", self._begun[side], stream)
         source = self._staging[side].address + first
@@ -100,8 +104,7 @@ class CudaSession:
         driver("cuMemcpyDtoHAsync", received, io + plan.io.start, plan.io.size, stream)
         driver("cuEventRecord", self._ended[side], stream)
         self._steps += 1
-        rows = len(step.seq_len) if self.capacity.embedding else len(step.row_token)
-        self._flying.append(Flying(ticket=self._steps, plan=plan, side=side, rows=rows))
+        self._flying.append(Flying(ticket=self._steps, held=last[1], side=side))
         return self._steps
 
     def collect(self, ticket: Ticket) -> StepOutput:
@@ -113,7 +116,7 @@ class CudaSession:
         self._driver("cuEventSynchronize", ended)
         milliseconds = self._driver("cuEventElapsedTime", self._begun[step.side], ended)
         self._flying.pop(0)
-        return step.plan.io.take(step.side, step.rows, milliseconds / 1e3)
+        return step.held.take(milliseconds / 1e3)
 
     def complete(self) -> None:
         """Waits until every plan stands, so that no step takes a larger one for lack of its own."""
@@ -187,8 +190,6 @@ class CudaSession:
         stack.callback(code.close)
         background = make_stream(driver, stack)
 
-        held: list[Held | None] = [None] * DEPTH
-
         def make(bucket: Bucket) -> GpuPlan:
             plan = artifact.plan(0, bucket.name)
             graph = plan_graph(driver, artifact, plan, code, self._bases, sizes)
@@ -199,7 +200,7 @@ class CudaSession:
                 raise
             staging = [side.bytes for side in self._staging]
             received = [side.bytes for side in self._received]
-            io = PlanIo(plan.header, staging, received, held)
+            io = PlanIo(plan.header, staging, received)
             return GpuPlan(bucket=bucket, graph=graph, io=io)
 
         self._plans = PlanSet(

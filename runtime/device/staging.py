@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,7 @@ from runtime.artifact import (
     Manifest,
     PlanHeader,
 )
-from runtime.device.base import Capacity, StepInput, StepOutput
+from runtime.device.base import I32, Capacity, StepInput, StepOutput
 from runtime.errors import DamagedArtifact, IncompatibleTarget
 
 DEPTH = 2  # steps in flight, and staging buffers of each kind
@@ -109,85 +110,104 @@ def none_fits(step: Demand, buckets: Sequence[Bucket]) -> ValueError:
     )
 
 
-@dataclass(frozen=True, slots=True)
 class Held:
-    """Of a step in a staging buffer: its plan, and the objects by which a later one tells that it
-    has the same rows and pages."""
+    """A step in a staging buffer, and where its outputs will be: made by `PlanIo.hold`, filled for
+    it and for later ones that keep its rows and pages."""
 
-    plan: PlanIo
-    kept: object
-    pages: object
+    __slots__ = (
+        "_edits",
+        "_fields",
+        "_first",
+        "_kept",
+        "_kv_slots",
+        "_masks",
+        "_output",
+        "_pages",
+        "_positions",
+        "_rope_variant",
+        "_rows",
+        "_seq_len",
+        "_upload",
+    )
 
-    def is_in(self, was: Held | None) -> bool:
-        """Whether the step written before left everything that this one keeps."""
-        return (
-            was is not None
-            and self.kept is not None
-            and was.plan is self.plan
-            and was.kept is self.kept
-            and was.pages is self.pages
-        )
+    def __init__(self, io: PlanIo, fields: Views, outputs: Views, step: StepInput) -> None:
+        n, s, r = len(step.tokens), len(step.seq_len), len(step.row_token)
+        self._kept, self._pages = step.kept, step.pages
+        self._fields, self._rows, self._edits = fields, r, 0
+        self._first, self._masks, self._upload = io.first, io.masks, io.upload
+        self._positions = fields["positions"][:n]
+        self._kv_slots = fields["kv_slots"][:n]
+        self._seq_len = fields["seq_len"][:s]
+        self._rope_variant = fields["rope_variant"][:n] if "rope_variant" in fields else None
+        fields["live"][:4] = n, s, r, 0
+        _fill_kept(fields, step, n, s, r)
+        rows = s if "embedding" in outputs else r
+        out: Any = {name: view[:rows] for name, view in outputs.items()}
+        self._output = StepOutput(seconds=0.0, **out)
+
+    def keeps(self, step: StepInput) -> bool:
+        """Whether `fill` writes everything that this step has and the one before has not."""
+        kept = self._kept
+        return kept is not None and kept is step.kept and self._pages is step.pages
+
+    def fill(self, step: StepInput) -> tuple[int, int]:
+        """Where the bytes to upload begin, and how many they are."""
+        self._positions[:] = step.positions
+        self._kv_slots[:] = step.kv_slots
+        self._seq_len[:] = step.seq_len
+        if self._rope_variant is not None:
+            assert step.rope_variant is not None, "the capacity has a rope_rule"
+            self._rope_variant[:] = step.rope_variant
+        first, edits = self._first, len(step.edits)
+        if step.row_mask is not None and step.masks is not None and len(step.masks):
+            first = self._mask(step.row_mask, step.masks)
+        if edits != self._edits:
+            self._fields["live"][3] = self._edits = edits
+        if edits:
+            self._fields["edits"][:edits] = step.edits
+        return first, self._upload + edits * EDIT_BYTES - first
+
+    def _mask(self, row_mask: I32, masks: I32) -> int:
+        """Where the bytes to upload begin. No later step keeps that rows are masked."""
+        table = self._fields["masks"]
+        unused = len(table) - len(masks)
+        table[unused:] = masks
+        self._fields["row_mask"][: self._rows] = np.where(row_mask < 0, -1, row_mask + unused)
+        self._kept = None
+        return self._masks + unused * table.strides[0]
+
+    def take(self, seconds: float) -> StepOutput:
+        """What the finished step left in its received buffer: views, that the next step in it
+        overwrites."""
+        self._output.seconds = seconds
+        return self._output
 
 
 class PlanIo:
     """A plan's io block in staging memory. `start`, `size`: the part that is downloaded.
 
     `staging[i]` and `received[i]` are the host's two sides of step i, i + DEPTH, …; a received
-    buffer begins with the first output. `held[i]`, shared by the plans of a session: what the
-    staging buffer holds of a step that was written last, if a later one may keep it.
+    buffer begins with the first output.
     """
 
     def __init__(
-        self,
-        header: PlanHeader,
-        staging: Sequence[Buffer],
-        received: Sequence[Buffer],
-        held: list[Held | None],
+        self, header: PlanHeader, staging: Sequence[Buffer], received: Sequence[Buffer]
     ) -> None:
-        self._held = held
         inputs = [f for f in header.io if not f.output]
         outputs = [f for f in header.io if f.output]
         self.start = min(f.offset for f in outputs)
         self.size = header.io_bytes - self.start
         # `masks` come first and are filled from their end, `edits` come last: what is unused of
         # both is not uploaded. A pooled model has neither.
-        self._first = next(f.offset for f in inputs if f.name == "live")
-        self._masks = next((f.offset for f in inputs if f.name == "masks"), 0)
-        self._upload = next((f.offset for f in inputs if f.name == "edits"), self.start)
+        self.first = next(f.offset for f in inputs if f.name == "live")
+        self.masks = next((f.offset for f in inputs if f.name == "masks"), 0)
+        self.upload = next((f.offset for f in inputs if f.name == "edits"), self.start)
         self._fields = tuple({f.name: _view(b, f, 0) for f in inputs} for b in staging)
         self._outputs = tuple({f.name: _view(b, f, self.start) for f in outputs} for b in received)
 
-    def fill(self, side: int, step: StepInput) -> tuple[int, int]:
-        """Writes the step into a staging buffer; where the bytes to upload begin, and how many
-        they are."""
-        fields, held = self._fields[side], Held(self, step.kept, step.pages)
-        n, s, r, e = len(step.tokens), len(step.seq_len), len(step.row_token), len(step.edits)
-        fields["live"][:4] = n, s, r, e
-        fields["positions"][:n] = step.positions
-        fields["kv_slots"][:n] = step.kv_slots
-        fields["seq_len"][:s] = step.seq_len
-        if "rope_variant" in fields:
-            assert step.rope_variant is not None, "the capacity has a rope_rule"
-            fields["rope_variant"][:n] = step.rope_variant
-        if not held.is_in(self._held[side]):
-            _fill_kept(fields, step, n, s, r)
-        self._held[side] = held
-        first, row_mask = self._first, step.row_mask
-        if row_mask is not None and step.masks is not None and len(step.masks):
-            table = fields["masks"]
-            unused = len(table) - len(step.masks)
-            table[unused:] = step.masks
-            fields["row_mask"][:r] = np.where(row_mask < 0, -1, row_mask + unused)
-            first = self._masks + unused * table.strides[0]
-            self._held[side] = None
-        if e:
-            fields["edits"][:e] = step.edits
-        return first, self._upload + e * EDIT_BYTES - first
-
-    def take(self, side: int, rows: int, seconds: float) -> StepOutput:
-        """Copies of what a finished step left in its received buffer."""
-        out = {name: view[:rows].copy() for name, view in self._outputs[side].items()}
-        return StepOutput(seconds=seconds, **out)  # type: ignore[arg-type]
+    def hold(self, side: int, step: StepInput) -> Held:
+        """Writes what later steps may keep; `fill` writes the rest."""
+        return Held(self, self._fields[side], self._outputs[side], step)
 
 
 def _fill_kept(fields: Views, step: StepInput, n: int, s: int, r: int) -> None:

@@ -276,20 +276,30 @@ def test_what_a_step_keeps_is_what_would_be_written(
     steps which keep nothing."""
     written = []
 
+    class Compared:
+        """Fills a staging buffer and, from nothing, its shadow."""
+
+        def __init__(self, held, plan, side) -> None:
+            self.held, self.plan, self.side = held, plan, side
+            self.keeps, self.take = held.keeps, held.take
+
+        def fill(self, step):
+            first, size = self.held.fill(step)
+            assert self.plan.shadow.hold(self.side, step).fill(step) == (first, size)
+            both = [s[self.side][first : first + size] for s in (self.plan.real, self.plan.plain)]
+            np.testing.assert_array_equal(*both)
+            written.append(self)
+            return first, size
+
     class Twice(PlanIo):
-        def __init__(self, header, staging, received, held) -> None:
-            super().__init__(header, staging, received, held)
+        def __init__(self, header, staging, received) -> None:
+            super().__init__(header, staging, received)
             plain = shadows.setdefault(id(staging), [np.zeros_like(b) for b in staging])
-            self.shadow, self.plain = PlanIo(header, plain, received, [None, None]), plain
+            self.shadow, self.plain = PlanIo(header, plain, received), plain
             self.real = staging
 
-        def fill(self, side, step):
-            first, size = super().fill(side, step)
-            assert self.shadow.fill(side, replace(step, kept=None)) == (first, size)
-            both = [s[side][first : first + size] for s in (self.real, self.plain)]
-            np.testing.assert_array_equal(*both)
-            written.append(step.kept)
-            return first, size
+        def hold(self, side, step):
+            return Compared(super().hold(side, step), self, side)
 
     shadows: dict[int, list[np.ndarray]] = {}
     monkeypatch.setattr(cpu, "PlanIo", Twice)
@@ -303,8 +313,7 @@ def test_what_a_step_keeps_is_what_would_be_written(
     while loop.has_work:
         loop.step()
     loop.close()
-    kept = [a is b for a, b in zip(written, written[2:], strict=False) if a is not None]
-    assert sum(kept) > 40
+    assert sum(a is b for a, b in zip(written, written[2:], strict=False)) > 40
 
 
 def test_masks_end_with_their_step(artifact: Artifact) -> None:
@@ -313,16 +322,18 @@ def test_masks_end_with_their_step(artifact: Artifact) -> None:
 
     size = artifact.manifest.io_bytes
     staging, received = ([np.zeros(size, np.uint8)] for _ in range(2))
-    io = PlanIo(
-        artifact.plan(0, artifact.manifest.buckets[-1].name).header, staging, received, [None]
-    )
+    io = PlanIo(artifact.plan(0, artifact.manifest.buckets[-1].name).header, staging, received)
     step = replace(good(), kept=object())
-    plain = io.fill(0, step)
+    held = io.hold(0, step)
+    plain = held.fill(step)
+    assert held.keeps(step)
     before = staging[0].copy()
     words = -(-artifact.manifest.model.vocab // 32)
     masks = np.full((1, words), 7, np.int32)
-    first, upload = io.fill(0, replace(step, row_mask=np.array([-1, 0], np.int32), masks=masks))
+    masked = replace(step, row_mask=np.array([-1, 0], np.int32), masks=masks)
+    first, upload = held.fill(masked)
     assert first < plain[0] and first + upload == sum(plain)
     assert (staging[0] != before).any()
-    assert io.fill(0, step) == plain
+    assert not held.keeps(step)
+    assert io.hold(0, step).fill(step) == plain
     np.testing.assert_array_equal(staging[0][plain[0] :], before[plain[0] :])

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import EOS, SMALL, Answer, Clock, drain, make_loop, predict, run_all
 
+from runtime.core.commit import HEARD
 from runtime.core.sequence import WAITING
 from runtime.device.null import NullSession
 from runtime.request import Request, SamplingParams
@@ -141,6 +142,25 @@ def test_pool_too_small_for_all_is_shared_by_preemption() -> None:
     assert loop.scheduler.count.retractions > 0
     for request in asked:
         assert answers[request.id].tokens == predict(request).tokens
+
+
+@pytest.mark.parametrize("steps", [HEARD - 1, HEARD, HEARD + 1, 2 * HEARD + 5])
+def test_what_was_decoded_in_lockstep_is_known_to_who_comes_later(steps: int) -> None:
+    """The books of a sequence that decoded alone for long are complete when it leaves: the pages
+    of its outputs are found, by their tokens."""
+    loop = make_loop(replace(SMALL, context=400, pages=200, edits=400))
+    loop.add(greedy(0, BASES[0][:9], most=300))
+    tokens = BASES[0][:9]
+    for _ in range(steps):
+        for event in loop.step():
+            tokens += event.tokens
+    loop.abort(0)
+    drain(loop, {})
+    again = greedy(1, tokens, most=5)
+    answer = run_all(loop, [again])[1]
+    assert answer.tokens == predict(again).tokens
+    # All full pages but the last token's, whose logits are wanted.
+    assert answer.cached == (len(tokens) - 1) // SMALL.page_size * SMALL.page_size > steps - 9
 
 
 def test_prefix_is_reused_while_its_first_owner_still_runs() -> None:
