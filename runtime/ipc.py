@@ -99,7 +99,7 @@ class Channel:
 
     def receive(self, timeout: float) -> list[Any]:
         """Messages that have come; EOFError when the peer is gone."""
-        if timeout > 0 and not self._readable.poll(timeout * 1e3):
+        if not self._readable.poll(timeout * 1e3):
             return []
         messages: list[Any] = []
         while True:

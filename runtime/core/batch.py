@@ -15,16 +15,17 @@ from runtime.core.sequence import LOGPROB, Chunk, Index, Rows, Slots, Step
 from runtime.device.base import I32, StepInput
 
 NO_EDITS = np.zeros((0, 4), np.int32)
+SPARE = 16  # columns of page tables kept for pages to come
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "frequency", "presence", "repetition", "seed")
 
 
 def build(step: Step, slots: Slots) -> StepInput:
     edits = np.concatenate(step.edits) if step.edits else NO_EDITS
     rows = step.rows
-    if rows.pages is None:
-        rows.pages = page_tables(slots, rows.slots)
-        columns, offsets = divmod(rows.positions, slots.page_size)
-        rows.kv_slots[:] = slots.table.take(rows.base + columns) * slots.page_size + offsets
+    if rows.table is None:
+        _lay_out(rows, slots)
+    elif rows.grown:
+        _add_pages(rows, slots, rows.table)
     if step.chunks:
         return _mixed(step, slots, edits)
     if rows.given is None:
@@ -35,6 +36,28 @@ def build(step: Step, slots: Slots) -> StepInput:
     given.edits = edits
     given.row_mask = given.masks = None
     return given
+
+
+def _lay_out(rows: Rows, slots: Slots) -> None:
+    """Page tables, with columns for pages to come, and kv slots."""
+    used = _columns(slots, rows.slots)
+    rows.table = slots.table[rows.slots, : used + SPARE]
+    rows.pages = rows.table[:, :used]
+    columns, offsets = divmod(rows.positions, slots.page_size)
+    rows.kv_slots[:] = rows.table[rows.starts[:-1], columns] * slots.page_size + offsets
+
+
+def _add_pages(rows: Rows, slots: Slots, table: I32) -> None:
+    used = rows.pages.shape[1]
+    for row, page in rows.grown:
+        column = int(rows.positions[row]) // slots.page_size
+        if column == table.shape[1]:
+            _lay_out(rows, slots)
+            return
+        table[row, column] = page
+        rows.kv_slots[row] = page * slots.page_size  # its first
+        used = max(used, column + 1)
+    rows.pages = table[:, :used]
 
 
 def _decoding(rows: Rows, slots: Slots) -> StepInput:
@@ -54,9 +77,9 @@ def _decoding(rows: Rows, slots: Slots) -> StepInput:
     )
 
 
-def page_tables(slots: Slots, index: Index) -> I32:
-    columns = int(slots.room[index].max(initial=0)) // slots.page_size
-    return slots.table[index, :columns]
+def _columns(slots: Slots, index: Index) -> int:
+    """Pages of the sequence that has most of them."""
+    return int(slots.room[index].max(initial=0)) // slots.page_size
 
 
 def _mixed(step: Step, slots: Slots, edits: I32) -> StepInput:
@@ -78,7 +101,7 @@ def _mixed(step: Step, slots: Slots, edits: I32) -> StepInput:
         ),
         seq_start=np.concatenate([rows.starts[:-1], np.array(starts, np.int32)]),
         seq_len=np.concatenate([rows.seq_len, np.array([c.end for c in chunks], np.int32)]),
-        pages=page_tables(slots, seqs),
+        pages=slots.table[seqs, : _columns(slots, seqs)],
         rope_variant=_rope_variants(slots, rows, chunks, positions),
         edits=edits,
         **_mixed_rows(rows, chunks, starts, slots),

@@ -9,7 +9,7 @@ scheduler.
 from __future__ import annotations
 
 from runtime.core.pages import PageLeak, PagePool, chain
-from runtime.core.sequence import DECODE, DRAIN, Index, Sequence, Slots
+from runtime.core.sequence import DECODE, DRAIN, Sequence, Slots
 from runtime.device.base import I32, Capacity
 
 SHARED_PAGES = 4  # a prompt waits for a running one that computes at least so many of its pages
@@ -80,14 +80,14 @@ class Holdings:
             self._pending.setdefault(key, seq)
         return True
 
-    def grow(self, short: Index) -> bool:
-        """One more page for each of these slots, or False and nothing changed."""
-        pages = self.pool.allocate(len(short))
-        if pages is None:
-            return False
-        self.slots.table[short, self.slots.room[short] // self._page_size] = pages
-        self.slots.room[short] += self._page_size
-        return True
+    def grow(self, seqs: list[Sequence]) -> list[int] | None:
+        """One more page for each of these, or None and nothing changed."""
+        pages = self.pool.allocate(len(seqs))
+        for seq, page in zip(seqs, pages or (), strict=False):
+            room = int(self.slots.room[seq.slot])
+            self.slots.table[seq.slot, room // self._page_size] = page
+            self.slots.room[seq.slot] = room + self._page_size
+        return pages
 
     def publish(self, seq: Sequence, start: int, end: int) -> bool:
         """Prompt tokens [start, end) are submitted: steps run in order, so later ones may read

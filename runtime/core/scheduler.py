@@ -174,15 +174,17 @@ class Scheduler:
         """The decode rows, each with room for one more token; the youngest sequences give way where
         pages run out.
         """
-        slots = self.slots
         while True:
             rows = self.rows
             if rows is None:
-                rows = self.rows = Rows([s for s in self.running if s.state == DECODE], slots)
-            if rows.room:
+                decoding = [s for s in self.running if s.state == DECODE]
+                rows = self.rows = Rows(decoding, self.slots)
+            rows.grown, full = [], rows.full
+            if not full:
                 return rows
-            if self.held.grow(rows.slots[slots.room.take(rows.slots) <= rows.seq_len]):
-                rows.see_pages(slots)
+            pages = self.held.grow([rows.seqs[i] for i in full])
+            if pages is not None:
+                rows.grown = list(zip(full, pages, strict=True))
                 return rows
             if len(self.running) == 1:
                 raise PageLeak("one sequence alone does not fit the pool that admitted it")

@@ -27,8 +27,7 @@ WAITING, PREFILL, DECODE, DRAIN, DONE = range(
 )  # DRAIN: everything submitted, results on their way
 
 PENALTIES, LOGPROB = 1, 2  # row_flags
-
-FOREVER = 1 << 30  # steps, of no sequences
+ONE = np.ones((), np.int32)  # numpy would make a Python number such an array at every addition
 
 
 class Sequence:
@@ -145,7 +144,6 @@ class Slots:
         n = capacity.slots
         self.page_size = capacity.page_size
         self.rope_rule = capacity.rope_rule
-        self.columns = -(-capacity.context // capacity.page_size)
         self.length: I32 = np.zeros(n, np.int32)
         self.known: I32 = np.zeros(n, np.int32)
         self.limit: I32 = np.zeros(n, np.int32)
@@ -162,7 +160,8 @@ class Slots:
         self.presence: F32 = np.zeros(n, np.float32)
         self.repetition: F32 = np.zeros(n, np.float32)
         self.seed: I64 = np.zeros(n, np.int64)
-        self.table: I32 = np.zeros((n, self.columns), np.int32)  # page tables
+        columns = -(-capacity.context // capacity.page_size)
+        self.table: I32 = np.zeros((n, columns), np.int32)  # page tables
         # Zero pages of memory until a row is used that far.
         self.history: I32 = np.zeros((n, capacity.context), np.int32)
         self.sequences: list[Sequence | None] = [None] * n
@@ -228,10 +227,9 @@ class Rows:
     """The decoding sequences, fixed: made anew when one joins or leaves, shared by every step in
     between. They move in lockstep, one token each per step.
 
-    `positions`, `kv_slots` (where `pages` is not None) and `seq_len` are those of the step that was
-    scheduled last, `heard` the outputs of each step that was collected; Slots.settle takes both
-    over. `pages` and `given` are batch.py's: valid until a sequence gets another page, and for
-    good.
+    `positions`, `seq_len` and `grown` (rows and the pages they got) are those of the step that was
+    scheduled last, `heard` the outputs of each step that was collected; Slots.settle takes lengths
+    and outputs over. `kv_slots`, `pages` and `given` are batch.py's.
     """
 
     def __init__(self, seqs: list[Sequence], slots: Slots) -> None:
@@ -243,7 +241,6 @@ class Rows:
         self.special = [i for i, s in enumerate(seqs) if s.special]
         self.constrained = [i for i in self.special if seqs[i].constrained]
         self.tokens: I32 = (-1 - self.slots).astype(np.int32)
-        self.base = self.slots * slots.columns
         self.starts: I32 = np.arange(n + 1, dtype=np.int32)
         self.heard: list[list[int]] = []
         self._moving: I32 = np.zeros((3, n), np.int32)
@@ -251,23 +248,29 @@ class Rows:
         self.seq_len[:] = slots.length[self.slots]
         self.positions[:] = self.seq_len - 1
         # Steps until the first of them has everything it may get.
-        self.left = int((slots.limit[self.slots] - 1 - self.seq_len).min(initial=FOREVER))
+        self.left = int((slots.limit[self.slots] - 1 - self.seq_len).min(initial=1 << 30))
+        # The rows that need another page after so many steps, and again after each page.
+        self._full: list[list[int]] = [[] for _ in range(slots.page_size)]
+        for row, room in enumerate((slots.room[self.slots] - self.seq_len).tolist()):
+            self._full[room].append(row)
+        self._steps = 0
+        self.grown: list[tuple[int, int]] = []
+        self.table: I32 | None = None
+        self.pages: I32 = np.zeros((n, 0), np.int32)
         self.given: StepInput | None = None
-        self.see_pages(slots)
 
     def __len__(self) -> int:
         return len(self.seqs)
 
-    def see_pages(self, slots: Slots) -> None:
-        """They have other pages than before."""
-        self.pages: I32 | None = None
-        # Steps until the first of them needs another page.
-        self.room = int((slots.room[self.slots] - self.seq_len).min(initial=FOREVER))
+    @property
+    def full(self) -> list[int]:
+        """The rows whose next token needs another page."""
+        return self._full[self._steps % len(self._full)]
 
     def advance(self) -> None:
-        self._moving += 1
+        np.add(self._moving, ONE, out=self._moving)
+        self._steps += 1
         self.left -= 1
-        self.room -= 1
 
 
 @dataclass(slots=True, kw_only=True)

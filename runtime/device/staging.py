@@ -88,14 +88,19 @@ class Demand:
 
 
 def demand(step: StepInput) -> Demand:
-    tokens, seqs, table = len(step.tokens), len(step.seq_len), step.pages
+    tokens, seqs = len(step.tokens), len(step.seq_len)
     return Demand(
         tokens=tokens,
         seqs=max(seqs, len(step.row_token)),
-        pages=table.shape[1] if isinstance(table, np.ndarray) else max(map(len, table)),
+        pages=columns(step.pages),
         # As many tokens as sequences: no sequence is without a token.
         decode=tokens == seqs,
     )
+
+
+def columns(pages: I32 | list[I32]) -> int:
+    """Of page tables, as `StepInput` holds them."""
+    return pages.shape[1] if isinstance(pages, np.ndarray) else max(map(len, pages))
 
 
 def by_cost(buckets: Iterable[Bucket]) -> list[Bucket]:
@@ -112,7 +117,7 @@ def none_fits(step: Demand, buckets: Sequence[Bucket]) -> ValueError:
 
 class Held:
     """A step in a staging buffer, and where its outputs will be: made by `PlanIo.hold`, filled for
-    it and for later ones that keep its rows and pages."""
+    it and for later ones that keep its rows."""
 
     __slots__ = (
         "_edits",
@@ -132,7 +137,8 @@ class Held:
 
     def __init__(self, io: PlanIo, fields: Views, outputs: Views, step: StepInput) -> None:
         n, s, r = len(step.tokens), len(step.seq_len), len(step.row_token)
-        self._kept, self._pages = step.kept, step.pages
+        self._kept = step.kept
+        self._pages: I32 | list[I32] | None = None
         self._fields, self._rows, self._edits = fields, r, 0
         self._first, self._masks, self._upload = io.first, io.masks, io.upload
         self._positions = fields["positions"][:n]
@@ -148,13 +154,18 @@ class Held:
     def keeps(self, step: StepInput) -> bool:
         """Whether `fill` writes everything that this step has and the one before has not."""
         kept = self._kept
-        return kept is not None and kept is step.kept and self._pages is step.pages
+        if kept is None or kept is not step.kept:
+            return False
+        return self._pages is step.pages or columns(step.pages) <= self._fields["pages"].shape[1]
 
     def fill(self, step: StepInput) -> tuple[int, int]:
         """Where the bytes to upload begin, and how many they are."""
         self._positions[:] = step.positions
         self._kv_slots[:] = step.kv_slots
         self._seq_len[:] = step.seq_len
+        if step.pages is not self._pages:
+            self._pages = step.pages
+            _write_pages(self._fields["pages"], step.pages)
         if self._rope_variant is not None:
             assert step.rope_variant is not None, "the capacity has a rope_rule"
             self._rope_variant[:] = step.rope_variant
@@ -211,19 +222,21 @@ class PlanIo:
 
 
 def _fill_kept(fields: Views, step: StepInput, n: int, s: int, r: int) -> None:
-    """What `StepInput.kept` speaks of, and that no row is masked."""
+    """What `StepInput.kept` speaks of but the pages, and that no row is masked."""
     fields["tokens"][:n] = step.tokens
     for name in ROW_FIELDS if r else ():
         fields[name][:r] = getattr(step, name)
     if r:
         fields["row_mask"][:r] = -1
     fields["seq_start"][: s + 1] = step.seq_start
-    table = fields["pages"]
-    if isinstance(step.pages, np.ndarray):
-        table[:s, : step.pages.shape[1]] = step.pages
+
+
+def _write_pages(table: npt.NDArray[np.generic], pages: I32 | list[I32]) -> None:
+    if isinstance(pages, np.ndarray):
+        table[: len(pages), : pages.shape[1]] = pages
     else:
-        for row, pages in zip(table, step.pages, strict=False):
-            row[: len(pages)] = pages
+        for row, some in zip(table, pages, strict=False):
+            row[: len(some)] = some
 
 
 def _view(buffer: Buffer, field: IoField, base: int) -> npt.NDArray[np.generic]:

@@ -316,6 +316,20 @@ def test_what_a_step_keeps_is_what_would_be_written(
     assert sum(a is b for a, b in zip(written, written[2:], strict=False)) > 40
 
 
+def test_pages_that_a_plan_has_no_columns_for_are_not_kept(artifact: Artifact) -> None:
+    from test_null import good
+
+    staging, received = ([np.zeros(artifact.manifest.io_bytes, np.uint8)] for _ in range(2))
+    io = PlanIo(artifact.plan(0, artifact.manifest.buckets[-1].name).header, staging, received)
+    step = replace(good(), kept=object())
+    held = io.hold(0, step)
+    held.fill(step)
+    most = artifact.manifest.buckets[-1].pages
+    assert held.keeps(replace(step, pages=np.zeros((2, most), np.int32)))
+    assert not held.keeps(replace(step, pages=np.zeros((2, most + 1), np.int32)))
+    assert not held.keeps(replace(step, kept=None))
+
+
 def test_masks_end_with_their_step(artifact: Artifact) -> None:
     """Also where the next one keeps everything else."""
     from test_null import good
