@@ -112,7 +112,7 @@ def draft(spec: ModelSpec, config: CompileConfig, in_bfloat16: InBfloat16 = unkn
         kv_dtype=config.kv.dtype,
         context=config.shape.context,
     )
-    program = verify(fuse(build(spec, shape), config.target.kind))
+    program = verify(fuse(build(spec, shape)))
     if config.target.kind == "cuda":
         program = verify(activations(program, config.dtype))
     formats = storage_formats(

@@ -303,15 +303,12 @@ RULES = (
     residual_into_combine,
     residual_into_linear,
     only_chosen_rows,
+    linear_into_rope_kv,
 )
 
 
-# What a target adds where a launch costs more than the work it does.
-TARGET_RULES = {"cpu": (), "cuda": (linear_into_rope_kv,)}
-
-
-def fuse(program: Program, target: str = "cpu") -> Program:
-    for rule in (*RULES, *TARGET_RULES[target]):
+def fuse(program: Program) -> Program:
+    for rule in RULES:
         program = verify(rule(program))
     return program
 

@@ -45,8 +45,7 @@ class Cost:
 class Op:
     """`reference(args: dict[str, Tensor | None], attrs) -> dict[str, Tensor]` returns every
     output by name; `inout` and `state` arguments are updated in place and not returned.
-    `targets`: whose programs it may stand in, and so who has kernels of it. A call need not name
-    optional outputs; then nobody writes them."""
+    A call need not name optional outputs; then nobody writes them."""
 
     name: str
     args: tuple[Arg, ...]
@@ -57,7 +56,6 @@ class Op:
     tolerance: Mapping[str, float] = field(
         default_factory=lambda: {"float32": 2e-5, "bfloat16": 2e-2}
     )
-    targets: tuple[str, ...] = ("cpu", "cuda")
 
     def outputs(self, wanted: Collection[str] = ()) -> set[str]:
         """Names of the outputs of a call that names these optional ones."""

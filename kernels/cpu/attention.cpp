@@ -18,7 +18,6 @@ using namespace hs;
 constexpr int BLOCK = 128;                // keys
 constexpr int PAGES = BLOCK / PAGE;       // pages of a block
 constexpr int ROWS = 24;                  // query rows of a work item
-constexpr int MAX_DIM = 256;
 constexpr int WHOLE = 4;                  // items of a thread from which on none is split
 
 // Register tiles: MR rows x (KP pages of keys | NV vectors of values). 32 vector registers with AVX-512, 16 elsewhere.

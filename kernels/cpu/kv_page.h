@@ -8,6 +8,9 @@
 namespace hs {
 
 constexpr int PAGE = 16;  // tokens
+constexpr int MAX_DIM = 256;  // of a head
+
+enum KvDtype { KV_F32, KV_BF16, KV_E4M3, KV_E5M2 };  // as KV_SUFFIXES in kernels/cpu/rope.py
 
 template <class T>
 struct KvLayer {
@@ -35,16 +38,30 @@ HS_INLINE vf widen(const uint16_t* p) { return bf16_to_float(load<vh>(p)); }
 HS_INLINE float widen_one(const float* p) { return *p; }
 HS_INLINE float widen_one(const uint16_t* p) { return bf16_to_float(*p); }
 
+HS_INLINE void narrow(vf v, float* out) { store(out, v); }
+HS_INLINE void narrow(vf v, uint16_t* out) { store(out, float_to_bf16(v)); }
+
+template <class T>
+HS_INLINE void narrow(const float* x, int64_t count, T* out) {
+    int64_t e = 0;
+    if constexpr (sizeof(T) > 1)
+        for (; e + VL <= count; e += VL) narrow(loadf(x + e), out + e);
+    for (; e < count; e++) narrow(x[e], out + e);
+}
+
 // Dims first.. of the key, and the value, of one head of one token, into slot = page * 16 + offset.
 template <class T>
 HS_INLINE void kv_store_k(const KvLayer<T>& layer, int64_t slot, int64_t head, const float* x, int64_t first, int64_t count) {
-    T* k = layer.k(slot / PAGE, head);
-    for (int64_t e = 0; e < count; e++) narrow(x[e], k + k_index(k, first + e, slot % PAGE));
+    T *k = layer.k(slot / PAGE, head), row[MAX_DIM];
+    narrow(x, count, row);
+    for (int64_t e = 0; e < count; e++) {
+        k[k_index(k, first + e, slot % PAGE)] = row[e];
+        asm("" : "+r"(k));  // keeps vectors away, which would be taken apart again by several times the code
+    }
 }
 template <class T>
 HS_INLINE void kv_store_v(const KvLayer<T>& layer, int64_t slot, int64_t head, const float* x) {
-    T* v = layer.v(slot / PAGE, head) + slot % PAGE * layer.v_dim;
-    for (int64_t e = 0; e < layer.v_dim; e++) narrow(x[e], v + e);
+    narrow(x, layer.v_dim, layer.v(slot / PAGE, head) + slot % PAGE * layer.v_dim);
 }
 
 }  // namespace hs

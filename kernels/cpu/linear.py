@@ -41,7 +41,9 @@ def _up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
-def _accepts(kind: str) -> Callable[[CallShape], str | None]:
+def accepts_format(kind: str) -> Callable[[CallShape], str | None]:
+    """`accepts` of a product whose weight is stored as `kind`."""
+
     def accepts(call: CallShape) -> str | None:
         n, k = call.shapes["w"]
         if reason := misfit(call.formats.get("w", call.dtypes.get("w", "")), kind, k):
@@ -64,7 +66,7 @@ def _accepts(kind: str) -> Callable[[CallShape], str | None]:
     return accepts
 
 
-def _scalars(call: CallShape) -> dict[str, int | float]:
+def linear_scalars(call: CallShape) -> dict[str, int | float]:
     n, k = call.shapes["w"]
     act = call.attrs["act"]
     group = parse_format(call.formats.get("w", "float32"))[1]
@@ -88,10 +90,10 @@ def prepared_bytes(format: str, k: int) -> int:
     return _up(k, 64) + 8 * (k // group) if group else _up(k, BF16_STEP) * 4
 
 
-def _workspace(call: CallShape) -> int:
-    """Prepared rows."""
-    rows = _up(call.shapes["out"][0], ROW_BLOCK)
-    return rows * prepared_bytes(call.formats.get("w", "float32"), call.shapes["w"][1])
+def workspace_bytes(call: CallShape, rows: int) -> int:
+    """Bytes of `rows` prepared rows."""
+    row = prepared_bytes(call.formats.get("w", "float32"), call.shapes["w"][1])
+    return _up(rows, ROW_BLOCK) * row
 
 
 for _kind, _suffix in SUFFIXES.items():
@@ -102,8 +104,8 @@ for _kind, _suffix in SUFFIXES.items():
             target="cpu",
             entry=f"hs_linear_{_suffix}",
             params=_GROUPED_PARAMS if _kind.startswith("int") else _PARAMS,
-            accepts=_accepts(_kind),
-            scalars=_scalars,
-            workspace=_workspace,
+            accepts=accepts_format(_kind),
+            scalars=linear_scalars,
+            workspace=lambda call: workspace_bytes(call, call.shapes["out"][0]),
         )
     )

@@ -1,5 +1,5 @@
 """Importing this module fills `kernels.kernel.KERNELS["cpu"]` with every CPU kernel."""
 
-from kernels.cpu import attention, basic, linear, mla, moe, rope, sample
+from kernels.cpu import attention, basic, linear, linear_rope_kv, mla, moe, rope, sample
 
-__all__ = ["attention", "basic", "linear", "mla", "moe", "rope", "sample"]
+__all__ = ["attention", "basic", "linear", "linear_rope_kv", "mla", "moe", "rope", "sample"]

@@ -1,5 +1,5 @@
-"""Registration of the CPU kernels of rope.cpp: the angle table, the rotation, the KV write and all
-of it in one pass.
+"""Registration of the CPU kernels of rope.cpp: the angle table, the rotation, the KV write and both
+in one pass (linear_rope_kv.py: with the product before them).
 
 Imported by kernels/cpu/register.py.
 """
@@ -12,8 +12,31 @@ from kernels.cpu.basic import not_float32, refuse_amax
 from kernels.kernel import CallShape, Kernel, register
 
 PAGE_SIZE = 16  # PAGE in kv_page.h
-MAX_HEAD_DIM = 256  # MAX_DIM in attention.cpp and rope.cpp
+MAX_HEAD_DIM = 256  # MAX_DIM in kv_page.h
+# In the order of KvDtype in kv_page.h.
 KV_SUFFIXES = {"float32": "f32", "bfloat16": "bf16", "fp8_e4m3": "e4m3", "fp8_e5m2": "e5m2"}
+# HeadSlot in rope.cpp.
+HEAD_PARAMS = (
+    "ptr:live",
+    "ptr:table",
+    "ptr:q_norm",
+    "ptr:k_norm",
+    "ptr:kv_slots",
+    "ptr:kv",
+    "ptr:q",
+    "i64:layer_offset",
+    "i64:page_bytes",
+    "i64:heads",
+    "i64:kv_heads",
+    "i64:head_dim",
+    "i64:rotary",
+    "i64:interleaved",
+    "i64:own",
+    "i64:centre",
+    "f64:head_eps",
+    "f64:clip",
+    "i64:kv_dtype",
+)
 
 
 def refuse_pages(call: CallShape, kv_dtype: str) -> str | None:
@@ -27,13 +50,21 @@ def refuse_pages(call: CallShape, kv_dtype: str) -> str | None:
         dim = attrs[name]
         if dim % 16 or not 16 <= dim <= MAX_HEAD_DIM:
             return f"{name} {dim} is not a multiple of 16 in 16..{MAX_HEAD_DIM}"
-    if call.op == "rope_kv" and dim != attrs["head_dim"]:
-        return f"v_head_dim {dim} is not head_dim {attrs['head_dim']}: heads of qkv have one size"
     if "heads" in attrs and attrs["heads"] % attrs["kv_heads"]:
         return (
             f"{attrs['heads']} heads cannot be shared out evenly over {attrs['kv_heads']} kv heads"
         )
     return refuse_amax(call) or not_float32(call)
+
+
+def refuse_heads(call: CallShape) -> str | None:
+    """Why the heads of merged qkv rows cannot go into the KV pool, or None."""
+    kv_dtype, dim, v_dim = (call.attrs[name] for name in ("kv_dtype", "head_dim", "v_head_dim"))
+    if kv_dtype not in KV_SUFFIXES:
+        return f"the KV pool is {kv_dtype}, pages hold one of {', '.join(KV_SUFFIXES)}"
+    if v_dim != dim:
+        return f"v_head_dim {v_dim} is not head_dim {dim}: heads of qkv have one size"
+    return refuse_pages(call, kv_dtype)
 
 
 def accepts_pages(kv_dtype: str) -> Callable[[CallShape], str | None]:
@@ -55,17 +86,19 @@ def _rope_scalars(call: CallShape) -> dict[str, int | float]:
     }
 
 
-def _rope_kv_scalars(call: CallShape) -> dict[str, int | float]:
-    heads, dim = call.attrs["heads"], call.attrs["head_dim"]
-    own = call.shapes.get("q_norm", (0,))[0] == heads * dim
+def head_scalars(call: CallShape) -> dict[str, int | float]:
+    """Of HEAD_PARAMS."""
+    attrs = call.attrs
+    own = call.shapes.get("q_norm", (0,))[0] == attrs["heads"] * attrs["head_dim"]
     return (
         page_scalars(call)
         | _rope_scalars(call)
         | {
-            "own": dim if own else 0,
-            "centre": int(call.attrs["centre"]),
-            "eps": float(call.attrs["eps"]),
-            "clip": float(call.attrs["clip"]),
+            "own": attrs["head_dim"] if own else 0,
+            "centre": int(attrs["centre"]),
+            "head_eps": float(attrs.get("head_eps", attrs["eps"])),
+            "clip": float(attrs["clip"]),
+            "kv_dtype": list(KV_SUFFIXES).index(attrs["kv_dtype"]),
         }
     )
 
@@ -143,34 +176,15 @@ for _dtype, _suffix in KV_SUFFIXES.items():
             },
         )
     )
-    register(
-        Kernel(
-            name=f"rope_kv_{_suffix}",
-            op="rope_kv",
-            target="cpu",
-            entry=f"hs_rope_kv_{_suffix}",
-            params=(
-                "ptr:live",
-                "ptr:qkv",
-                "ptr:table",
-                "ptr:q_norm",
-                "ptr:k_norm",
-                "ptr:kv_slots",
-                "ptr:kv",
-                "ptr:q",
-                "i64:layer_offset",
-                "i64:page_bytes",
-                "i64:heads",
-                "i64:kv_heads",
-                "i64:head_dim",
-                "i64:rotary",
-                "i64:interleaved",
-                "i64:own",
-                "i64:centre",
-                "f64:eps",
-                "f64:clip",
-            ),
-            accepts=accepts_pages(_dtype),
-            scalars=_rope_kv_scalars,
-        )
+
+register(
+    Kernel(
+        name="rope_kv",
+        op="rope_kv",
+        target="cpu",
+        entry="hs_rope_kv",
+        params=(*HEAD_PARAMS, "ptr:qkv"),
+        accepts=refuse_heads,
+        scalars=head_scalars,
     )
+)

@@ -1,5 +1,5 @@
-"""The QKV projection up to the cache, for targets where a launch of its own would cost more than
-the work: `linear`, then `rope_kv`, without the projection's result in memory.
+"""The QKV projection up to the cache, because a launch or a barrier of its own costs more than the
+work: `linear`, then `rope_kv`, without the projection's result between two calls.
 
 T tokens, D inputs, H heads, K KV heads, E head dim, R rotary dims. Attributes are those of `linear`
 and of `rope_kv`; the epsilon of the heads' norms is `head_eps`.
@@ -44,7 +44,7 @@ def _cost(shapes: dict[str, tuple[int, ...]], attrs: dict[str, Any]) -> Cost:
     )
 
 
-def _sample(
+def linear_rope_kv_sample(
     seed: int,
     label: str,
     ragged: Ragged,
@@ -88,8 +88,10 @@ def _sample(
 def _samples() -> list[Sample]:
     """Every kind of heads, on few rows, many and one."""
     return [
-        _sample(300, "gqa", MORE, inputs=64, norm=True, heads=6, kv_heads=2, dim=32, rotary=32),
-        _sample(
+        linear_rope_kv_sample(
+            300, "gqa", MORE, inputs=64, norm=True, heads=6, kv_heads=2, dim=32, rotary=32
+        ),
+        linear_rope_kv_sample(
             301,
             "head norms",
             FEW,
@@ -102,7 +104,7 @@ def _samples() -> list[Sample]:
             norms=True,
             dtype="bfloat16",
         ),
-        _sample(
+        linear_rope_kv_sample(
             302,
             "interleaved, in part",
             ONE_TOKEN,
@@ -115,8 +117,10 @@ def _samples() -> list[Sample]:
             rotary=12,
             interleaved=True,
         ),
-        _sample(303, "no rope", FEW, inputs=64, bias=True, heads=3, kv_heads=3, dim=16, rotary=0),
-        _sample(
+        linear_rope_kv_sample(
+            303, "no rope", FEW, inputs=64, bias=True, heads=3, kv_heads=3, dim=16, rotary=0
+        ),
+        linear_rope_kv_sample(
             304,
             "layer norms, clip",
             FEW,
@@ -131,8 +135,10 @@ def _samples() -> list[Sample]:
             centre=True,
             clip=0.8,
         ),
-        _sample(305, "odd heads", FEW, inputs=64, heads=2, kv_heads=1, dim=48, rotary=24, clip=0.5),
-        _sample(
+        linear_rope_kv_sample(
+            305, "odd heads", FEW, inputs=64, heads=2, kv_heads=1, dim=48, rotary=24, clip=0.5
+        ),
+        linear_rope_kv_sample(
             306,
             "interleaved",
             FEW,
@@ -144,7 +150,7 @@ def _samples() -> list[Sample]:
             interleaved=True,
             dtype="fp8_e4m3",
         ),
-        _sample(
+        linear_rope_kv_sample(
             307,
             "one",
             ONE_TOKEN,
@@ -157,7 +163,7 @@ def _samples() -> list[Sample]:
             norms=True,
             dtype="bfloat16",
         ),
-        _sample(
+        linear_rope_kv_sample(
             308,
             "codes",
             FEW,
@@ -169,7 +175,7 @@ def _samples() -> list[Sample]:
             dim=32,
             rotary=32,
         ),
-        _sample(
+        linear_rope_kv_sample(
             309,
             "codes by maxima",
             MORE,
@@ -197,6 +203,5 @@ LINEAR_ROPE_KV = register(
         cost=_cost,
         samples=_samples,
         tolerance=LINEAR.tolerance,
-        targets=("cuda",),
     )
 )

@@ -26,8 +26,8 @@ def test_show_program_and_plan(tiny_artifact: Path, capsys: pytest.CaptureFixtur
     assert inspect.main(["show", str(tiny_artifact), "--program", "--plan", "t8"]) == 0
     text = capsys.readouterr().out
     layers = Artifact.open(tiny_artifact).manifest.model.layers
-    assert text.count(" = rope_kv(") == layers  # program
-    assert text.count("\nrope_kv 0.") == 1  # plan
+    assert text.count(" = linear_rope_kv(") == layers  # program
+    assert text.count("\nlinear_rope_kv 0.") == 1  # plan
     assert "weights+0" in text
 
 

@@ -38,7 +38,8 @@ def test_refusal_lists_kernels_and_reasons() -> None:
     with pytest.raises(CompileError) as error:
         lower(program, BUCKET, formats, "cpu")
     text = str(error.value)
-    assert "linear 0.qkv" in text and "linear_f32:" in text and "linear_int4:" in text
+    assert "linear_rope_kv 0.q" in text
+    assert "linear_rope_kv_f32:" in text and "linear_rope_kv_int4:" in text
 
 
 def test_few_buckets_cover_one_token_to_the_largest_step() -> None:

@@ -21,7 +21,7 @@ def quantizing(family: str) -> Program:
     """As a GPU runs it with quant=fp8dq."""
     spec = toy(family)
     formats = storage_formats(spec, dtype="bfloat16", scheme="fp8dq", group=0, head=True)
-    return verify(linear_inputs(fuse(build(spec, SHAPE), "cuda"), formats, "fp8"))
+    return verify(linear_inputs(fuse(build(spec, SHAPE)), formats, "fp8"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -89,5 +89,5 @@ def test_two_readers_with_norms_of_their_own_find_the_maxima_themselves() -> Non
 
 
 def test_programs_that_do_not_quantize_stay_as_they_are() -> None:
-    program = fuse(build(toy("llama"), SHAPE), "cuda")
+    program = fuse(build(toy("llama"), SHAPE))
     assert hand_on_maxima(program) == program

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from harness import Case, cases, check_case, make_case, with_args
+from harness import Case, cases, check_case, formats, make_case, with_args
 
 import kernels.cpu.register
 import kernels.ops.register  # noqa: F401
@@ -20,6 +20,13 @@ from kernels.kernel import KERNELS, CallShape, Kernel
 from kernels.op import OPS, Sample
 from kernels.ops.attention import ATTENTION, attention_sample
 from kernels.ops.kv import KvState
+from kernels.ops.linear_rope_kv import (
+    FEW,
+    LINEAR_ROPE_KV,
+    MORE,
+    linear_rope_kv_sample,
+    rope_kv_attrs,
+)
 from kernels.ops.rope import ROPE_KV
 from kernels.ops.sample import SAMPLE
 from kernels.ops.samples import Ragged
@@ -32,7 +39,7 @@ LEVELS = [v.name for v in supported_levels()]
 # test_cpu_linear.py has the exact bounds.
 SLACK = {
     f"{op}_{suffix}": slack
-    for op in ("linear", "head_linear", "moe_gate_up", "moe_down")
+    for op in ("linear", "linear_rope_kv", "head_linear", "moe_gate_up", "moe_down")
     for suffix, slack in (("bf16", 400.0), ("int8", 800.0), ("int4", 800.0))
 }
 
@@ -94,8 +101,7 @@ def test_widened_weights_give_the_bits_of_float32_ones(teams: dict[int, Team], o
         for team in teams.values():
             found = []
             for case, call in forms:
-                (kernel,) = [k for k in KERNELS["cpu"] if k.op == op and k.accepts(call) is None]
-                arrays = run_sample(team, kernel, replace(case, call=call))
+                arrays = run_sample(team, accepted(call), replace(case, call=call))
                 found.append(b"".join(arrays[name].tobytes() for name in case.expected))
             assert len(set(found)) == 1, f"{op} {sample.label}"
 
@@ -103,8 +109,6 @@ def test_widened_weights_give_the_bits_of_float32_ones(teams: dict[int, Team], o
 def test_every_op_has_a_kernel_for_every_sample() -> None:
     """But products of fp8 activations and what serves them, which only GPUs compute."""
     for op in OPS.values():
-        if "cpu" not in op.targets:
-            continue
         for label, case in all_cases(op.name):
             refusals = [k.accepts(case.call) for k in KERNELS["cpu"] if k.op == op.name]
             if case.call.attrs.get("x_format") or case.sample.wanted:
@@ -185,7 +189,7 @@ def test_attention_bits_do_not_depend_on_the_batch(teams: dict[int, Team], label
 
 def test_rope_kv_bits_do_not_depend_on_the_batch(teams: dict[int, Team]) -> None:
     s = next(s for s in ROPE_KV.samples() if s.label == "norms")
-    kernel = KERNEL["rope_kv_f32"]
+    kernel = KERNEL["rope_kv"]
     case = make_case(ROPE_KV, s)
     want = run_sample(teams[1], kernel, case)
     pool = case.arrays["kv"]
@@ -198,6 +202,63 @@ def test_rope_kv_bits_do_not_depend_on_the_batch(teams: dict[int, Team]) -> None
         np.testing.assert_array_equal(got["q"][0], want["q"][t])
         pool = got["kv"]
     np.testing.assert_array_equal(pool, want["kv"])
+
+
+def accepted(call: CallShape) -> Kernel:
+    (kernel,) = [k for k in KERNELS["cpu"] if k.op == call.op and k.accepts(call) is None]
+    return kernel
+
+
+def in_two_calls(team: Team, case: Case) -> dict[str, np.ndarray]:
+    """`linear_rope_kv` as `linear`, then `rope_kv`."""
+    arrays = {n: a.copy() for n, a in case.arrays.items()}
+    between = (case.call.shapes["x"][0], case.call.shapes["w"][0])
+    qkv = np.zeros(between, np.float32)
+    for op, name, attrs in (
+        ("linear", "out", case.call.attrs),
+        ("rope_kv", "qkv", rope_kv_attrs(dict(case.call.attrs))),
+    ):
+        shapes, dtypes = {**case.call.shapes, name: between}, {**case.call.dtypes, name: "float32"}
+        call = replace(case.call, op=op, shapes=shapes, dtypes=dtypes, attrs=attrs)
+        run_on(team, accepted(call), call, arrays | {name: qkv})
+    return arrays
+
+
+# One, two and more tiles to a head, heads and tiles that part at different places.
+PROJECTIONS = (
+    *(s for s in LINEAR_ROPE_KV.samples() if not s.attrs["x_format"]),
+    *(
+        linear_rope_kv_sample(
+            400 + dim, f"heads of {dim}", ragged, inputs=64, heads=3, kv_heads=1, dim=dim, rotary=16
+        )
+        for ragged in (FEW, MORE)
+        for dim in (80, 112, 256)
+    ),
+)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("fmt", formats(LINEAR_ROPE_KV))
+def test_a_projection_into_the_cache_has_the_bits_of_two_calls(level: str, fmt: str) -> None:
+    """On any number of threads: with 7 and 24 a head lies in several shares, or some have none."""
+    for threads in (1, 2, 3, 7, 24):
+        with Team(level, threads) as team:
+            for sample in PROJECTIONS:
+                case = make_case(LINEAR_ROPE_KV, sample, fmt)
+                want = in_two_calls(team, case)
+                got = run_sample(team, accepted(case.call), case)
+                for name in ("q", "kv"):
+                    what = f"{sample.label}, {threads} threads: {name}"
+                    np.testing.assert_array_equal(got[name], want[name], err_msg=what)
+
+
+@pytest.mark.parametrize("change", [{"act": "gelu"}, {"scale": 0.5}, {"softcap": 1.0}])
+def test_only_a_plain_projection_goes_into_the_cache(change: dict[str, str | float]) -> None:
+    call = make_case(LINEAR_ROPE_KV, PROJECTIONS[0], "float32").call
+    assert accepted(call).name == "linear_rope_kv_f32"
+    refused = replace(call, attrs={**call.attrs, **change})
+    ((name, value),) = change.items()
+    assert f"{name}={value!r}" in (KERNEL["linear_rope_kv_f32"].accepts(refused) or "")
 
 
 @pytest.mark.parametrize("label", ["greedy", "drawn", "flat"])
