@@ -129,9 +129,9 @@ def test_fit_by_hand(seqs: int) -> None:
     layer = dim * (8 * 128 + 2 * 128) + 8 * 128 * dim + 3 * dim * width
     frequencies = 4096  # 64 numbers, and what is left of their page
     weights = 2 * (4 * layer + 2 * vocab // 8 * dim) + 4 * (2 * 4 + 1) * dim + frequencies
-    # Residual, the narrow input, the same as the kernel's copy, the angles of a step
-    # in the place of the largest block there is: the QKV projection's scratch, which is its product
-    # and the kernel's copy of its input.
+    # Residual, the narrow input, the same as the kernel's copy, the angles of a step; and the
+    # result, in the place of the largest block there is: the QKV projection's scratch, which is
+    # its product and the kernel's copy of its input.
     largest = dim + (8 + 2) * 128
     down = tokens * 4 * (dim + 2 * width + 128 + largest)
     # The last hidden rows, the kernel's copy of them, own logits, all logits.
