@@ -2,7 +2,7 @@
 //
 // A plan node is (kernel, argument array), its work in as many shares as the team has threads. The kernel is called
 // once per share with the same arguments; it splits its work by ctx->thread / ctx->threads or takes pieces
-// with hs_next. A share is its thread's own, but when that is late (its core is shared with another process) any
+// with hs_take. A share is its thread's own, but when that is late (its core is shared with another process) any
 // thread that waits runs it: a kernel may not wait for another share. The next node begins when all shares are done.
 #pragma once
 #include <cstdint>
@@ -20,22 +20,38 @@ union hs_arg {
 
 struct hs_team;   // threads and the state of the phase they work on; defined in team.h
 
+// Where a share begins to read weights: its first tile, that tile's scales (NULL: none), and from one tile to the next.
+struct hs_stream {
+    const uint8_t *tile, *scale;
+    int64_t tile_bytes;
+};
+
 struct hs_ctx {
     int32_t thread;    // the share: 0 .. threads-1
     int32_t threads;
     hs_team* team;
     int32_t phase;     // of the node: 0, and one more for every hs_again
+    uint32_t epoch;    // number of the phase among all that the team runs
+    hs_stream then;    // of this share in the next node that reads weights, for the prefetch to go on there; NULL: there is none
 };
 
 typedef void (*hs_kernel)(const hs_ctx*, const hs_arg*);
+
+// Says where a kernel's shares begin to read weights. Called while the library is loaded, for each kernel that reads them in tiles.
+typedef hs_stream (*hs_reads)(const hs_ctx*, const hs_arg*);
+struct hs_reader {
+    hs_reader(hs_kernel, hs_reads);
+};
 
 // When all shares of this phase are done, the kernel is called again for every share, with the next phase.
 // Asked for by any share.
 void hs_again(const hs_ctx*);
 
-// The next piece nobody has taken yet: 0, 1, 2, … counted from the start of the phase. A thread whose core is
-// shared with another process then holds up only the piece it works on.
-int64_t hs_next(const hs_ctx*);
+// A piece of 0 .. count-1 that nobody has taken yet, -1 when none is left: this share's own range in order, which no other thread
+// touches as long as it has work itself, then what others have left of theirs. So a thread whose core is shared with another
+// process holds up only the piece it works on, and from step to step a core reads the same memory. All shares of a phase give the
+// same `count`.
+int64_t hs_take(const hs_ctx*, int64_t count);
 
 // Work in several parts, each done by whoever takes it: counts one more of `item` as done, and is true for the last of
 // `parts`, who sees what the others wrote. All parts of an item belong to one phase; items are 0 .. HS_ITEMS-1.

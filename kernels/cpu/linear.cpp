@@ -77,8 +77,9 @@ Linear bind(int format, const hs_arg* a) {
 }
 
 template <int FMT>
-void linear(const hs_ctx* ctx, const Linear& c) {
+void linear(const hs_ctx* ctx, Linear c) {
     if (c.t <= 0) return;
+    c.then = ctx->then;
     if (c.t > FEW_ROWS && ctx->phase == 0) {
         prepare<FMT>(ctx, c);
         return hs_again(ctx);
@@ -97,8 +98,11 @@ HS_EXPORT int hs_amx(void) {
 #endif
 }
 
-HS_EXPORT void hs_linear_f32(const hs_ctx* ctx, const hs_arg* a) { linear<F32>(ctx, bind(F32, a)); }
-HS_EXPORT void hs_linear_bf16(const hs_ctx* ctx, const hs_arg* a) { linear<BF16>(ctx, bind(BF16, a)); }
-HS_EXPORT void hs_linear_int8(const hs_ctx* ctx, const hs_arg* a) { linear<INT8>(ctx, bind(INT8, a)); }
-HS_EXPORT void hs_linear_int4(const hs_ctx* ctx, const hs_arg* a) { linear<INT4>(ctx, bind(INT4, a)); }
-HS_EXPORT void hs_linear_bf16_widened(const hs_ctx* ctx, const hs_arg* a) { linear<WIDENED>(ctx, bind(WIDENED, a)); }
+#define HS_LINEAR(NAME, FMT)                                                                    \
+    HS_EXPORT void NAME(const hs_ctx* ctx, const hs_arg* a) { linear<FMT>(ctx, bind(FMT, a)); } \
+    static const hs_reader NAME##_reader(NAME, [](const hs_ctx* ctx, const hs_arg* a) { return first_tile(ctx, bind(FMT, a)); });
+HS_LINEAR(hs_linear_f32, F32)
+HS_LINEAR(hs_linear_bf16, BF16)
+HS_LINEAR(hs_linear_int8, INT8)
+HS_LINEAR(hs_linear_int4, INT4)
+HS_LINEAR(hs_linear_bf16_widened, WIDENED)

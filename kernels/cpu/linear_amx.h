@@ -206,7 +206,10 @@ static void amx_bf16_product(const hs_ctx* ctx, const Linear& c) {
     const bool few = c.t <= FEW_ROWS;
     uint8_t* own = few ? (uint8_t*)scratch(16 * kp * 2 + kp * 4) : nullptr;
     uint16_t* a = (uint16_t*)(few ? own : c.work);
-    if (few) round_rows(c, 0, c.t, c.t, a, (float*)(own + 16 * kp * 2));
+    if (few) {
+        fetch_rows(c);
+        round_rows(c, 0, c.t, c.t, a, (float*)(own + 16 * kp * 2));
+    }
     TileShapes shapes(few ? (int)c.t : 16, 64);
     Range range = split(c.tiles(), ctx);
     if (few)

@@ -28,11 +28,15 @@ struct Linear {
     int64_t act = 0;  // Activation of the product, or of the gate; 0: none
     float eps = 0, scale = 1, softcap = 0;
     Weight w;
+    hs_stream then = {};  // where this thread reads on after its tiles
 
     const float* row(int64_t r) const { return x + (rows ? rows[r] / shared : r) * x_stride; }
     float* out_row(int64_t r) const { return out + (places ? places[r] : r) * out_stride; }
     int64_t tile_columns() const { return gated ? HALF : TILE; }  // of out
     int64_t tiles() const { return (n + tile_columns() - 1) / tile_columns(); }
+    hs_stream from(int64_t tile) const {
+        return {w.tile(tile), w.scale ? (const uint8_t*)w.tile_scale(tile) : nullptr, w.tile_bytes()};
+    }
 };
 
 // Contiguous tile range of a thread: its weight stream is one piece of memory.
@@ -41,6 +45,10 @@ struct Range {
 };
 static inline Range split(int64_t count, const hs_ctx* ctx) {
     return {count * ctx->thread / ctx->threads, count * (ctx->thread + 1) / ctx->threads};
+}
+
+static inline hs_stream first_tile(const hs_ctx* ctx, const Linear& c) {
+    return c.t > 0 ? c.from(split(c.tiles(), ctx).begin) : hs_stream{};
 }
 
 constexpr int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
@@ -163,14 +171,22 @@ HS_INLINE const float* prologue(const Linear& c, int64_t r, float* buffer) {
     return buffer;
 }
 
-// A tile, and where its thread reads on after its end (for the prefetch), `step` tiles later.
+// Asks for all of the few rows at once: other cores have just written half of them, and the loops over a row wait line by line.
+static inline void fetch_rows(const Linear& c) {
+    for (int64_t r = 0; r < c.t; r++)
+        for (int64_t i = 0; i < c.w.k; i += LINE / 4) prefetch(c.row(r) + i);
+}
+
+// A tile, and where its thread reads on after its end (for the prefetch): `step` tiles later, or what comes after its tiles.
 struct Stream {
     const uint8_t* tile;
     const uint8_t* next;
 };
 
 static inline Stream stream(const Linear& c, int64_t tile, int64_t end, int64_t step = 1) {
-    return {c.w.tile(tile), c.w.tile(tile + step < end ? tile + step : tile)};
+    const uint8_t* own = c.w.tile(tile);
+    if (tile + step < end) return {own, c.w.tile(tile + step)};
+    return {own, c.then.tile ? c.then.tile + (tile + step - end) * c.then.tile_bytes : own};
 }
 
 // Rows up to this many are prepared by every share for itself: cheaper than a phase. More are prepared together, in

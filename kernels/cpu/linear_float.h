@@ -19,14 +19,16 @@ constexpr int PANEL = 6, DIRECT = 4;
 #else
 constexpr int PANEL = 3, DIRECT = 2;
 #endif
-// The two sums of one row wait for each other, so it takes two tiles side by side: on a Zen 5 (November 2026, two threads) float32
-// is a twentieth faster, widened bfloat16 a twelfth. On a Xeon with AMX two streams cost a tenth of the bandwidth.
+// The two sums of one row wait for each other, so float32 takes two tiles side by side: on a Zen 5 (November 2026, two threads) a
+// fiftieth faster; bfloat16 is a fiftieth slower so. On a Xeon with AMX two streams cost a tenth of the bandwidth.
 #if defined(HS_AVX512) && !defined(HS_AMX)
-constexpr bool PAIRS = true;
+template <int FMT>
+constexpr bool PAIRS = FMT == F32;
 #else
+template <int FMT>
 constexpr bool PAIRS = false;
 #endif
-constexpr int64_t FLOAT_AHEAD = 4096;  // prefetch distance, bytes
+constexpr int64_t FLOAT_AHEAD = 8192;  // prefetch distance, bytes, of all tiles side by side
 constexpr int64_t PANEL_AHEAD = 512;   // floats: panels come from the second-level cache
 constexpr int64_t PIECE = 128;  // steps of a tile (16 KB) that stay in the first-level cache for all panels
 
@@ -90,10 +92,11 @@ static void block(const float* const* row, const float* panel, const Stream* s, 
                         for (int v = 0; v < NV; v++) sum[r][n][t][v] = loadf(&acc[n][r][(t0 + t) * HALF + v * VL]);
         const float* x[IN_PANEL ? 1 : R];
         for (int r = 0; r < (IN_PANEL ? 1 : R); r++) x[r] = IN_PANEL ? panel : row[r];
-        const int64_t near = steps > FLOAT_AHEAD / 128 ? steps - FLOAT_AHEAD / 128 : 0;
+        constexpr int64_t AHEAD = FLOAT_AHEAD / TILES;
+        const int64_t near = steps > AHEAD / (2 * LINE) ? steps - AHEAD / (2 * LINE) : 0;
         const uint8_t *ahead[TILES], *next[TILES];
         for (int n = 0; n < TILES; n++) {
-            ahead[n] = s[n].tile + FLOAT_AHEAD;
+            ahead[n] = s[n].tile + AHEAD;
             next[n] = s[n].next - near * 2 * LINE;
         }
         auto run = [&](int64_t begin, int64_t end, const uint8_t* const* later) __attribute__((always_inline)) {
@@ -148,11 +151,12 @@ static void few_rows(const hs_ctx* ctx, const Linear& c) {
     const int64_t kp = c.w.padded_k();
     const float* rows[FEW_ROWS + DIRECT] = {};
     float* buffer = (float*)scratch(FEW_ROWS * kp * 4);
+    fetch_rows(c);
     for (int64_t r = 0; r < c.t; r++) rows[r] = unit_row<FMT>(c, r, buffer + r * kp);
     for (int64_t r = c.t; r < FEW_ROWS + DIRECT; r++) rows[r] = rows[0];
     Range range = split(c.tiles(), ctx);
     int64_t tile = range.begin;
-    if constexpr (PAIRS)
+    if constexpr (PAIRS<FMT>)
         for (; c.t == 1 && tile + 2 <= range.end; tile += 2) direct<FMT, 1, 2>(c, 0, 1, rows, tile, range.end);
     for (; tile < range.end; tile++)
         for (int64_t r = 0; r < c.t; r += DIRECT) {

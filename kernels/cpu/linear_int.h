@@ -10,9 +10,9 @@ namespace hs {
 // moves up late: against one distance int8 is about a tenth faster, int4 a twentieth. On a Zen 5 one distance is the faster by
 // about as much; 8192 is as good as 4096 while memory gives 70 GB/s and a sixth faster while it gives 120.
 #if defined(HS_AMX)
-constexpr int64_t INT_FAR = 8192, INT_AHEAD = 1024;
+constexpr int64_t INT_FAR = 8192, INT_NEAR = 1024;
 #else
-constexpr int64_t INT_FAR = 0, INT_AHEAD = 8192;
+constexpr int64_t INT_FAR = 8192, INT_NEAR = 0;
 #endif
 #if defined(HS_AVX512)
 constexpr int INT_ROWS = 8;
@@ -170,9 +170,24 @@ template <int R>
 constexpr int PARTS = 1;
 #endif
 
+// Where a thread's tiles and their scales end, and how far from there to what it reads next: there its prefetch goes on.
+struct Follow {
+    const uint8_t *end, *scale_end;
+    int64_t jump, scale_jump;
+
+    Follow(const Linear& c, int64_t tile)
+        : end(c.w.tile(tile)), scale_end((const uint8_t*)c.w.tile_scale(tile)), jump(-INT_FAR), scale_jump(-INT_FAR / 16) {
+        if (c.then.tile) jump = c.then.tile - end;
+        if (c.then.scale) scale_jump = c.then.scale - scale_end;
+    }
+    int64_t data(const uint8_t* p) const { return INT_FAR + (p + INT_FAR < end ? 0 : jump); }
+    int64_t scale(const uint8_t* p) const { return INT_FAR / 16 + (p + INT_FAR / 16 < scale_end ? 0 : scale_jump); }
+};
+
 // acc[r] = rows r0 .. r0+R-1 times one tile. GROUP: the group size where the compiler is to know it, else 0.
 template <int FMT, int GROUP, int R>
-static void int_block(const Weight& w, int64_t tile, const QuantizedRows& rows, int64_t r0, float (*acc)[TILE]) {
+static void int_block(const Weight& w, int64_t tile, const QuantizedRows& rows, int64_t r0, const Follow& follow,
+                      float (*acc)[TILE]) {
     constexpr int NV = HALF / VL, STEPS = FMT == INT8 ? 8 : 4;  // per 32 k
     constexpr int NT = VL == 16 || R * NV <= 4 ? 2 : 1;          // halves of the tile that go along together
     constexpr int PARTS = hs::PARTS<R>;
@@ -184,7 +199,8 @@ static void int_block(const Weight& w, int64_t tile, const QuantizedRows& rows, 
     vf sum[2][R][NV] = {};
     const uint64_t per_group = (GROUP ? GROUP : w.group) / 32, groups = rows.groups;
     for (uint64_t g = 0; g < groups; g++, data += per_group * (STEPS * 2 * LINE), weight_scale += TILE) {
-        prefetch((const uint8_t*)weight_scale + (INT_FAR ? INT_FAR : INT_AHEAD) / 16);
+        const int64_t ahead = follow.data(data);
+        prefetch((const uint8_t*)weight_scale + follow.scale((const uint8_t*)weight_scale));
         HS_UNROLL for (int t0 = 0; t0 < 2; t0 += NT) {
             Dot<FMT> dot[PARTS][NT][R];
             HS_UNROLL for (int part = 0; part < PARTS; part++)
@@ -196,8 +212,12 @@ static void int_block(const Weight& w, int64_t tile, const QuantizedRows& rows, 
                 HS_UNROLL for (int l = 0; l < STEPS; l++)
                     HS_UNROLL for (int t = 0; t < NT; t++) {
                         const uint8_t* line = p + (2 * l + t) * LINE;
-                        if (INT_FAR) prefetch_far(line + INT_FAR);
-                        prefetch(line + INT_AHEAD);
+                        if (INT_NEAR) {
+                            prefetch_far(line + ahead);
+                            prefetch(line + INT_NEAR);
+                        } else {
+                            prefetch(line + ahead);
+                        }
                         if (FMT == INT8) {
                             auto v = Dot<FMT>::line(line);
                             HS_UNROLL for (int r = 0; r < R; r++) dot[l % PARTS][t][r].add(v, a + r * 64 + l * 4);
@@ -229,18 +249,18 @@ static void int_block(const Weight& w, int64_t tile, const QuantizedRows& rows, 
 }
 
 template <int FMT, int GROUP>
-static void int_rows(const Linear& c, const QuantizedRows& rows, int64_t tile, int64_t begin, int64_t end) {
+static void int_rows(const Linear& c, const QuantizedRows& rows, const Follow& follow, int64_t tile, int64_t begin, int64_t end) {
     alignas(64) float acc[INT_ROWS][TILE];
     for (int64_t r = begin; r < end; r += INT_ROWS) {
         int live = end - r < INT_ROWS ? (int)(end - r) : INT_ROWS;
         if (live == 1)
-            int_block<FMT, GROUP, 1>(c.w, tile, rows, r, acc);
+            int_block<FMT, GROUP, 1>(c.w, tile, rows, r, follow, acc);
         else if (live == 2)
-            int_block<FMT, GROUP, 2>(c.w, tile, rows, r, acc);
+            int_block<FMT, GROUP, 2>(c.w, tile, rows, r, follow, acc);
         else if (live <= 4)
-            int_block<FMT, GROUP, 4>(c.w, tile, rows, r, acc);
+            int_block<FMT, GROUP, 4>(c.w, tile, rows, r, follow, acc);
         else
-            int_block<FMT, GROUP, INT_ROWS>(c.w, tile, rows, r, acc);
+            int_block<FMT, GROUP, INT_ROWS>(c.w, tile, rows, r, follow, acc);
         for (int i = 0; i < live; i++) finish(c, r + i, tile, acc[i]);
     }
 }
@@ -282,7 +302,10 @@ static void int_product(const hs_ctx* ctx, const Linear& c) {
     const int64_t bytes = QuantizedRows::bytes(FEW_ROWS, k, c.w.group);
     uint8_t* own = few ? (uint8_t*)scratch(bytes + k * 4) : nullptr;
     QuantizedRows rows(few ? own : c.work, few ? FEW_ROWS : c.t, k, c.w.group);
-    if (few) quantize_rows(c, rows, 0, c.t, (float*)(own + bytes));
+    if (few) {
+        fetch_rows(c);
+        quantize_rows(c, rows, 0, c.t, (float*)(own + bytes));
+    }
 #if defined(HS_AMX)
     if (c.t >= AMX_INT_ROWS) return amx_int<FMT>(ctx, c, rows);
 #endif
@@ -292,10 +315,11 @@ static void int_product(const hs_ctx* ctx, const Linear& c) {
 #else
     const auto run = int_rows<FMT, 0>;
 #endif
+    const Follow follow(c, range.end);
     const int64_t chunk = (1 << 20) / (k * INT_ROWS) * INT_ROWS + INT_ROWS;  // rows that stay in the second-level cache
     for (int64_t r = 0; r < c.t; r += chunk)
         for (int64_t tile = range.begin; tile < range.end; tile++)
-            run(c, rows, tile, r, r + chunk < c.t ? r + chunk : c.t);
+            run(c, rows, follow, tile, r, r + chunk < c.t ? r + chunk : c.t);
 }
 
 }  // namespace hs

@@ -61,7 +61,7 @@ void head_linear(const hs_ctx* ctx, const hs_arg* a) {
     c.n = a[N].i;
     c.w = {FMT, a[K].i, GROUPED ? a[GROUP].i : 0, a[DATA].p, GROUPED ? (const uint16_t*)a[SCALE].p : nullptr};
     const Weight first = c.w;
-    const hs_ctx alone{0, 1, ctx->team, 0};
+    const hs_ctx alone{0, 1, ctx->team, 0, ctx->epoch, {}};
     const int64_t pieces = (live + FEW_ROWS - 1) / FEW_ROWS;
     Range range = split(heads * pieces, ctx);
     for (int64_t u = range.begin; u < range.end; u++) {
@@ -306,12 +306,16 @@ void attention(const hs_ctx* ctx, const hs_arg* a) {
     c.scale = (float)a[SCALE].f;
 
     Buffers& b = *(Buffers*)scratch(sizeof(Buffers));
-    int64_t mine = hs_next(ctx), seen = 0;
-    each_job(c, [&](const Job& job) {
-        if (seen++ != mine) return;
-        mine = hs_next(ctx);
-        run<T>(ctx, c, job, b);
-    });
+    int64_t count = 0;
+    each_job(c, [&](const Job&) { count++; });
+    for (int64_t mine = hs_take(ctx, count); mine >= 0;) {  // twice at most: what others left may lie before ours
+        int64_t seen = 0;
+        each_job(c, [&](const Job& job) {
+            if (seen++ != mine) return;
+            mine = hs_take(ctx, count);
+            run<T>(ctx, c, job, b);
+        });
+    }
 }
 
 }  // namespace

@@ -127,7 +127,16 @@ void experts(const hs_ctx* ctx, const hs_arg* a) {
             prepare<FMT>(&turned, c);
         });
     if (many) return hs_again(ctx);
-    each([&](int64_t) { product<FMT>(ctx, c); });
+    Linear held;  // an expert is computed when the one after it is known
+    each([&](int64_t) {
+        if (held.t) {
+            held.then = c.from(split(c.tiles(), ctx).begin);
+            product<FMT>(ctx, held);
+        }
+        held = c;
+    });
+    held.then = ctx->then;
+    if (held.t) product<FMT>(ctx, held);
 }
 
 }  // namespace

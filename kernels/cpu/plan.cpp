@@ -10,15 +10,51 @@
 // Whether this build may run here (linear.cpp): 0 when it needs tile registers and the system refuses them.
 extern "C" int hs_amx(void);
 
-void hs_again(const hs_ctx* ctx) { ctx->team->again.store(true, std::memory_order_relaxed); }
+void hs_again(const hs_ctx* ctx) { ctx->team->again.store(ctx->epoch, std::memory_order_relaxed); }
 
-int64_t hs_next(const hs_ctx* ctx) { return ctx->team->next.fetch_add(1, std::memory_order_relaxed); }
+int64_t hs_take(const hs_ctx* ctx, int64_t count) {
+    const uint64_t epoch = ctx->epoch;
+    for (int i = 0; i < ctx->threads; i++) {
+        const int64_t share = (ctx->thread + i) % ctx->threads;
+        const int64_t begin = count * share / ctx->threads, end = count * (share + 1) / ctx->threads;
+        std::atomic<uint64_t>& pieces = ctx->team->shares[share].pieces;
+        for (uint64_t seen = pieces.load(std::memory_order_relaxed);;) {
+            const int64_t piece = begin + (seen >> 32 == epoch ? (uint32_t)seen : 0);
+            if (piece >= end) break;
+            if (pieces.compare_exchange_weak(seen, epoch << 32 | (uint32_t)(piece + 1 - begin), std::memory_order_relaxed))
+                return piece;
+        }
+    }
+    return -1;
+}
 
 bool hs_last(const hs_ctx* ctx, int64_t item, int64_t parts) {
     std::atomic<int64_t>& done = ctx->team->parts[item];
     if (done.fetch_add(1, std::memory_order_acq_rel) + 1 < parts) return false;
     done.store(0, std::memory_order_relaxed);
     return true;
+}
+
+namespace {
+
+struct Reader {
+    hs_kernel kernel;
+    hs_reads reads;
+};
+Reader readers[32];
+int reader_count = 0;
+
+hs_reads reads_of(hs_kernel kernel) {
+    for (int i = 0; i < reader_count; i++)
+        if (readers[i].kernel == kernel) return readers[i].reads;
+    return nullptr;
+}
+
+}  // namespace
+
+hs_reader::hs_reader(hs_kernel kernel, hs_reads reads) {
+    if (reader_count == sizeof readers / sizeof *readers) abort();  // this library has more: no input brings it about
+    readers[reader_count++] = {kernel, reads};
 }
 
 namespace {
@@ -39,12 +75,11 @@ void pause() {
 
 // ---- phases ----
 
-void publish(hs_team* team) {
+void publish(hs_team* team, int node, int phase) {
     team->finished.store(0, std::memory_order_relaxed);
-    team->next.store(0, std::memory_order_relaxed);
-    team->again.store(false, std::memory_order_relaxed);
-    team->epoch.store(team->epoch.load(std::memory_order_relaxed) + 1);
-    if (team->sleepers.load()) syscall(SYS_futex, &team->epoch, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
+    const uint32_t epoch = hs_team::epoch_of(team->position.load(std::memory_order_relaxed)) + 1;
+    team->position.store((uint64_t)node << 40 | (uint64_t)phase << 32 | epoch);
+    if (team->sleepers.load()) syscall(SYS_futex, &team->position, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
 }
 
 // Starts `team->job`, whose nodes are at least one.
@@ -53,8 +88,7 @@ void begin(hs_team* team) {
     team->begun = now();
     if (job.upload_bytes) memcpy(job.io, job.staging, job.upload_bytes);
     if (job.nodes->seconds) team->node_begun = now();
-    team->node = team->phase = 0;
-    publish(team);
+    publish(team, 0, 0);
 }
 
 // The job's last share is done: its results, then the next job. Whoever waits is woken last: it may take this core at once.
@@ -73,69 +107,72 @@ void end(hs_team* team) {
     pthread_cond_broadcast(&team->done_changed);
 }
 
-// Every share of the phase is done and no other thread is in it.
-void advance(hs_team* team) {
+// Every share of the phase at `position` is done and no other thread is in it.
+void advance(hs_team* team, uint64_t position) {
     const hs_nodes& nodes = *team->job.nodes;
-    if (team->again.load(std::memory_order_relaxed)) {
-        team->phase++;
-        return publish(team);
-    }
+    const int node = hs_team::node_of(position);
+    if (team->again.load(std::memory_order_relaxed) == hs_team::epoch_of(position))
+        return publish(team, node, hs_team::phase_of(position) + 1);
     if (nodes.seconds) {
         double time = now();
-        nodes.seconds[team->node] += time - team->node_begun;
+        nodes.seconds[node] += time - team->node_begun;
         team->node_begun = time;
     }
-    team->phase = 0;
-    if (++team->node == nodes.count) return end(team);
-    publish(team);
+    if (node + 1 == nodes.count) return end(team);
+    publish(team, node + 1, 0);
 }
 
-// Runs a share of the phase of `epoch` unless somebody has taken it.
-bool run_share(hs_team* team, int share, uint32_t epoch) {
+// Runs a share of the phase at `position` unless somebody has taken it.
+bool run_share(hs_team* team, int share, uint64_t position) {
+    const uint32_t epoch = hs_team::epoch_of(position);
     uint32_t last = epoch - 1;
     if (!team->shares[share].taken.compare_exchange_strong(last, epoch, std::memory_order_acq_rel)) return false;
-    // From here to the count below the phase cannot end, so the position is that of `epoch`.
+    // From here to the count below the phase cannot end.
     const hs_nodes& nodes = *team->job.nodes;
-    const hs_ctx ctx{share, team->threads, team, team->phase};
-    nodes.fns[team->node](&ctx, nodes.args[team->node]);
-    if (team->finished.fetch_add(1, std::memory_order_acq_rel) + 1 == team->threads) advance(team);
+    const int node = hs_team::node_of(position);
+    hs_ctx ctx{share, team->threads, team, hs_team::phase_of(position), epoch, {}};
+    const int reader = nodes.readers ? nodes.readers[node] : -1;
+    if (reader >= 0) ctx.then = reads_of(nodes.fns[reader])(&ctx, nodes.args[reader]);
+    nodes.fns[node](&ctx, nodes.args[node]);
+    if (team->finished.fetch_add(1, std::memory_order_acq_rel) + 1 == team->threads) advance(team, position);
     return true;
 }
 
 // Runs the shares of others that nobody has taken.
-void help(hs_team* team, int self, uint32_t epoch) {
+void help(hs_team* team, int self, uint64_t position) {
+    const uint32_t epoch = hs_team::epoch_of(position);
     for (int i = 1; i < team->threads; i++) {
         const int other = (self + i) % team->threads;
         if (team->shares[other].taken.load(std::memory_order_relaxed) != epoch - 1) continue;
-        if (run_share(team, other, epoch)) team->late.store(epoch, std::memory_order_relaxed);
+        if (run_share(team, other, position)) team->late.store(epoch, std::memory_order_relaxed);
     }
 }
 
-// Waits for an epoch after `epoch`. Spinning is worth it when the others are microseconds away, giving the core up when it is
+// Waits for a position after `position`. Spinning is worth it when the others are microseconds away, giving the core up when it is
 // shared with another process, sleeping when there is nothing to do between steps.
-uint32_t await_epoch(hs_team* team, int self, uint32_t epoch) {
+uint64_t await_position(hs_team* team, int self, uint64_t position) {
     constexpr double LATE = 2e-6, SPIN = 30e-6, YIELD = 300e-6;
-    uint32_t found;
+    uint64_t found;
     // Who was late in the phase before probably still is: no wait for that.
-    bool helped = team->late.load(std::memory_order_relaxed) == epoch - 1;
-    if (helped) help(team, self, epoch);
+    bool helped = team->late.load(std::memory_order_relaxed) == hs_team::epoch_of(position) - 1;
+    if (helped) help(team, self, position);
     const double start = now();
     for (;;) {
         for (int i = 0; i < 32; i++) {
-            if ((found = team->epoch.load(std::memory_order_acquire)) != epoch) return found;
+            if ((found = team->position.load(std::memory_order_acquire)) != position) return found;
             pause();
         }
         double waited = now() - start;
         if (waited > YIELD) break;
         if (waited > LATE && !helped) {
             helped = true;
-            help(team, self, epoch);
+            help(team, self, position);
         }
         if (waited > SPIN) sched_yield();
     }
     team->sleepers.fetch_add(1);
-    while ((found = team->epoch.load()) == epoch)
-        syscall(SYS_futex, &team->epoch, FUTEX_WAIT_PRIVATE, epoch, nullptr, nullptr, 0);
+    while ((found = team->position.load()) == position)
+        syscall(SYS_futex, &team->position, FUTEX_WAIT_PRIVATE, hs_team::epoch_of(position), nullptr, nullptr, 0);
     team->sleepers.fetch_sub(1);
     return found;
 }
@@ -162,10 +199,10 @@ void* worker(void* arg) {
     Start start = *(Start*)arg;
     hs_team* team = start.team;
     if (!pass_gate(team)) return nullptr;
-    for (uint32_t epoch = 0;;) {
-        epoch = await_epoch(team, start.thread, epoch);
+    for (uint64_t position = 0;;) {
+        position = await_position(team, start.thread, position);
         if (team->stop.load(std::memory_order_relaxed)) return nullptr;
-        run_share(team, start.thread, epoch);
+        run_share(team, start.thread, position);
     }
 }
 
@@ -236,20 +273,25 @@ HS_EXPORT void hs_close(void* handle) {
     while (team->done < team->submitted) pthread_cond_wait(&team->done_changed, &team->mutex);
     pthread_mutex_unlock(&team->mutex);
     team->stop.store(true, std::memory_order_relaxed);
-    publish(team);
+    publish(team, 0, 0);
     for (int i = 0; i < team->threads; i++) pthread_join(team->handles[i], nullptr);
     delete team;
 }
 
 // A plan of `nodes` calls, at least one. The two pointer arrays are copied; the argument slots stay the caller's and must outlive the plan.
 HS_EXPORT void* hs_plan(void*, int nodes, const hs_kernel* fns, const hs_arg* const* args) {
-    hs_nodes* plan = nodes > 0 ? (hs_nodes*)malloc(sizeof(hs_nodes) + nodes * (sizeof *fns + sizeof *args)) : nullptr;
+    hs_nodes* plan = nodes > 0 ? (hs_nodes*)malloc(sizeof(hs_nodes) + nodes * (sizeof *fns + sizeof *args + sizeof(int))) : nullptr;
     if (!plan) return nullptr;
     hs_kernel* own_fns = (hs_kernel*)(plan + 1);
     const hs_arg** own_args = (const hs_arg**)(own_fns + nodes);
     memcpy(own_fns, fns, nodes * sizeof *fns);
     memcpy(own_args, args, nodes * sizeof *args);
-    *plan = hs_nodes{nodes, own_fns, own_args, nullptr};
+    int* own_readers = (int*)(own_args + nodes);
+    for (int i = nodes - 1, reader = -1; i >= 0; i--) {
+        own_readers[i] = reader;
+        if (reads_of(fns[i])) reader = i;
+    }
+    *plan = hs_nodes{nodes, own_fns, own_args, own_readers, nullptr};
     return plan;
 }
 
@@ -271,7 +313,7 @@ HS_EXPORT double hs_wait(void* team, int64_t ticket) { return await_ticket((hs_t
 // Runs `fn` with `argument` as the one node of a job after what is already queued, and waits for it.
 void hs_run(hs_team* team, hs_kernel fn, const void* argument) {
     const hs_arg* args = (const hs_arg*)argument;
-    const hs_nodes nodes{1, &fn, &args, nullptr};
+    const hs_nodes nodes{1, &fn, &args, nullptr, nullptr};
     hs_job job{};
     job.nodes = &nodes;
     await_ticket(team, enqueue(team, job));

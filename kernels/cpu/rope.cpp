@@ -109,13 +109,11 @@ void store_product(const hs_ctx* ctx, const hs_arg* a, const Linear& c) {
     if (whole < stop) store(whole, stop - whole);
 }
 
-template <int FMT>
-void linear_rope_kv(const hs_ctx* ctx, const hs_arg* a) {
+Linear bind(int format, const hs_arg* a) {
     enum { X = HEAD_SLOTS, BIAS, NORM, WORK, K, EPS, DATA, GROUP, SCALE };
-    constexpr bool GROUPED = FMT == INT8 || FMT == INT4;
+    const bool grouped = format == INT8 || format == INT4;
     Linear c;
     c.t = ((const int32_t*)a[LIVE].p)[0];
-    if (c.t <= 0) return;
     c.x = (const float*)a[X].p;
     c.x_stride = a[K].i;
     c.bias = (const float*)a[BIAS].p;
@@ -124,7 +122,15 @@ void linear_rope_kv(const hs_ctx* ctx, const hs_arg* a) {
     c.n = c.out_stride = (a[HEADS].i + 2 * a[KV_HEADS].i) * a[HEAD_DIM].i;
     c.out = (float*)a[WORK].p;
     c.work = (uint8_t*)(c.out + c.t * c.n);
-    c.w = {FMT, a[K].i, GROUPED ? a[GROUP].i : 0, a[DATA].p, GROUPED ? (const uint16_t*)a[SCALE].p : nullptr};
+    c.w = {format, a[K].i, grouped ? a[GROUP].i : 0, a[DATA].p, grouped ? (const uint16_t*)a[SCALE].p : nullptr};
+    return c;
+}
+
+template <int FMT>
+void linear_rope_kv(const hs_ctx* ctx, const hs_arg* a) {
+    Linear c = bind(FMT, a);
+    if (c.t <= 0) return;
+    c.then = ctx->then;
     if (c.t <= FEW_ROWS) {
         product<FMT>(ctx, c);
         return store_product(ctx, a, c);
@@ -172,8 +178,12 @@ HS_EXPORT void hs_kv_write_e4m3(const hs_ctx* ctx, const hs_arg* a) { kv_write<E
 HS_EXPORT void hs_kv_write_e5m2(const hs_ctx* ctx, const hs_arg* a) { kv_write<E5M2>(ctx, a); }
 
 HS_EXPORT void hs_rope_kv(const hs_ctx* ctx, const hs_arg* a) { store_all(ctx, a, (const float*)a[HEAD_SLOTS].p); }
-HS_EXPORT void hs_linear_rope_kv_f32(const hs_ctx* ctx, const hs_arg* a) { linear_rope_kv<F32>(ctx, a); }
-HS_EXPORT void hs_linear_rope_kv_bf16(const hs_ctx* ctx, const hs_arg* a) { linear_rope_kv<BF16>(ctx, a); }
-HS_EXPORT void hs_linear_rope_kv_int8(const hs_ctx* ctx, const hs_arg* a) { linear_rope_kv<INT8>(ctx, a); }
-HS_EXPORT void hs_linear_rope_kv_int4(const hs_ctx* ctx, const hs_arg* a) { linear_rope_kv<INT4>(ctx, a); }
-HS_EXPORT void hs_linear_rope_kv_bf16_widened(const hs_ctx* ctx, const hs_arg* a) { linear_rope_kv<WIDENED>(ctx, a); }
+
+#define HS_LINEAR_ROPE_KV(NAME, FMT)                                                      \
+    HS_EXPORT void NAME(const hs_ctx* ctx, const hs_arg* a) { linear_rope_kv<FMT>(ctx, a); } \
+    static const hs_reader NAME##_reader(NAME, [](const hs_ctx* ctx, const hs_arg* a) { return first_tile(ctx, bind(FMT, a)); });
+HS_LINEAR_ROPE_KV(hs_linear_rope_kv_f32, F32)
+HS_LINEAR_ROPE_KV(hs_linear_rope_kv_bf16, BF16)
+HS_LINEAR_ROPE_KV(hs_linear_rope_kv_int8, INT8)
+HS_LINEAR_ROPE_KV(hs_linear_rope_kv_int4, INT4)
+HS_LINEAR_ROPE_KV(hs_linear_rope_kv_bf16_widened, WIDENED)

@@ -380,10 +380,10 @@ HS_EXPORT void hs_sample(const hs_ctx* ctx, const hs_arg* a) {
 
     int64_t rows = c.live[2], blocks = c.blocks();
     if (ctx->phase == 1) {
-        for (int64_t r; (r = hs_next(ctx)) < rows;) finish_row(c, r);
+        for (int64_t r; (r = hs_take(ctx, rows)) >= 0;) finish_row(c, r);
         return;
     }
-    for (int64_t i; (i = hs_next(ctx)) < rows * blocks;) {
+    for (int64_t i; (i = hs_take(ctx, rows * blocks)) >= 0;) {
         int64_t begin = i % blocks * BLOCK, end = begin + BLOCK < c.vocab ? begin + BLOCK : c.vocab;
         c.partial[i] = scan(c.row(i / blocks), begin, end);
     }

@@ -33,7 +33,9 @@ int read_range(int fd, char* dst, int64_t offset, int64_t bytes) {
 
 void run_read(const hs_ctx* ctx, const hs_arg* arg) {
     Read* r = (Read*)arg;
-    for (int64_t at; (at = hs_next(ctx) * PIECE) < r->bytes && !r->error.load(std::memory_order_relaxed);) {
+    const int64_t pieces = (r->bytes + PIECE - 1) / PIECE;
+    for (int64_t piece; (piece = hs_take(ctx, pieces)) >= 0 && !r->error.load(std::memory_order_relaxed);) {
+        const int64_t at = piece * PIECE;
         int64_t n = r->bytes - at < PIECE ? r->bytes - at : PIECE;
         if (int error = read_range(r->fd, r->dst + at, r->file_offset + at, n)) r->error.store(error);
     }
@@ -116,15 +118,19 @@ struct Crc {
 // XOR makes the order in which pieces finish irrelevant.
 void run_crc(const hs_ctx* ctx, const hs_arg* arg) {
     Crc* job = (Crc*)arg;
-    int64_t piece = hs_next(ctx), first = 0;
-    for (int t = 0; t < job->n; t++) {
-        int64_t size = job->sizes[t], pieces = (size + PIECE - 1) / PIECE;
-        for (; piece < first + pieces; piece = hs_next(ctx)) {
-            int64_t at = (piece - first) * PIECE, left = size - at, bytes = left < PIECE ? left : PIECE;
-            uint32_t crc = crc_register(at ? 0 : ~0u, job->base + job->offsets[t] + at, bytes);
-            job->out[t].fetch_xor(shift(crc, left - bytes), std::memory_order_relaxed);
+    int64_t count = 0;
+    for (int t = 0; t < job->n; t++) count += (job->sizes[t] + PIECE - 1) / PIECE;
+    for (int64_t piece = hs_take(ctx, count); piece >= 0;) {  // twice at most: what others left may lie before ours
+        int64_t first = 0;
+        for (int t = 0; t < job->n; t++) {
+            int64_t size = job->sizes[t], pieces = (size + PIECE - 1) / PIECE;
+            for (; piece >= first && piece < first + pieces; piece = hs_take(ctx, count)) {
+                int64_t at = (piece - first) * PIECE, left = size - at, bytes = left < PIECE ? left : PIECE;
+                uint32_t crc = crc_register(at ? 0 : ~0u, job->base + job->offsets[t] + at, bytes);
+                job->out[t].fetch_xor(shift(crc, left - bytes), std::memory_order_relaxed);
+            }
+            first += pieces;
         }
-        first += pieces;
     }
 }
 

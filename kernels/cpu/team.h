@@ -23,6 +23,7 @@ struct hs_nodes {
     int count;
     const hs_kernel* fns;
     const hs_arg* const* args;
+    const int* readers;  // of each node: the next one that reads weights, -1: none; NULL: of all of them
     double* seconds;  // per node, accumulated when asked for
 };
 
@@ -47,23 +48,26 @@ struct hs_team {
     int threads = 0;
     pthread_t handles[MAX_THREADS];
 
-    // `sleepers` tells who publishes whether a system call is needed.
-    alignas(64) std::atomic<uint32_t> epoch{0};
-    std::atomic<uint32_t> sleepers{0};
+    // Where the team is, in one word: the epoch (low half: the futex), phase (8 bits) and node. Its line holds what finishing a phase
+    // changes, and nothing else: cores that share no cache hand over one line, not several.
+    alignas(64) std::atomic<uint64_t> position{0};
+    std::atomic<int> finished{0};  // shares of this phase
+    alignas(64) std::atomic<uint32_t> sleepers{0};  // whether who publishes needs a system call
+
+    static uint32_t epoch_of(uint64_t position) { return (uint32_t)position; }
+    static int node_of(uint64_t position) { return position >> 40; }
+    static int phase_of(uint64_t position) { return position >> 32 & 255; }
 
     struct alignas(64) Share {
-        std::atomic<uint32_t> taken{0};  // epoch it was last taken for
+        std::atomic<uint32_t> taken{0};   // epoch it was last taken for
+        std::atomic<uint64_t> pieces{0};  // epoch (high half), and how many of its range are taken in it
     };
     Share shares[MAX_THREADS];
     alignas(64) std::atomic<uint32_t> late{0};  // epoch in which a thread last took another's share
-    alignas(64) std::atomic<int> finished{0};  // shares of this phase
-    alignas(64) std::atomic<int64_t> next{0};
-    std::atomic<bool> again{false};
+    alignas(64) std::atomic<uint32_t> again{0};  // epoch that is to be followed by another phase of its node
     alignas(64) std::atomic<int64_t> parts[HS_ITEMS] = {};  // done, of items that are not: zero between phases
 
-    // The position: written by who finished a phase, before the epoch; read by who took a share of it.
-    alignas(64) hs_job job;
-    int node = 0, phase = 0;
+    alignas(64) hs_job job;  // written by who finished the one before, ahead of the position; read by who took a share
     double begun = 0, node_begun = 0;
     std::atomic<bool> stop{false};  // also read by a thread that others made late for an epoch
 
