@@ -1,22 +1,15 @@
-// Reads a buffer with all threads, each its own contiguous share, as a weight-streaming kernel does: wide loads, a software
-// prefetch a fixed distance ahead, huge pages. Compiled and called by bandwidth.py.
+// Reads a buffer with all threads of a team, each its own contiguous share, as a weight-streaming kernel does: wide loads, a
+// software prefetch a fixed distance ahead, huge pages. Compiled by bandwidth.py, called through the team (kernels/cpu/abi.h).
 #include <sys/mman.h>
 
-#include <atomic>
-#include <chrono>
 #include <cstddef>
-#include <cstdint>
-#include <thread>
-#include <vector>
+
+#include "abi.h"
 
 namespace {
 
 typedef int32_t vec __attribute__((vector_size(64)));
-constexpr size_t LINE = 64, BLOCK = 4 * LINE;
-
-double now() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+constexpr size_t LINE = 64, BLOCK = 4 * LINE, HUGE_PAGE = size_t(2) << 20;
 
 // Integer xor: nothing to round, no latency worth the name; the result is kept so that no load can be dropped.
 int32_t read_share(const char* p, size_t bytes, size_t ahead) {
@@ -38,11 +31,8 @@ int32_t read_share(const char* p, size_t bytes, size_t ahead) {
 
 }  // namespace
 
-extern "C" {
-
 // A huge-page buffer of `bytes` (rounded up to 2 MiB, plus room for the prefetch), written once. NULL when there is no memory.
-void* hs_bandwidth_open(size_t bytes) {
-    constexpr size_t HUGE_PAGE = size_t(2) << 20;
+HS_EXPORT void* bandwidth_open(size_t bytes) {
     size_t size = (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE + 2 * HUGE_PAGE;
     void* base = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (base == MAP_FAILED) return nullptr;
@@ -54,34 +44,15 @@ void* hs_bandwidth_open(size_t bytes) {
     return p;
 }
 
-void hs_bandwidth_close(void* p, size_t bytes) {
-    constexpr size_t HUGE_PAGE = size_t(2) << 20;
+HS_EXPORT void bandwidth_close(void* p, size_t bytes) {
     munmap(p, (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE + HUGE_PAGE);
 }
 
-// Seconds of each of `passes` reads of the whole buffer. Threads meet at a spin barrier before every pass, so that neither
-// their start nor the caller is timed; a pass lasts until the slowest thread is done.
-void hs_bandwidth_read(const void* base, size_t bytes, int threads, size_t ahead, int passes, double* seconds) {
-    const char* p = static_cast<const char*>(base);
-    size_t share = bytes / threads / BLOCK * BLOCK;
-    std::atomic<int> arrived{0};
-    std::atomic<int32_t> kept{0};
-    auto meet = [&](int round) {
-        arrived.fetch_add(1);
-        while (arrived.load() < (round + 1) * threads) std::this_thread::yield();
-    };
-    auto body = [&](int thread) {
-        for (int pass = 0; pass < passes; ++pass) {
-            meet(2 * pass);
-            double start = now();
-            kept ^= read_share(p + thread * share, share, ahead);
-            meet(2 * pass + 1);
-            if (thread == 0) seconds[pass] = (now() - start) * (double(bytes) / (double(share) * threads));
-        }
-    };
-    std::vector<std::thread> others;
-    for (int t = 1; t < threads; ++t) others.emplace_back(body, t);
-    body(0);
-    for (auto& t : others) t.join();
-}
+// One pass over the buffer; `kept` takes what was read.
+HS_EXPORT void bandwidth_pass(const hs_ctx* ctx, const hs_arg* a) {
+    enum { BASE, BYTES, AHEAD, KEPT };
+    const int64_t blocks = a[BYTES].i / BLOCK;
+    const int64_t begin = blocks * ctx->thread / ctx->threads, end = blocks * (ctx->thread + 1) / ctx->threads;
+    int32_t read = read_share(static_cast<const char*>(a[BASE].p) + begin * BLOCK, (end - begin) * BLOCK, a[AHEAD].i);
+    __atomic_fetch_xor(static_cast<int32_t*>(a[KEPT].p), read, __ATOMIC_RELAXED);
 }

@@ -27,6 +27,7 @@ from conf.bench_schema import LatencyConfig
 from conf.load import run
 from runtime.artifact import Artifact
 from runtime.device.base import Session
+from runtime.device.cpu import CpuSession
 from runtime.device.cuda import CudaSession
 from runtime.device.launcher import Launcher
 
@@ -100,13 +101,13 @@ def measure(
     }
 
 
-def read_bandwidth(
-    session: Session, artifact: Artifact, threads: int | None
-) -> Bandwidth | DeviceBandwidth:
-    """Of a buffer of the size of the weights; on a GPU, of the weights themselves."""
+def read_bandwidth(session: Session, artifact: Artifact) -> Bandwidth | DeviceBandwidth:
+    """Of a buffer of the size of the weights, by the threads that run the steps; on a GPU, of the
+    weights themselves."""
     if isinstance(session, CudaSession):
         return DeviceBandwidth(Launcher(), *session.weights)
-    return Bandwidth(artifact.manifest.weights_bytes, threads or 1)
+    assert isinstance(session, CpuSession)
+    return Bandwidth(artifact.manifest.weights_bytes, session.call)
 
 
 def main(config: LatencyConfig, sources: Mapping[str, str]) -> int:
@@ -118,7 +119,7 @@ def main(config: LatencyConfig, sources: Mapping[str, str]) -> int:
     with closing(StaticBatch.open(artifact, threads=threads, policy=config.policy)) as static:
         if config.profile:
             profiled(static.session, artifact)
-        with closing(read_bandwidth(static.session, artifact, threads)) as buffer:
+        with closing(read_bandwidth(static.session, artifact)) as buffer:
             return measure_all(static, config, artifact, buffer, threads)
 
 

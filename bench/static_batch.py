@@ -18,10 +18,11 @@ from runtime.artifact import Artifact
 from runtime.core.loop import EngineLoop
 from runtime.core.options import EngineOptions
 from runtime.device.base import Session, open_session
+from runtime.device.cpu import CpuSession
 from runtime.device.cuda import CudaSession
 from runtime.request import Request, SamplingParams
 
-# Steps after a pause that do not count: the one that ended meanwhile, the one that wakes the
+# Steps after a pause that do not count: the one that ended meanwhile, the one that may have to wake
 # threads, and those that turn the caches over, as a read's first passes do (on a Zen 5 the second
 # and third step after a read take 3 to 7 % more than the rest).
 WARM_STEPS = 4
@@ -122,7 +123,7 @@ class StaticBatch:
         steps = cold = due = 0
         while steps < output_len - 1:
             if pause is not None and len(decode) == due:
-                time.sleep(longest)  # with overlap one step runs on: it ends meanwhile
+                self._let_end(longest)
                 pause()
                 longest, last, cold = 0.0, time.perf_counter(), WARM_STEPS
                 due += every
@@ -138,13 +139,19 @@ class StaticBatch:
             else:
                 decode.append(seconds)
         if pause is not None:
-            time.sleep(longest)
+            self._let_end(longest)
             pause()
         for id in ids:
             self.loop.abort(id)
         while self.loop.has_work:
             self.loop.step()
         return Run(prefill=prefilled - start, decode=decode)
+
+    def _let_end(self, longest: float) -> None:
+        """With overlap one step runs on, for `longest` seconds at most. On a CPU session what is
+        called next waits for it in line, and the threads stay awake."""
+        if not isinstance(self.session, CpuSession):
+            time.sleep(longest)
 
     def _step(self) -> set[int]:
         """One step of the loop: which sequences got a token."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack, closing
 from pathlib import Path
 from statistics import median
 
@@ -28,6 +29,8 @@ from bench.peers.workloads import Workload, workloads
 from compiler.importer import published_dtype
 from conf.bench_schema import PeersConfig
 from conf.load import run
+from kernels.cpu.run import Team
+from kernels.toolchain import supported_levels
 
 PRECISIONS = ("fp32", "bf16", "int8", "int4")
 
@@ -48,18 +51,20 @@ def measure(
 ) -> tuple[list[Figures], Rate, float]:
     """All peers at one precision; the read bandwidth of the same minutes, over how many bytes."""
     todo = workloads(config)
-    buffer: Bandwidth | None = None
     workers: list[Worker] = []
-    try:
+    with ExitStack() as stack:
         for peer in config.peers:
             try:
                 workers.append(launch(peer, precision, config, shape, threads))
             except Skip as e:
                 print(f"# {precision}: {peer} skipped: {e}", file=sys.stderr)
+            else:
+                stack.callback(workers[-1].close)
         if not workers:
             raise BenchError(f"no peer can run {precision}: see the lines above")
         ours = next((w for w in workers if w.peer == "headstart"), workers[0])
-        buffer = Bandwidth(int(ours.weight_bytes), threads)
+        team = stack.enter_context(Team(supported_levels()[-1].name, threads))
+        buffer = stack.enter_context(closing(Bandwidth(int(ours.weight_bytes), team.call)))
         samples: dict[tuple[str, Workload], list[float]] = {}
         shares: dict[tuple[str, Workload], list[float]] = {}
         bar = tqdm(total=config.rounds * len(todo) * len(workers), file=sys.stderr, desc=precision)
@@ -77,12 +82,7 @@ def measure(
                         before = after
                     bar.update(1)
         bar.close()
-    finally:
-        for worker in workers:
-            worker.close()
-        if buffer is not None:
-            rate = buffer.rate
-            buffer.close()
+        rate = buffer.rate
     peers = {worker.peer: worker for worker in workers}
     figures = [
         Figures(

@@ -7,7 +7,7 @@
 #pragma once
 #include <cstdint>
 
-#define HS_ABI_VERSION 2
+#define HS_ABI_VERSION 3
 #define HS_EXPORT extern "C" __attribute__((visibility("default")))
 
 // One argument slot is eight bytes, whatever it holds: the parameter layout of a kernel is the ordered

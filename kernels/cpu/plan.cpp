@@ -310,11 +310,11 @@ HS_EXPORT int64_t hs_submit(void* team, void* plan, void* io, const void* stagin
 // Blocks until the ticket's step is done; the seconds it ran, -1 for a ticket never issued.
 HS_EXPORT double hs_wait(void* team, int64_t ticket) { return await_ticket((hs_team*)team, ticket); }
 
-// Runs `fn` with `argument` as the one node of a job after what is already queued, and waits for it.
-void hs_run(hs_team* team, hs_kernel fn, const void* argument) {
+HS_EXPORT double hs_run(void* handle, hs_kernel fn, const void* argument) {
+    hs_team* team = (hs_team*)handle;
     const hs_arg* args = (const hs_arg*)argument;
     const hs_nodes nodes{1, &fn, &args, nullptr, nullptr};
     hs_job job{};
     job.nodes = &nodes;
-    await_ticket(team, enqueue(team, job));
+    return await_ticket(team, enqueue(team, job));
 }

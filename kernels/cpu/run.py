@@ -35,6 +35,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         (*(ctypes.c_void_p,) * 4, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64),
     ),
     "hs_wait": (ctypes.c_double, (ctypes.c_void_p, ctypes.c_int64)),
+    "hs_run": (ctypes.c_double, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)),
     "hs_read": (
         ctypes.c_int,
         (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64),
@@ -135,6 +136,10 @@ class Team:
         """Runs a plan once without copies; its seconds."""
         ticket = self.library.hs_submit(self.handle, plan, None, None, 0, None, 0, 0)
         return float(self.library.hs_wait(self.handle, ticket))
+
+    def call(self, function: int, argument: int) -> float:
+        """Runs the shares of a native function of kernels/cpu/abi.h once; its seconds."""
+        return float(self.library.hs_run(self.handle, function, argument))
 
 
 def run_on(team: Team, kernel: Kernel, call: CallShape, arrays: dict[str, Array]) -> float:

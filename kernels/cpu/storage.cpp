@@ -140,7 +140,7 @@ void run_crc(const hs_ctx* ctx, const hs_arg* arg) {
 HS_EXPORT int hs_read(void* team, const char* path, int64_t file_offset, void* dst, int64_t bytes) {
     Read job{open(path, O_RDONLY | O_CLOEXEC), file_offset, (char*)dst, bytes, {0}};
     if (job.fd < 0) return errno;
-    hs_run((hs_team*)team, run_read, &job);
+    hs_run(team, run_read, &job);
     close(job.fd);
     return job.error.load();
 }
@@ -150,6 +150,6 @@ HS_EXPORT void hs_crc32c(void* team, const void* base, const int64_t* offsets, c
     static_assert(sizeof(std::atomic<uint32_t>) == 4 && std::atomic<uint32_t>::is_always_lock_free);
     for (int i = 0; i < n; i++) out[i] = sizes[i] ? 0 : ~0u;  // the register of nothing; pieces are XORed into 0
     Crc job{(const uint8_t*)base, offsets, sizes, (std::atomic<uint32_t>*)out, n};
-    hs_run((hs_team*)team, run_crc, &job);
+    hs_run(team, run_crc, &job);
     for (int i = 0; i < n; i++) out[i] = ~out[i];
 }

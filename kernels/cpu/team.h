@@ -84,5 +84,5 @@ struct hs_team {
     Gate gate = SHUT;
 };
 
-// Runs `fn` with `argument` as the one node of a job after what is already queued, and waits for it (plan.cpp).
-void hs_run(hs_team* team, hs_kernel fn, const void* argument);
+// Runs `fn` with `argument` as the one node of a job after what is already queued, and waits for it; the seconds it ran (plan.cpp).
+HS_EXPORT double hs_run(void* team, hs_kernel fn, const void* argument);

@@ -120,6 +120,11 @@ class CpuSession:
             self._count(self._times, plan, seconds)
         return held.take(seconds)
 
+    def call(self, function: int, argument: int) -> float:
+        """Runs a native function of kernels/cpu/abi.h on the kernel threads, after the steps that
+        are submitted; the seconds it ran. For measurements that must not wake other threads."""
+        return float(self._native.hs_run(self._team, function, argument))
+
     @contextmanager
     def profiling(self) -> Iterator[Callable[[], dict[str, PlanTimes]]]:
         """Times every node of the steps within, at a clock read per node. Gives a function: the

@@ -14,7 +14,7 @@ from runtime.artifact import Artifact, CpuLibrary
 from runtime.device.machine import cpu_features
 from runtime.errors import DamagedArtifact, IncompatibleTarget
 
-ABI = 2  # HS_ABI_VERSION of kernels/cpu/abi.h
+ABI = 3  # HS_ABI_VERSION of kernels/cpu/abi.h
 
 SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "hs_open": (c_void_p, (c_int,)),
@@ -27,6 +27,7 @@ SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
         (c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64),
     ),
     "hs_wait": (c_double, (c_void_p, c_int64)),
+    "hs_run": (c_double, (c_void_p, c_void_p, c_void_p)),
     "hs_read": (c_int, (c_void_p, c_char_p, c_int64, c_void_p, c_int64)),
     "hs_crc32c": (None, (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int)),
 }

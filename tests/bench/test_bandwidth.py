@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bench import bandwidth
 from bench.bandwidth import Bandwidth, Rate, share_of_bound
 from bench.errors import BenchError
+from kernels.cpu.run import Team
+from kernels.toolchain import supported_levels
 
 
 def test_reads(tmp_path: Path) -> None:
-    buffer = Bandwidth(3 << 20, threads=2, cache=tmp_path)
-    first = buffer.read(passes=2)
-    second = buffer.read(passes=2)
-    assert 0 < first.median <= first.best
-    assert 0 < second.median <= second.best
-    assert buffer.rate.best == max(first.best, second.best)  # all passes so far count
-    buffer.close()
-    buffer.close()
+    with Team(supported_levels()[-1].name, 2) as team:
+        buffer = Bandwidth(3 << 20, team.call, cache=tmp_path)
+        first = buffer.read(passes=2)
+        second = buffer.read(passes=2)
+        assert 0 < first.median <= first.best
+        assert 0 < second.median <= second.best
+        assert buffer.rate.best == max(first.best, second.best)  # all passes so far count
+        buffer.close()
+        buffer.close()
     assert [p.suffix for p in tmp_path.iterdir()] == [".so"]
 
 
@@ -33,6 +37,20 @@ def test_share_follows_the_reads_next_to_the_step() -> None:
 def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "false")
     with pytest.raises(BenchError, match="cannot build"):
-        Bandwidth(1 << 20, 1, cache=tmp_path)
+        Bandwidth(1 << 20, lambda function, argument: 1.0, cache=tmp_path)
     assert not list(tmp_path.glob("*.so"))
     assert bandwidth.SOURCE.exists()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_pass_reads_every_byte_once(tmp_path: Path, threads: int) -> None:
+    """The xor of all words, whatever the threads; twice, it is gone."""
+    with Team(supported_levels()[-1].name, threads) as team:
+        buffer = Bandwidth(5 << 20, team.call, cache=tmp_path)
+        words = np.arange(0, 5 << 20, 8, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        expected = np.bitwise_xor.reduce(words.view(np.int32))
+        buffer.read(passes=1)
+        assert buffer.kept == 0  # an even number of distances
+        buffer.read_once(4096)
+        assert buffer.kept == expected
+        buffer.close()

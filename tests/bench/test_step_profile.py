@@ -34,7 +34,7 @@ def test_laps_leave_nothing_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_profile_adds_up(artifact: Artifact) -> None:
     static = StaticBatch.open(artifact, threads=1)
-    buffer = Bandwidth(1 << 20, 1)
+    buffer = Bandwidth(1 << 20, profiled(static.session, artifact).call)
     try:
         given = profile(static, artifact, buffer, static.prompts(2, 20, 0), 16)
         again = static.run(static.prompts(2, 20, 1), 6)
