@@ -149,10 +149,8 @@ void value_tile(const float* weights, int64_t keys, const T* const* v, const T* 
         for (int j = 0; j < N; j += PAIRS ? 2 : 1) {
             float* out = values + r * dim + j * VL;
             if (PAIRS) {
-                float columns[2][VL];
-                store(columns[0], acc[r][j]);
-                store(columns[1], acc[r][j + PAIRS]);
-                for (int i = 0; i < 2 * VL; i++) out[i] = columns[i % 2][i / 2];
+                store(out, interleave<0>(acc[r][j], acc[r][j + PAIRS]));
+                store(out + VL, interleave<VL / 2>(acc[r][j], acc[r][j + PAIRS]));
             } else {
                 store(out, acc[r][j]);
             }

@@ -44,26 +44,52 @@ struct QuantizedRows {
     int64_t group_at(int64_t r) const { return r / 16 * groups * 16 + r % 16; }
 };
 
-static inline void quantize_row(const float* x, const QuantizedRows& to, int64_t r, int64_t group, int32_t zero_point) {
+// Groups g to the last of one row, N at a time and then fewer: one division and one tree of shuffles serve all N. GROUP: the
+// group size where the compiler is to know it, else 0.
+template <int N, int GROUP>
+static void quantize_groups(const float* x, const QuantizedRows& to, int64_t r, int64_t any_group, int32_t zero_point, int64_t g) {
+    constexpr int STEP = 32;  // divides every group
+    const int64_t group = GROUP ? GROUP : any_group;
     int8_t* q = to.row(r);
     float* scale = to.scale + to.group_at(r);
     int32_t* zero = to.zero + to.group_at(r);
-    for (int64_t g = 0; g < to.groups; g++) {
+    for (; g + N <= to.groups; g += N) {
+        vf top[N];
         const float* p = x + g * group;
-        vf top{};
-        for (int64_t i = 0; i < group; i += VL) top = vmax(top, vabs(loadf(p + i)));
-        float largest = hmax(top);
-        float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-        vi sum{};
-        for (int64_t i = 0; i < group; i += VL) {
-            vi v = round_even(loadf(p + i) * inverse);
-            sum += v;
-            int64_t at = g * group + i;
-            store(q + at / 64 * 1024 + at % 64, __builtin_convertvector(v, vb));
+        for (int n = 0; n < N; n++) {
+            vf v{};
+            for (int64_t i = 0; i < group; i += STEP, p += STEP)
+                HS_UNROLL for (int j = 0; j < STEP; j += VL) v = vmax(v, vabs(loadf(p + j)));
+            top[n] = v;
         }
-        scale[g * 16] = largest * (1.0f / 127.0f);
-        zero[g * 16] = -hsum(sum) * zero_point;
+        const vf largest = lane_maxima<N>(top);
+        const vf inverse = select(largest > 0.0f, 127.0f / largest, vf{}), scales = largest * (1.0f / 127.0f);
+        vi sum[N];
+        uint64_t at = g * group;
+        for (int n = 0; n < N; n++) {
+            vi s{};
+            for (int64_t i = 0; i < group; i += STEP, at += STEP) {
+                int8_t* out = q + at / 64 * 1024 + at % 64;
+                HS_UNROLL for (int j = 0; j < STEP; j += VL) {
+                    vi v = round_even(loadf(x + at + j) * inverse[n]);
+                    s += v;
+                    store(out + j, __builtin_convertvector(v, vb));
+                }
+            }
+            sum[n] = s;
+        }
+        const vi zeros = -lane_sums<N>(sum) * zero_point;
+        for (int n = 0; n < N; n++) {
+            scale[(g + n) * 16] = scales[n];
+            zero[(g + n) * 16] = zeros[n];
+        }
     }
+    if constexpr (N > 1) quantize_groups<N / 2, GROUP>(x, to, r, group, zero_point, g);
+}
+
+static inline void quantize_row(const float* x, const QuantizedRows& to, int64_t r, int64_t group, int32_t zero_point) {
+    const auto run = group == 32 ? quantize_groups<VL, 32> : quantize_groups<VL, 0>;
+    run(x, to, r, group, zero_point, 0);
 }
 
 // Sixteen outputs x four k of stored weights (W, `line` or `nibbles`), times the same four int8 activations, added to 16 int32.

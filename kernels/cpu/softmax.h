@@ -22,23 +22,23 @@ static __attribute__((noinline)) void soften(float* scores, int64_t padded, int 
         HS_UNROLL for (int i = 0; i < 4; i++) prefetch(ahead.p + fetched + i * 64);
         fetched += 256;
     };
-    vi lane;
-    for (int i = 0; i < VL; i++) lane[i] = i;
+    auto visible = [&](int64_t j, vf v, vf hidden) __attribute__((always_inline)) {
+        if (first <= j && j + VL <= last) return v;
+        vi lane;
+        for (int i = 0; i < VL; i++) lane[i] = i;
+        vi key = lane + (int32_t)j;
+        return select((key >= first) & (key < last), v, hidden);
+    };
     vf top = splat(LOWEST);
     for (int64_t j = 0; j < padded; j += VL) {
-        vi key = lane + (int32_t)j;
-        vi visible = (key >= first) & (key < last);
-        vf s = select(visible, loadf(scores + j), splat(LOWEST));
-        store(scores + j, s);
-        top = vmax(s, top);
+        top = vmax(visible(j, loadf(scores + j), splat(LOWEST)), top);
         fetch();
     }
     *max = hmax(top);
+    top = splat(*max);
     vf total{};
     for (int64_t j = 0; j < padded; j += VL) {
-        vi key = lane + (int32_t)j;
-        vi visible = (key >= first) & (key < last);
-        vf w = select(visible, vexp(loadf(scores + j) - *max), vf{});
+        vf w = visible(j, vexp_bounded(loadf(scores + j) - top), vf{});
         store(scores + j, w);
         total += w;
         fetch();
@@ -50,7 +50,7 @@ static __attribute__((noinline)) void soften(float* scores, int64_t padded, int 
 static __attribute__((noinline)) void merge(float* total, float* total_max, float* total_sum, const float* values, float max, float sum,
                          int64_t dim) {
     float top = max > *total_max ? max : *total_max;
-    vf old = vexp(splat(*total_max - top)), add = vexp(splat(max - top));
+    vf old = vexp_bounded(splat(*total_max - top)), add = vexp_bounded(splat(max - top));
     for (int64_t i = 0; i < dim; i += VL) store(total + i, fma(loadf(total + i), old, loadf(values + i) * add));
     *total_sum = *total_sum * old[0] + sum * add[0];
     *total_max = top;

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
 #define HS_AVX512 1
@@ -58,8 +59,20 @@ HS_INLINE vf as_f(vu v) { return (vf)v; }
 
 // One rounding where the level has FMA (GCC contracts a*b+c by itself; the name says what is meant).
 HS_INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }
-HS_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
-HS_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
+HS_INLINE vf vmax(vf a, vf b) {
+#if defined(HS_AVX512)
+    return (vf)_mm512_maskz_max_ps(-1, (__m512)a, (__m512)b);  // of `a > b ? a : b` GCC makes masked copies
+#else
+    return a > b ? a : b;
+#endif
+}
+HS_INLINE vf vmin(vf a, vf b) {
+#if defined(HS_AVX512)
+    return (vf)_mm512_maskz_min_ps(-1, (__m512)a, (__m512)b);
+#else
+    return a < b ? a : b;
+#endif
+}
 HS_INLINE vf vabs(vf a) { return (vf)((vi)a & 0x7fffffff); }
 HS_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
 
@@ -73,25 +86,46 @@ HS_INLINE void store_part(float* p, vf v, int n) {
     for (int i = 0; i < n; i++) p[i] = v[i];
 }
 
-// Reductions over the lanes, pairwise: lane i with lane i + n/2, and so on.
-template <class T, int N>
-struct Lanes {
-    typedef T V __attribute__((vector_size(N * sizeof(T))));
-    typedef Lanes<T, N / 2> Half;
-    HS_INLINE typename Half::V low(V v) { return load<typename Half::V>(&v); }
-    HS_INLINE typename Half::V high(V v) { return load<typename Half::V>((const char*)&v + sizeof v / 2); }
-    HS_INLINE T sum(V v) { return Half::sum(low(v) + high(v)); }
-    HS_INLINE T max(V v) { return Half::max(low(v) > high(v) ? low(v) : high(v)); }
-};
-template <class T>
-struct Lanes<T, 2> {
-    typedef T V __attribute__((vector_size(2 * sizeof(T))));
-    HS_INLINE T sum(V v) { return v[0] + v[1]; }
-    HS_INLINE T max(V v) { return v[0] > v[1] ? v[0] : v[1]; }
-};
-HS_INLINE float hsum(vf v) { return Lanes<float, VL>::sum(v); }
-HS_INLINE int32_t hsum(vi v) { return Lanes<int32_t, VL>::sum(v); }
-HS_INLINE float hmax(vf v) { return Lanes<float, VL>::max(v); }
+constexpr auto LANES = std::make_integer_sequence<int, VL>();
+
+// Lane j: a[j without bit H], or b's where j has it; with SET, a[j with bit H], or b's.
+template <int H, bool SET, class V, int... J>
+HS_INLINE V pick(V a, V b, std::integer_sequence<int, J...>) {
+    return __builtin_shufflevector(a, b, ((SET ? J | H : J & ~H) + (J & H ? VL : 0))...);
+}
+
+// a[FIRST], b[FIRST], a[FIRST + 1], b[FIRST + 1], …
+template <int FIRST, int... J>
+HS_INLINE vf interleave(vf a, vf b, std::integer_sequence<int, J...>) {
+    return __builtin_shufflevector(a, b, (FIRST + J / 2 + J % 2 * VL)...);
+}
+template <int FIRST>
+HS_INLINE vf interleave(vf a, vf b) {
+    return interleave<FIRST>(a, b, LANES);
+}
+
+// Reduces the lanes of N vectors at once, pairwise: lane i with lane i + n/2, and so on. Lane j of the result is of v[j % N].
+template <int N, int H = 1, class V, class F>
+HS_INLINE V reduce_lanes(const V* v, F join) {
+    if constexpr (H == VL) {
+        return *v;
+    } else {
+        V a = reduce_lanes<N, 2 * H>(v, join), b = a;
+        if constexpr (H < N) b = reduce_lanes<N, 2 * H>(v + H, join);
+        return join(pick<H, false>(a, b, LANES), pick<H, true>(a, b, LANES));
+    }
+}
+template <int N, class V>
+HS_INLINE V lane_sums(const V* v) {
+    return reduce_lanes<N>(v, [](V a, V b) __attribute__((always_inline)) { return a + b; });
+}
+template <int N>
+HS_INLINE vf lane_maxima(const vf* v) {
+    return reduce_lanes<N>(v, vmax);
+}
+HS_INLINE float hsum(vf v) { return lane_sums<1>(&v)[0]; }
+HS_INLINE int32_t hsum(vi v) { return lane_sums<1>(&v)[0]; }
+HS_INLINE float hmax(vf v) { return lane_maxima<1>(&v)[0]; }
 
 HS_INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
 HS_INLINE vi round_even(vf v) {  // |v| < 2^22
@@ -142,9 +176,10 @@ HS_INLINE float fp16_to_float(uint16_t h) {
     return f;
 }
 
-// e^x within 2 ulp; below -87.3 it gives 0, above 88.3 infinity, NaN stays NaN.
-HS_INLINE vf vexp(vf x) {
-    vf n = to_float(round_even(vmax(vmin(x, splat(90.0f)), splat(-90.0f)) * 1.44269504f));
+// e^x within 2 ulp for x <= 88.3, or NaN, which stays NaN; below -87.3 it gives 0. Scores less their largest need no more.
+HS_INLINE vf vexp_bounded(vf x) {
+    vi exponent = round_even(vmax(x, splat(-90.0f)) * 1.44269504f);
+    vf n = to_float(exponent);
     vf r = fma(n, splat(-0.693359375f), x);
     r = fma(n, splat(2.12194440e-4f), r);
     vf p = splat(1.9875691500e-4f);
@@ -154,9 +189,12 @@ HS_INLINE vf vexp(vf x) {
     p = fma(p, r, splat(1.6666665459e-1f));
     p = fma(p, r, splat(5.0000001201e-1f));
     p = fma(p, r * r, r + 1.0f);
-    vf e = p * as_f((__builtin_convertvector(n, vi) + 127) << 23);
-    e = select(x < -87.3f, vf{}, e);
-    e = select(x > 88.3f, splat(INFINITY), e);
+    return select(x < -87.3f, vf{}, p * as_f((exponent + 127) << 23));
+}
+
+// e^x for any x: above 88.3 it gives infinity.
+HS_INLINE vf vexp(vf x) {
+    vf e = select(x > 88.3f, splat(INFINITY), vexp_bounded(vmin(x, splat(90.0f))));
     return select(x != x, x, e);
 }
 

@@ -261,6 +261,20 @@ def test_against_float64(teams: dict[int, Team], level: str, fmt: str, epilogue:
         check(got, exact, 0.04 if swiglu else 0.02)
 
 
+@pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS if parse_format(fmt)[1]])
+def test_any_number_of_groups(teams: dict[int, Team], fmt: str) -> None:
+    """Groups are quantized several at a time and the rest fewer: each by its own largest value."""
+    group = parse_format(fmt)[1]
+    for count in (*range(1, 20), 23, 31, 33, 47):
+        rng = np.random.default_rng([count, group])
+        weight = Weight(fmt, 32, count * group, rng, False)
+        x = rng.standard_normal((2, count, group), np.float32)
+        x *= 4.0 ** rng.integers(-3, 4, (2, count, 1)).astype(np.float32)
+        x[0, count // 2] = 0
+        x = x.reshape(2, -1)
+        check(call(teams[1], weight, x), expected(weight, x), 5e-6)
+
+
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_row_with_an_epilogue_does_not_depend_on_its_batch(
     teams: dict[int, Team], fmt: str
