@@ -181,14 +181,16 @@ def golden_tokens(session: Session, prompts: list[list[int]]) -> tuple[Golden, .
     """Greedy tokens of each prompt, all in one batch, as `verify` will ask for them again."""
     tables = _tables(prompts, session.capacity.page_size, GOLDEN_TOKENS)
     rows = [sum(map(len, prompts[: i + 1])) - 1 for i in range(len(prompts))]
-    out = [_step(session, prompts, [0] * len(prompts), rows=rows, tables=tables).token]
+    first = _step(session, prompts, [0] * len(prompts), rows=rows, tables=tables)
+    out = [first.token.tolist()]  # the next step overwrites the array
     for step in range(GOLDEN_TOKENS - 1):
         before = [len(tokens) + step for tokens in prompts]
         fed = [[-1 - slot] for slot in range(len(prompts))]
-        out.append(_step(session, fed, before, rows=range(len(prompts)), tables=tables).token)
+        later = _step(session, fed, before, rows=range(len(prompts)), tables=tables)
+        out.append(later.token.tolist())
     return tuple(
-        Golden(prompt=tuple(tokens), tokens=tuple(int(t[i]) for t in out))
-        for i, tokens in enumerate(prompts)
+        Golden(prompt=tuple(prompt), tokens=tuple(tokens))
+        for prompt, tokens in zip(prompts, zip(*out, strict=True), strict=True)
     )
 
 

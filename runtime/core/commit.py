@@ -50,7 +50,7 @@ def _commit_rows(scheduler: Scheduler, step: Step, output: StepOutput) -> list[E
     n = len(rows)
     tokens, status, ids = output.token[:n].tolist(), output.status[:n].tolist(), rows.ids
     wanted: Iterable[int] = range(n)
-    full: list[int] = []
+    full: set[int] = set()
     if scheduler.rows is rows:  # nobody has left, and nobody can have got all it may
         rows.heard.append(tokens)
         if len(rows.heard) == HEARD:
@@ -59,7 +59,7 @@ def _commit_rows(scheduler: Scheduler, step: Step, output: StepOutput) -> list[E
         here = np.flatnonzero(slots.life.take(rows.slots) == rows.life)
         index = rows.slots[here]
         slots.hear(index, output.token[None, here])
-        full = here[slots.known.take(index) >= slots.limit.take(index)].tolist()
+        full = set(here[slots.known.take(index) >= slots.limit.take(index)].tolist())
         wanted = here.tolist()
     events = {i: Event(id=ids[i], tokens=[tokens[i]]) for i in wanted}
     scheduler.count.generation_tokens += len(events)

@@ -108,7 +108,8 @@ class StepOutput:
     top_ids/top_logprobs[r, 20], status[r] (0 ok, 1 non-finite logits, 2 the mask leaves no token
     whose value is finite; such rows have no token).
 
-    The arrays are valid until the next step is submitted.
+    The arrays may be views of the session's memory: they are valid until the next step is
+    submitted, or the session closed.
 
     An embedding model has no logit rows. Per sequence: embedding[s, dim], of what its tokens up to
     this step's last one give, and status[s] (1: not finite, the vector is 0).

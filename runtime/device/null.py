@@ -3,8 +3,9 @@ scheduler's test oracle.
 
 Comes in: steps. Goes out: `next_token` of everything a sequence has computed so far. The KV pool
 holds, per token, the running hash of its sequence, so a wrong page, position or prefix changes the
-answer; `strict` also reads back every visible key. Opened by `open_session` for `device=null` (load
-tests of everything above a device) and directly by tests.
+answer; `strict` also reads back every visible key, and overwrites outputs when the next step comes.
+Opened by `open_session` for `device=null` (load tests of everything above a device) and directly by
+tests.
 """
 
 from __future__ import annotations
@@ -105,6 +106,7 @@ class NullSession:
         self._state = [TokenState() for _ in range(capacity.slots)]
         self._bad = np.zeros(size, np.bool_)
         self._done: deque[tuple[Ticket, float, StepOutput]] = deque()
+        self._given: StepOutput | None = None  # collected last
         self._busy_until = 0.0
 
     def submit(self, step: StepInput) -> Ticket:
@@ -114,6 +116,7 @@ class NullSession:
         check_step(step, self.capacity)
         if self._strict:
             check_sharing(step, self.capacity.page_size)
+            self._spoil()
         self.steps += 1
         out = self._run(step)
         start = max(time.perf_counter(), self._busy_until) if self._step_s else 0.0
@@ -127,10 +130,20 @@ class NullSession:
         _, ready, out = self._done.popleft()
         if self._step_s and (left := ready - time.perf_counter()) > 0:
             time.sleep(left)
+        self._given = out
         return out
 
     def close(self) -> None:
         self._done.clear()
+
+    def _spoil(self) -> None:
+        """Outputs are valid until the next step: who still reads the last ones reads nonsense."""
+        if (out := self._given) is None:
+            return
+        for array in (out.status, out.token, out.logprob, out.top_ids, out.top_logprobs):
+            array.fill(-77)
+        if out.embedding is not None:
+            out.embedding.fill(-77.0)
 
     # --- a step ---------------------------------------------------------------------------------
 

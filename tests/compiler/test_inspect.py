@@ -10,8 +10,11 @@ import msgspec
 import pytest
 
 from compiler import inspect
-from compiler.verify import golden_session, golden_tokens
+from compiler.verify import GOLDEN_TOKENS, golden_session, golden_tokens
 from runtime.artifact import Artifact, digest, encode_manifest
+from runtime.core.loop import EngineLoop
+from runtime.core.options import EngineOptions
+from runtime.request import Request, SamplingParams
 
 
 def test_show(tiny_artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,6 +81,22 @@ def test_golden_tokens_do_not_depend_on_the_batch(tiny_artifact: Path) -> None:
     for golden in artifact.manifest.golden:
         assert golden_tokens(session, [list(golden.prompt)]) == (golden,)
     session.close()
+
+
+def test_golden_tokens_are_those_that_the_engine_gives(tiny_artifact: Path) -> None:
+    artifact = Artifact.open(tiny_artifact)
+    loop = EngineLoop(golden_session(artifact), EngineOptions(artifact=""), eos=())
+    want = {i: golden for i, golden in enumerate(artifact.manifest.golden)}
+    got: dict[int, list[int]] = {i: [] for i in want}
+    for i, golden in want.items():
+        sampling = SamplingParams(max_new_tokens=GOLDEN_TOKENS, temperature=0)
+        loop.add(Request(id=i, tokens=list(golden.prompt), sampling=sampling))
+    while loop.has_work:
+        for event in loop.step():
+            got[event.id] += event.tokens
+    loop.close()
+    assert got == {i: list(golden.tokens) for i, golden in want.items()}
+    assert len(got) == 2 and all(len(set(tokens)) > 2 for tokens in got.values())
 
 
 def edited(path: Path, root: Path, **changes: object) -> Path:

@@ -47,12 +47,20 @@ def good() -> StepInput:
 
 def test_a_good_step_passes_in_both_forms_of_page_tables() -> None:
     session = NullSession(SMALL, strict=True)
-    out = session.collect(session.submit(good()))
+    tokens = session.collect(session.submit(good())).token.tolist()
     again = session.collect(
         session.submit(replace(good(), pages=np.array([[5, 9], [2, 9]], np.int32)))
     )
-    assert out.token.tolist() == again.token.tolist()
-    assert ((out.token >= 0) & (out.token < SMALL.vocab)).all()
+    assert tokens == again.token.tolist()
+    assert all(0 <= token < SMALL.vocab for token in tokens)
+
+
+def test_outputs_end_with_the_next_step() -> None:
+    session = NullSession(SMALL, strict=True)
+    out = session.collect(session.submit(good()))
+    tokens, arrays = out.token.copy(), (out.token, out.logprob, out.status, out.top_ids)
+    session.submit(good())
+    assert (out.token != tokens).all() and all((a == -77).all() for a in arrays)
 
 
 @pytest.mark.parametrize(
