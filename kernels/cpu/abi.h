@@ -32,25 +32,28 @@ struct hs_ctx {
     hs_team* team;
     int32_t phase;     // of the node: 0, and one more for every hs_again
     uint32_t epoch;    // number of the phase among all that the team runs
-    hs_stream then;    // of this share in the next node that reads weights, for the prefetch to go on there; NULL: there is none
+    hs_stream then;    // of this share in the next node with an hs_reader, for the prefetch to go on there; NULL: there is none
 };
 
 typedef void (*hs_kernel)(const hs_ctx*, const hs_arg*);
 
-// Says where a kernel's shares begin to read weights. Called while the library is loaded, for each kernel that reads them in tiles.
+// Where a share of a kernel begins to read weights; asked while an earlier node of the plan runs, so it may look at nothing but
+// the arguments and what was uploaded with the step.
 typedef hs_stream (*hs_reads)(const hs_ctx*, const hs_arg*);
+
+// Makes a kernel known as one that reads weights in tiles: one static object of each, made while the library is loaded.
 struct hs_reader {
     hs_reader(hs_kernel, hs_reads);
 };
 
 // When all shares of this phase are done, the kernel is called again for every share, with the next phase.
-// Asked for by any share.
+// Asked for by any share. A node has at most 256 phases.
 void hs_again(const hs_ctx*);
 
-// A piece of 0 .. count-1 that nobody has taken yet, -1 when none is left: this share's own range in order, which no other thread
-// touches as long as it has work itself, then what others have left of theirs. So a thread whose core is shared with another
-// process holds up only the piece it works on, and from step to step a core reads the same memory. All shares of a phase give the
-// same `count`.
+// A piece of 0 .. count-1 that nobody has taken yet, -1 when none is left: those of this share's own range in order, then what the
+// shares after it have left of theirs, each in order, so that the pieces of a share ascend but for one step back. A thread whose
+// core is shared with another process holds up only the piece it works on, and from step to step a core reads the same memory as
+// long as none is late. All shares of a phase give the same `count`.
 int64_t hs_take(const hs_ctx*, int64_t count);
 
 // Work in several parts, each done by whoever takes it: counts one more of `item` as done, and is true for the last of

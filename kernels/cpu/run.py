@@ -45,8 +45,13 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 
 def load(level: str, cache: Path = CACHE) -> ctypes.CDLL:
-    """The library of a level, built if needed, with typed entry points."""
-    library = ctypes.CDLL(str(build_cpu(level, cache)))
+    """The library of a level, built if needed."""
+    return typed(build_cpu(level, cache))
+
+
+def typed(path: Path) -> ctypes.CDLL:
+    """A library with typed entry points."""
+    library = ctypes.CDLL(str(path))
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments

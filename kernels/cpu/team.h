@@ -23,7 +23,7 @@ struct hs_nodes {
     int count;
     const hs_kernel* fns;
     const hs_arg* const* args;
-    const int* readers;  // of each node: the next one that reads weights, -1: none; NULL: of all of them
+    const int* readers;  // of each node: the next one with an hs_reader, -1: none; NULL: of all of them
     double* seconds;  // per node, accumulated when asked for
 };
 
@@ -43,13 +43,14 @@ struct hs_team {
     static constexpr int HISTORY = 1024;  // tickets whose run time can still be asked for
 
     static constexpr int MAX_THREADS = 1024;
+    static_assert(HS_ITEMS >= MAX_THREADS, "a kernel may count parts by share, as rope.cpp does");
     enum Gate { SHUT, OPEN, CANCELLED };
 
     int threads = 0;
     pthread_t handles[MAX_THREADS];
 
-    // Where the team is, in one word: the epoch (low half: the futex), phase (8 bits) and node. Its line holds what finishing a phase
-    // changes, and nothing else: cores that share no cache hand over one line, not several.
+    // Where the team is, in one word: the epoch (low half: the futex), phase (8 bits) and node (24 bits). Its line holds what
+    // finishing a phase changes, and nothing else: cores that share no cache hand over one line, not several.
     alignas(64) std::atomic<uint64_t> position{0};
     std::atomic<int> finished{0};  // shares of this phase
     alignas(64) std::atomic<uint32_t> sleepers{0};  // whether who publishes needs a system call
