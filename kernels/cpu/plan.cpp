@@ -281,7 +281,8 @@ HS_EXPORT void hs_close(void* handle) {
 // A plan of `nodes` calls, 1 .. 2^24 - 1 (NULL for others). The two pointer arrays are copied; the argument slots stay the caller's
 // and must outlive the plan.
 HS_EXPORT void* hs_plan(void*, int nodes, const hs_kernel* fns, const hs_arg* const* args) {
-    hs_nodes* plan = nodes > 0 && nodes < 1 << 24 ? (hs_nodes*)malloc(sizeof(hs_nodes) + nodes * (sizeof *fns + sizeof *args + sizeof(int))) : nullptr;
+    if (nodes < 1 || nodes >= 1 << 24) return nullptr;
+    hs_nodes* plan = (hs_nodes*)malloc(sizeof(hs_nodes) + nodes * (sizeof *fns + sizeof *args + sizeof(int)));
     if (!plan) return nullptr;
     hs_kernel* own_fns = (hs_kernel*)(plan + 1);
     const hs_arg** own_args = (const hs_arg**)(own_fns + nodes);

@@ -79,6 +79,26 @@ def _check_sequences(step: StepInput, c: Capacity) -> None:
     slots = pages * c.page_size + positions % c.page_size
     need((slots == step.kv_slots).all(), "kv slots off the page table")
     need(len(np.unique(slots)) == len(slots), "two tokens in one kv slot")
+    _check_rope(step, c, first)
+
+
+def _check_rope(step: StepInput, c: Capacity, first: Index) -> None:
+    """`first`: of each token, its sequence's first."""
+    rows, rule = step.rope_variant, c.rope_rule
+    if rows is None or rule is None:
+        need(rows is None and rule is None, "rows of rope frequencies come where a rule is")
+        return
+    need(len(rows) == len(step.tokens), "arrays of unequal length")
+    if rule.of == "token":
+        longer = [rule.row(n) for n in (step.positions + 1).tolist()]
+        need((rows == np.maximum(rows[first], longer)).all(), "a token with another's rope")
+        return
+    need(((rows >= 0) & (rows <= len(rule.bounds))).all(), "a row of rope out of range")
+    need((rows == rows[first]).all(), "a sequence of several ropes")
+    if rule.of == "sequence":
+        # More only while a prompt is incomplete.
+        least = [rule.row(n) for n in step.seq_len.tolist()]
+        need((rows[step.seq_start[:-1]] >= least).all(), "a rope too short for its sequence")
 
 
 def _check_rows(step: StepInput, c: Capacity) -> None:

@@ -102,6 +102,7 @@ class NullSession:
         size = capacity.pages * capacity.page_size
         self._hash = np.zeros(size, np.uint64)  # of the sequence up to the token in this KV slot
         self._position = np.full(size, -1, np.int32)
+        self._rope = np.zeros(size, np.int32)  # row of frequencies that this key was computed with
         self._last = np.zeros(capacity.slots, np.int32)
         self._state = [TokenState() for _ in range(capacity.slots)]
         self._bad = np.zeros(size, np.bool_)
@@ -174,6 +175,8 @@ class NullSession:
                 poisoned[starts[s] : starts[s + 1]] |= hit
         self._hash[step.kv_slots] = chained
         self._position[step.kv_slots] = step.positions
+        if step.rope_variant is not None:
+            self._rope[step.kv_slots] = step.rope_variant
         self._bad[step.kv_slots] = poisoned
         if self._strict:
             self._check_keys(step, chained)
@@ -256,14 +259,17 @@ class NullSession:
         )
 
     def _check_keys(self, step: StepInput, chained: U64) -> None:
-        """Every key a sequence can see stands at its position, and together they are its text."""
-        size = self.capacity.page_size
+        """Every key a sequence can see stands at its position, and together they are its text, of
+        one rope where that is a whole sequence's."""
+        size, rule = self.capacity.page_size, self.capacity.rope_rule
         for s, length in enumerate(step.seq_len.tolist()):
             at = np.arange(length)
             keys = step.pages[s][at // size].astype(np.int64) * size + at % size
             need((self._position[keys] == at).all(), "a visible key of another position")
             last = chained[step.seq_start[s + 1] - 1]
             need(self._hash[keys[-1]] == last, "a key of another text")
+            if rule is not None and rule.of != "token":
+                need((self._rope[keys] == self._rope[keys[-1]]).all(), "a key of another rope")
 
     def _edit(self, edits: I32) -> None:
         for slot, token, kind, value in edits.tolist():

@@ -12,6 +12,7 @@ from oracle import SMALL
 from runtime.device.base import StepInput, open_session
 from runtime.device.null import NullSession
 from runtime.errors import UsageError
+from runtime.manifest import LengthRule
 
 
 def i32(*values: int) -> np.ndarray:
@@ -94,6 +95,47 @@ def test_outputs_end_with_the_next_step() -> None:
 def test_broken_promises_are_named(change: dict, what: str) -> None:
     with pytest.raises(ValueError, match=what):
         NullSession(SMALL, strict=True).submit(replace(good(), **change))
+
+
+@pytest.mark.parametrize(
+    ("of", "rows", "what"),
+    [
+        ("prompt", None, "come where a rule is"),
+        ("prompt", i32(0, 0, 0, 0), "unequal length"),
+        ("prompt", i32(0, 0, 0, 3, 3), "row of rope out of range"),
+        ("prompt", i32(0, 1, 1, 0, 0), "several ropes"),
+        ("sequence", i32(0, 0, 0, 0, 0), "too short for its sequence"),
+        ("token", i32(0, 0, 0, 0, 0), "another's rope"),
+        ("token", i32(0, 0, 1, 0, 1), "another's rope"),
+    ],
+)
+def test_broken_promises_about_ropes_are_named(of: str, rows: np.ndarray, what: str) -> None:
+    """Of sequences of three tokens and of two."""
+    rule = LengthRule(of=of, bounds=(2,) if of == "token" else (2, 9))
+    right = {"prompt": i32(2, 2, 2, 0, 0), "sequence": i32(1, 1, 1, 0, 0)}
+    session = NullSession(replace(SMALL, rope_rule=rule), strict=True)
+    session.submit(replace(good(), rope_variant=right.get(of, i32(0, 0, 1, 0, 0))))
+    with pytest.raises(ValueError, match=what):
+        session.submit(replace(good(), rope_variant=rows))
+    with pytest.raises(ValueError, match="come where a rule is"):
+        NullSession(SMALL).submit(replace(good(), rope_variant=i32(0, 0, 0, 0, 0)))
+
+
+def test_keys_of_another_rope_are_named() -> None:
+    rule = LengthRule(of="prompt", bounds=(2,))
+    session = NullSession(replace(SMALL, rope_rule=rule), strict=True)
+    session.collect(session.submit(replace(good(), rope_variant=i32(0, 0, 0, 0, 0))))
+    more = replace(
+        good(),
+        tokens=i32(5, 6),
+        positions=i32(3, 2),
+        seq_start=i32(0, 1, 2),
+        seq_len=i32(4, 3),
+        kv_slots=i32(23, 10),
+        row_token=i32(0, 1),
+    )
+    with pytest.raises(ValueError, match="key of another rope"):
+        session.submit(replace(more, rope_variant=i32(0, 1)))
 
 
 def test_rows_with_a_mask_take_one_of_its_tokens() -> None:

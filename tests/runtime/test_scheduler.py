@@ -15,7 +15,9 @@ from oracle import EOS, SMALL, Answer, Clock, drain, make_loop, predict, run_all
 
 from runtime.core.commit import HEARD
 from runtime.core.sequence import WAITING
+from runtime.device.base import StepInput
 from runtime.device.null import NullSession
+from runtime.manifest import LengthRule
 from runtime.request import Request, SamplingParams
 
 BASES = [[(i * 7 + b * 13) % SMALL.vocab for i in range(40)] for b in range(3)]
@@ -161,6 +163,32 @@ def test_what_was_decoded_in_lockstep_is_known_to_who_comes_later(steps: int) ->
     assert answer.tokens == predict(again).tokens
     # All full pages but the last token's, whose logits are wanted.
     assert answer.cached == (len(tokens) - 1) // SMALL.page_size * SMALL.page_size > steps - 9
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("pages", [18, 64])
+@pytest.mark.parametrize("of", ["prompt", "sequence", "token"])
+def test_ropes_that_depend_on_lengths(of: str, pages: int, overlap: bool) -> None:
+    """The null device checks each token's row of frequencies, and that all keys of a sequence have
+    one where its rope is the whole sequence's: it is computed again when that changes."""
+    rule = LengthRule(of=of, bounds=(14,) if of == "token" else (9, 17, 30))
+    session = NullSession(replace(SMALL, pages=pages, rope_rule=rule), strict=True)
+    loop = make_loop(session=session, overlap=overlap)
+    requests = [greedy(i, BASES[i % 2][: 3 + 4 * i], most=25) for i in range(6)]
+    computed = 0
+    submit = session.submit
+
+    def counted(step: StepInput) -> int:
+        nonlocal computed
+        computed += len(step.tokens)
+        return submit(step)
+
+    session.submit = counted  # type: ignore[method-assign]
+    answers = run_all(loop, requests)
+    for request in requests:
+        compare(answers[request.id], predict(request), may_abort=False)
+    alone = sum(len(r.tokens) + len(answers[r.id].tokens) for r in requests)
+    assert (computed > 1.4 * alone) == (of == "sequence")
 
 
 def test_prefix_is_reused_while_its_first_owner_still_runs() -> None:
