@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from runtime.device.base import TOP, Capacity, StepInput
+from runtime.device.base import I32, TOP, Capacity, StepInput
 
 Index = npt.NDArray[np.int64]
 
@@ -82,7 +82,7 @@ def _check_sequences(step: StepInput, c: Capacity) -> None:
     _check_rope(step, c, first)
 
 
-def _check_rope(step: StepInput, c: Capacity, first: Index) -> None:
+def _check_rope(step: StepInput, c: Capacity, first: I32) -> None:
     """`first`: of each token, its sequence's first."""
     rows, rule = step.rope_variant, c.rope_rule
     if rows is None or rule is None:
