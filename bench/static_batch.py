@@ -98,8 +98,9 @@ class StaticBatch:
         every: int = WINDOW,
     ) -> Run:
         """Prefill, then `output_len - 1` full decode steps; the cache is left as it is. `pause` is
-        called while no step runs: before the decode, after `every` so many steps that count, and at
-        the end; its time is in no figure.
+        called before the decode, after `every` so many steps that count, and at the end; its time
+        is in no figure. No step runs then, or on a CPU session one that what `pause` has the
+        session's threads do comes after.
         """
         batch = len(prompts)
         self.check(batch, len(prompts[0]), output_len)

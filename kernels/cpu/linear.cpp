@@ -77,7 +77,8 @@ Linear bind(int format, const hs_arg* a) {
 }
 
 template <int FMT>
-void linear(const hs_ctx* ctx, Linear c) {
+void linear(const hs_ctx* ctx, const hs_arg* a) {
+    Linear c = bind(FMT, a);
     if (c.t <= 0) return;
     c.then = ctx->then;
     if (c.t > FEW_ROWS && ctx->phase == 0) {
@@ -98,11 +99,8 @@ HS_EXPORT int hs_amx(void) {
 #endif
 }
 
-#define HS_LINEAR(NAME, FMT)                                                                    \
-    HS_EXPORT void NAME(const hs_ctx* ctx, const hs_arg* a) { linear<FMT>(ctx, bind(FMT, a)); } \
-    static const hs_reader NAME##_reader(NAME, [](const hs_ctx* ctx, const hs_arg* a) { return first_tile(ctx, bind(FMT, a)); });
-HS_LINEAR(hs_linear_f32, F32)
-HS_LINEAR(hs_linear_bf16, BF16)
-HS_LINEAR(hs_linear_int8, INT8)
-HS_LINEAR(hs_linear_int4, INT4)
-HS_LINEAR(hs_linear_bf16_widened, WIDENED)
+HS_LINEAR(hs_linear_f32, linear, F32)
+HS_LINEAR(hs_linear_bf16, linear, BF16)
+HS_LINEAR(hs_linear_int8, linear, INT8)
+HS_LINEAR(hs_linear_int4, linear, INT4)
+HS_LINEAR(hs_linear_bf16_widened, linear, WIDENED)

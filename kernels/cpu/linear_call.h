@@ -51,6 +51,11 @@ static inline hs_stream first_tile(const hs_ctx* ctx, const Linear& c) {
     return c.t > 0 ? c.from(split(c.tiles(), ctx).begin) : hs_stream{};
 }
 
+// The entry NAME that runs RUN<FMT>, and where a share of it begins to read: `bind(FMT, a)` is the including file's.
+#define HS_LINEAR(NAME, RUN, FMT)                                               \
+    HS_EXPORT void NAME(const hs_ctx* ctx, const hs_arg* a) { RUN<FMT>(ctx, a); } \
+    static const hs_reader NAME##_reader(NAME, [](const hs_ctx* ctx, const hs_arg* a) { return first_tile(ctx, bind(FMT, a)); });
+
 constexpr int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
 // Scratch of the calling thread, reused by every call; grows to the largest request and then stays.

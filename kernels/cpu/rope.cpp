@@ -179,11 +179,8 @@ HS_EXPORT void hs_kv_write_e5m2(const hs_ctx* ctx, const hs_arg* a) { kv_write<E
 
 HS_EXPORT void hs_rope_kv(const hs_ctx* ctx, const hs_arg* a) { store_all(ctx, a, (const float*)a[HEAD_SLOTS].p); }
 
-#define HS_LINEAR_ROPE_KV(NAME, FMT)                                                      \
-    HS_EXPORT void NAME(const hs_ctx* ctx, const hs_arg* a) { linear_rope_kv<FMT>(ctx, a); } \
-    static const hs_reader NAME##_reader(NAME, [](const hs_ctx* ctx, const hs_arg* a) { return first_tile(ctx, bind(FMT, a)); });
-HS_LINEAR_ROPE_KV(hs_linear_rope_kv_f32, F32)
-HS_LINEAR_ROPE_KV(hs_linear_rope_kv_bf16, BF16)
-HS_LINEAR_ROPE_KV(hs_linear_rope_kv_int8, INT8)
-HS_LINEAR_ROPE_KV(hs_linear_rope_kv_int4, INT4)
-HS_LINEAR_ROPE_KV(hs_linear_rope_kv_bf16_widened, WIDENED)
+HS_LINEAR(hs_linear_rope_kv_f32, linear_rope_kv, F32)
+HS_LINEAR(hs_linear_rope_kv_bf16, linear_rope_kv, BF16)
+HS_LINEAR(hs_linear_rope_kv_int8, linear_rope_kv, INT8)
+HS_LINEAR(hs_linear_rope_kv_int4, linear_rope_kv, INT4)
+HS_LINEAR(hs_linear_rope_kv_bf16_widened, linear_rope_kv, WIDENED)

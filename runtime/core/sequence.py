@@ -137,7 +137,7 @@ class Sequence:
 
 class Slots:
     """One row per token-state slot, as arrays. `length`, `known` and `history` of the sequences of
-    the current `Rows` are behind by what those have since: `settle` brings them up to date.
+    the current `Rows` lack what those got since they were made: `settle` brings them up to date.
     """
 
     def __init__(self, capacity: Capacity) -> None:
