@@ -51,7 +51,10 @@ namespace {
 
 using namespace hs;
 
-enum Slot { LIVE, X, ROWS, BIAS, NORM, RESIDUAL, RESIDUAL_ROWS, OUT, WORK, LIVE_INDEX, K, N, GATED, ACT, EPS, PRODUCT_SCALE, SOFTCAP, DATA, GROUP, SCALE };
+enum Slot {
+    LIVE, X, ROWS, BIAS, NORM, RESIDUAL, RESIDUAL_ROWS, OUT, WORK, LIVE_INDEX,
+    K, N, GATED, ACT, EPS, PRODUCT_SCALE, SOFTCAP, DATA, GROUP, SCALE
+};
 
 Linear bind(int format, const hs_arg* a) {
     Linear c;
