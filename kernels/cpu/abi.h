@@ -56,6 +56,21 @@ void hs_again(const hs_ctx*);
 // long as none is late. All shares of a phase give the same `count`.
 int64_t hs_take(const hs_ctx*, int64_t count);
 
+// Runs the jobs that this share takes of all that `each(visit)` walks over, in an order every thread agrees on.
+template <class Each, class Run>
+void hs_take_jobs(const hs_ctx* ctx, Each each, Run run) {
+    int64_t count = 0;
+    each([&](const auto&) { count++; });
+    for (int64_t mine = hs_take(ctx, count); mine >= 0;) {  // twice at most: what others left may lie before ours
+        int64_t seen = 0;
+        each([&](const auto& job) {
+            if (seen++ != mine) return;
+            mine = hs_take(ctx, count);
+            run(job);
+        });
+    }
+}
+
 // Work in several parts, each done by whoever takes it: counts one more of `item` as done, and is true for the last of
 // `parts`, who sees what the others wrote. All parts of an item belong to one phase; items are 0 .. HS_ITEMS-1.
 #define HS_ITEMS 1024

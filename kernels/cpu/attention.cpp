@@ -415,20 +415,13 @@ void attention(const hs_ctx* ctx, const hs_arg* a) {
     c.logn = a[LOGN].i;
 
     Buffers b;
-    int64_t count = 0;
-    each_job(c, ctx->threads, [&](const Job&) { count++; });
     Job held;  // ours, but run only when the one after it is known, so that its first keys can be prefetched
     bool holding = false;
-    for (int64_t mine = hs_take(ctx, count); mine >= 0;) {  // twice at most: what others left may lie before ours
-        int64_t seen = 0;
-        each_job(c, ctx->threads, [&](const Job& job) {
-            if (seen++ != mine) return;
-            mine = hs_take(ctx, count);
-            if (holding) run<T>(ctx, c, held, &job, b);
-            held = job;
-            holding = true;
-        });
-    }
+    hs_take_jobs(ctx, [&](auto visit) { each_job(c, ctx->threads, visit); }, [&](const Job& job) {
+        if (holding) run<T>(ctx, c, held, &job, b);
+        held = job;
+        holding = true;
+    });
     if (holding) run<T>(ctx, c, held, nullptr, b);
 }
 

@@ -53,7 +53,7 @@ using namespace hs;
 
 enum Slot {
     LIVE, X, ROWS, BIAS, NORM, RESIDUAL, RESIDUAL_ROWS, OUT, WORK, LIVE_INDEX,
-    K, N, GATED, ACT, EPS, PRODUCT_SCALE, SOFTCAP, DATA, GROUP, SCALE
+    K, N, GATED, ACT, EPS, PRODUCT_SCALE, SOFTCAP, DATA
 };
 
 Linear bind(int format, const hs_arg* a) {
@@ -74,8 +74,7 @@ Linear bind(int format, const hs_arg* a) {
     c.eps = (float)a[EPS].f;
     c.scale = (float)a[PRODUCT_SCALE].f;
     c.softcap = (float)a[SOFTCAP].f;
-    const bool grouped = format == INT8 || format == INT4;
-    c.w = {format, a[K].i, grouped ? a[GROUP].i : 0, a[DATA].p, grouped ? (const uint16_t*)a[SCALE].p : nullptr};
+    c.w = bind_weight(format, a[K].i, a + DATA);
     return c;
 }
 

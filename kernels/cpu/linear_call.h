@@ -8,6 +8,12 @@
 
 namespace hs {
 
+// A weight of `format` from the slots DATA and, for groups, GROUP and SCALE, which stand in this order in every kernel.
+static inline Weight bind_weight(int format, int64_t k, const hs_arg* slots) {
+    const bool grouped = format == INT8 || format == INT4;
+    return {format, k, grouped ? slots[1].i : 0, slots[0].p, grouped ? (const uint16_t*)slots[2].p : nullptr};
+}
+
 // y[r, :] = epilogue(W prologue(x[rows ? rows[r] / shared : r, :])) for r < t.
 struct Linear {
     int64_t t = 0;  // live rows

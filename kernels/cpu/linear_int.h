@@ -84,7 +84,7 @@ static void quantize_groups(const float* x, const QuantizedRows& to, int64_t r, 
             zero[(g + n) * 16] = zeros[n];
         }
     }
-    if constexpr (N > 1) quantize_groups<N / 2, GROUP>(x, to, r, group, zero_point, g);
+    if constexpr (N > 1) quantize_groups<N < 4 ? 1 : N / 4, GROUP>(x, to, r, group, zero_point, g);
 }
 
 static inline void quantize_row(const float* x, const QuantizedRows& to, int64_t r, int64_t group, int32_t zero_point) {

@@ -51,7 +51,7 @@ void kv_write(const hs_ctx* ctx, const hs_arg* a) {
 // neighbouring pieces, and with them the matrix that is in its cache.
 template <int FMT>
 void head_linear(const hs_ctx* ctx, const hs_arg* a) {
-    enum { LIVE, X, TABLE, OUT, HEADS, K, N, ROTARY, INTERLEAVED, DATA, GROUP, SCALE };
+    enum { LIVE, X, TABLE, OUT, HEADS, K, N, ROTARY, INTERLEAVED, DATA };
     constexpr bool GROUPED = FMT == INT8 || FMT == INT4;
     const int64_t heads = a[HEADS].i, rotary = a[ROTARY].i, live = ((const int32_t*)a[LIVE].p)[0];
     const int64_t from = a[K].i + rotary, to = a[N].i + rotary;
@@ -59,7 +59,7 @@ void head_linear(const hs_ctx* ctx, const hs_arg* a) {
     c.x_stride = heads * from;
     c.out_stride = heads * to;
     c.n = a[N].i;
-    c.w = {FMT, a[K].i, GROUPED ? a[GROUP].i : 0, a[DATA].p, GROUPED ? (const uint16_t*)a[SCALE].p : nullptr};
+    c.w = bind_weight(FMT, a[K].i, a + DATA);
     const Weight first = c.w;
     const hs_ctx alone{0, 1, ctx->team, 0, ctx->epoch, {}};
     const int64_t pieces = (live + FEW_ROWS - 1) / FEW_ROWS;
@@ -306,16 +306,7 @@ void attention(const hs_ctx* ctx, const hs_arg* a) {
     c.scale = (float)a[SCALE].f;
 
     Buffers& b = *(Buffers*)scratch(sizeof(Buffers));
-    int64_t count = 0;
-    each_job(c, [&](const Job&) { count++; });
-    for (int64_t mine = hs_take(ctx, count); mine >= 0;) {  // twice at most: what others left may lie before ours
-        int64_t seen = 0;
-        each_job(c, [&](const Job& job) {
-            if (seen++ != mine) return;
-            mine = hs_take(ctx, count);
-            run<T>(ctx, c, job, b);
-        });
-    }
+    hs_take_jobs(ctx, [&](auto visit) { each_job(c, visit); }, [&](const Job& job) { run<T>(ctx, c, job, b); });
 }
 
 }  // namespace

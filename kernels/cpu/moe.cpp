@@ -88,7 +88,7 @@ struct Router {
 // y[p] = act(W_e x[p / shared] + b_e) for every pair p of expert e.
 template <int FMT>
 void experts(const hs_ctx* ctx, const hs_arg* a) {
-    enum { LIVE, X, ORDER, STARTS, BIAS, OUT, WORK, EXPERTS, K, N, SHARED, ACT, DATA, GROUP, SCALE };
+    enum { LIVE, X, ORDER, STARTS, BIAS, OUT, WORK, EXPERTS, K, N, SHARED, ACT, DATA };
     constexpr bool GROUPED = FMT == INT8 || FMT == INT4;
     const int32_t *order = (const int32_t*)a[ORDER].p, *starts = (const int32_t*)a[STARTS].p;
     const float* bias = (const float*)a[BIAS].p;
@@ -100,7 +100,7 @@ void experts(const hs_ctx* ctx, const hs_arg* a) {
     c.n = c.out_stride = a[N].i;
     c.act = a[ACT].i;
     c.gated = c.act != 0;
-    c.w = {FMT, a[K].i, GROUPED ? a[GROUP].i : 0, a[DATA].p, GROUPED ? (const uint16_t*)a[SCALE].p : nullptr};
+    c.w = bind_weight(FMT, a[K].i, a + DATA);
     const Weight first = c.w;
     uint8_t* work = (uint8_t*)a[WORK].p;
     auto each = [&](auto visit) {  // experts that have a pair, with the place of their prepared rows

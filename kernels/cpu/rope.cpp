@@ -110,8 +110,7 @@ void store_product(const hs_ctx* ctx, const hs_arg* a, const Linear& c) {
 }
 
 Linear bind(int format, const hs_arg* a) {
-    enum { X = HEAD_SLOTS, BIAS, NORM, WORK, K, EPS, DATA, GROUP, SCALE };
-    const bool grouped = format == INT8 || format == INT4;
+    enum { X = HEAD_SLOTS, BIAS, NORM, WORK, K, EPS, DATA };
     Linear c;
     c.t = ((const int32_t*)a[LIVE].p)[0];
     c.x = (const float*)a[X].p;
@@ -122,7 +121,7 @@ Linear bind(int format, const hs_arg* a) {
     c.n = c.out_stride = (a[HEADS].i + 2 * a[KV_HEADS].i) * a[HEAD_DIM].i;
     c.out = (float*)a[WORK].p;
     c.work = (uint8_t*)(c.out + c.t * c.n);
-    c.w = {format, a[K].i, grouped ? a[GROUP].i : 0, a[DATA].p, grouped ? (const uint16_t*)a[SCALE].p : nullptr};
+    c.w = bind_weight(format, a[K].i, a + DATA);
     return c;
 }
 

@@ -118,20 +118,19 @@ struct Crc {
 // XOR makes the order in which pieces finish irrelevant.
 void run_crc(const hs_ctx* ctx, const hs_arg* arg) {
     Crc* job = (Crc*)arg;
-    int64_t count = 0;
-    for (int t = 0; t < job->n; t++) count += (job->sizes[t] + PIECE - 1) / PIECE;
-    for (int64_t piece = hs_take(ctx, count); piece >= 0;) {  // twice at most: what others left may lie before ours
-        int64_t first = 0;
-        for (int t = 0; t < job->n; t++) {
-            int64_t size = job->sizes[t], pieces = (size + PIECE - 1) / PIECE;
-            for (; piece >= first && piece < first + pieces; piece = hs_take(ctx, count)) {
-                int64_t at = (piece - first) * PIECE, left = size - at, bytes = left < PIECE ? left : PIECE;
-                uint32_t crc = crc_register(at ? 0 : ~0u, job->base + job->offsets[t] + at, bytes);
-                job->out[t].fetch_xor(shift(crc, left - bytes), std::memory_order_relaxed);
-            }
-            first += pieces;
-        }
-    }
+    struct Piece {
+        int tensor;
+        int64_t at;
+    };
+    auto each = [&](auto visit) {
+        for (int t = 0; t < job->n; t++)
+            for (int64_t at = 0; at < job->sizes[t]; at += PIECE) visit(Piece{t, at});
+    };
+    hs_take_jobs(ctx, each, [&](const Piece& piece) {
+        const int64_t left = job->sizes[piece.tensor] - piece.at, bytes = left < PIECE ? left : PIECE;
+        uint32_t crc = crc_register(piece.at ? 0 : ~0u, job->base + job->offsets[piece.tensor] + piece.at, bytes);
+        job->out[piece.tensor].fetch_xor(shift(crc, left - bytes), std::memory_order_relaxed);
+    });
 }
 
 }  // namespace
